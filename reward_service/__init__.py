@@ -1,0 +1,4 @@
+"""The judge: four image evaluators behind one batch ``POST /score``.
+
+Importing this package, its ``client``, ``protocol`` or ``settings`` never imports torch.
+"""

@@ -1,0 +1,171 @@
+"""One YAML file, two sections: ``service:`` for the judge, ``trainer:`` for the learner.
+
+Each program reads its own section into a frozen model that knows every key. Whatever is wrong is one
+:class:`ConfigError` line: the file, the key, the problem, the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
+
+SECTIONS = ("service", "trainer")
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.yaml"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    path = path.expanduser()
+    return path if folder is None or path.is_absolute() else (Path(folder) / path).resolve()
+
+
+#: A path in a configuration: relative ones start at the folder of the configuration file.
+ConfigPath = Annotated[Path, AfterValidator(_beside_the_file)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a string; this reads it as the number that was meant."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_section(model: type[M], path: Path, section: str, overrides: Sequence[str] = ()) -> M:
+    """Read one section of a configuration file.
+
+    :param model: the pydantic model of the section
+    :param path: the YAML file
+    :param section: ``service`` or ``trainer``
+    :param overrides: ``key.subkey=value`` strings, relative to the section; values are YAML
+    :raises ConfigError: whatever is wrong, in one line
+    """
+    values = _section(_read(path), path, section)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return model.model_validate(values, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError(_describe(error, model, path, section)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; name one with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({one_line(error)})") from None
+    try:
+        # yaml.load with a SafeLoader subclass constructs plain values only.
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({one_line(error)})") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected the sections {' and '.join(SECTIONS)} at the top")
+    return document
+
+
+def _section(document: Mapping[str, Any], path: Path, section: str) -> dict[str, Any]:
+    for key in document:
+        if key not in SECTIONS:
+            raise ConfigError(f"{path}: unknown key {key!r} at the top; {_remedy(str(key), SECTIONS)}")
+    values = document.get(section)
+    if values is None:
+        raise ConfigError(f"{path}: section {section!r} is missing; add it or name another --config")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: section {section!r} must hold keys, not {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write it as key.subkey=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {key!r} holds a value, not keys")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _describe(error: ValidationError, model: type[BaseModel], path: Path, section: str) -> str:
+    details = error.errors(include_url=False, include_context=False)
+    first = details[0]
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    key = ".".join((section, *map(str, first["loc"])))
+    return f"{path}: {key}: {_problem(first, model)}{more}"
+
+
+def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location = detail["loc"]
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key; {_remedy(str(location[-1]), _known_keys(model, location[:-1]))}"
+    if detail["type"] == "missing":
+        return "required, but missing; add it"
+    message = one_line(detail["msg"].removeprefix("Value error, "))
+    shown = one_line(repr(detail["input"]))
+    return f"{message[:1].lower()}{message[1:]}" + (f" (found {shown})" if len(shown) <= 60 else "")
+
+
+def _remedy(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known here: {', '.join(sorted(known))}" if known else "remove it"
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The field names of the model at ``location`` below ``model``; empty where it is not a model."""
+    inner: Any = model
+    for part in location:
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            field = inner.model_fields.get(str(part))
+            inner = field.annotation if field else None
+        inner = _model_within(inner)
+    return tuple(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else ()
+
+
+def _model_within(annotation: Any) -> Any:
+    """The first model inside ``X | None``, ``dict[str, X]``, ``list[X]`` and the like."""
+    for argument in get_args(annotation):
+        found = _model_within(argument)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return annotation
+
+
+def one_line(message: object) -> str:
+    """``message`` with every run of white space, line ends included, made one space."""
+    return " ".join(str(message).split())
