@@ -1,0 +1,69 @@
+# Every target sets up what it needs: Python 3.11, make and git are enough to start from.
+#
+#   make demo                 train the miniature for a few minutes and show the gain
+#   make demo SEED=7          the same with another seed; ARGS="--set key=value" passes anything else on
+#   make test                 the tests (TESTS="tests/trainer -k ratio" narrows them)
+#   make check                lint, format, types and the walls between the packages
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CONFIG ?= configs/miniature.yaml
+WORKERS ?= 2
+TESTS  ?= tests
+
+# Idle OpenMP threads that spin slow two processes on the same cores down by up to four times.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-docker check format lock compose-test clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
+
+venv: $(STAMP)  ## create .venv from the lock (done by every target that needs it)
+
+# pip obeys the machine's own settings (mirrors, certificates); the lock decides every version and hash.
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## train on the miniature, print the gain, save pictures and LoRA
+	$(BIN)/reward-trainer demo --config $(CONFIG) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test: $(STAMP)  ## run the tests, except those that need a container engine
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not docker" $(TESTS)
+
+test-docker: $(STAMP)  ## build the images and run the composition in the engine at hand
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m docker -v $(TESTS)
+
+compose-test: test-docker  ## the same as test-docker
+
+check: $(STAMP)  ## lint, format, types, walls
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)  ## reformat and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate $(LOCKFLAGS)
+
+# One resolution decides; the smaller locks are cuts of it. LOCKFLAGS=--upgrade takes the newest versions.
+lock:  ## resolve the dependencies anew into the locks and environment.yml
+	@test -x $(BIN)/uv || { echo "make: $(BIN)/uv not found; say make venv first" >&2; exit 1; }
+	$(COMPILE) --all-extras -o requirements.lock
+	$(COMPILE) -c requirements.lock -o requirements/light.lock
+	for extra in torch service trainer; do \
+	  $(COMPILE) -c requirements.lock --extra $$extra -o requirements/$$extra.lock || exit 1; done
+	$(BIN)/python tools/environment.py --write
+
+clean:  ## remove the environment and every cache; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
