@@ -1,0 +1,177 @@
+"""Untrusted bytes to uint8 RGB. Pillow and numpy only, so that the light client can use it too.
+
+Stated policies, one each:
+
+==================  ===========================================================================
+formats             PNG, JPEG, WebP and raw uint8 RGB; anything else is refused
+size                read from the header and checked before anything is decoded
+EXIF orientation    applied
+alpha, transparency composited on white
+greyscale, 1 bit    the grey value in all three channels
+palette             looked up
+CMYK                converted by Pillow (Adobe's inverted JPEGs included)
+16 bits a channel   the high byte
+animation           the first frame
+ICC profile         ignored, as the reference scorers do
+==================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Pixels = NDArray[np.uint8]  # height x width x 3, RGB
+
+MAX_PIXELS = 4_000_000
+_PILLOW_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """A picture that is refused; ``code`` is the problem's code, the message cause and remedy."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels, and whether the bytes had been through lossy compression."""
+
+    rgb: Pixels
+    lossy: bool
+
+
+def decode(
+    data: bytes, declared: str | None = None, shape: Sequence[int] | None = None, max_pixels: int = MAX_PIXELS
+) -> Decoded:
+    """Decode one picture of an allowed format.
+
+    :param data: an encoded file, or the rows of a raw picture
+    :param declared: ``png``, ``jpeg``, ``webp``, ``raw``, or None to go by the first bytes
+    :param shape: (height, width, 3) in pixels, for ``raw`` only
+    :param max_pixels: largest height x width that is decoded
+    :raises ImageError: not such a picture, or too large
+    """
+    if declared == "raw":
+        return Decoded(_raw(data, shape, max_pixels), lossy=False)
+    if shape is not None:
+        raise ImageError("bad_shape", "shape goes with format raw only; leave it out for an encoded file")
+    found = sniff(data)
+    if found is None:
+        raise ImageError("not_an_image", "the bytes are not a PNG, JPEG or WebP picture; send one of these")
+    if declared not in (None, found):
+        raise ImageError("not_an_image", f"declared as {declared}, but the bytes are {found}; correct it")
+    return Decoded(_decode_file(data, found, max_pixels), lossy=_is_lossy(data, found))
+
+
+def sniff(data: bytes) -> str | None:
+    """``png``, ``jpeg`` or ``webp`` by the first bytes; None if it is none of them."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def flatten(image: Image.Image) -> Pixels:
+    """An opened Pillow picture as RGB by the policies above.
+
+    :returns: uint8 array of shape (height, width, 3)
+    """
+    image = _upright(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        # Pillow's own conversion would clip 16-bit grey at 255 instead of scaling it.
+        high = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        return np.repeat(high.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _raw(data: bytes, shape: Sequence[int] | None, max_pixels: int) -> Pixels:
+    if shape is None:
+        raise ImageError("bad_shape", "format raw needs shape [height, width, 3]")
+    height, width, channels = shape
+    _check_size(width, height, max_pixels)
+    if len(data) != height * width * channels:
+        expected = f"{height}x{width}x{channels} bytes"
+        raise ImageError("bad_shape", f"the shape asks for {expected}, but {len(data)} came")
+    return np.frombuffer(data, np.uint8).reshape(height, width, channels)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError("not_an_image", f"the picture is {width}x{height} pixels; it needs at least 1x1")
+    if width * height > max_pixels:
+        limit = f"{max_pixels / 1e6:g} megapixels"
+        raise ImageError("image_too_large", f"{width}x{height} pixels exceed the {limit} allowed; shrink it")
+
+
+def _decode_file(data: bytes, found: str, max_pixels: int) -> Pixels:
+    if found == "webp":
+        # Pillow allocates WebP's canvas on opening, so its size is read from the header by hand.
+        _check_size(*_webp_size(data), max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=[_PILLOW_NAMES[found]]) as image:
+            _check_size(*image.size, max_pixels)
+            return flatten(image)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError("image_too_large", "the picture has far too many pixels; shrink it") from None
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise nearly every kind on hostile bytes
+        raise _corrupt(found) from None
+
+
+def _corrupt(found: str) -> ImageError:
+    return ImageError("not_an_image", f"the {found} picture is truncated or corrupt; send it whole")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from the first chunk of a WebP file (RFC 9649, section 2)."""
+    kind, body = data[12:16], data[20:30]
+    if len(body) == 10 and kind == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if len(body) == 10 and kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", body, 6)
+        return width & 0x3FFF, height & 0x3FFF
+    if len(body) >= 5 and kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    raise _corrupt("webp")
+
+
+def _is_lossy(data: bytes, found: str) -> bool:
+    return found == "jpeg" or (found == "webp" and not _webp_lossless(data))
+
+
+def _webp_lossless(data: bytes) -> bool:
+    """Whether the first picture chunk of a WebP file is VP8L; chunks are walked, not searched for."""
+    position = 12
+    while position + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, position)
+        if kind in (b"VP8L", b"VP8 "):
+            return bool(kind == b"VP8L")
+        # An animation's frame (ANMF) holds its chunks after 16 bytes of its own.
+        position += 8 + (16 if kind == b"ANMF" else size + size % 2)
+    return False
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; broken EXIF data does not spoil a whole picture."""
+    image.load()
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - the EXIF reader raises nearly every kind on hostile bytes
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image

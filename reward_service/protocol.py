@@ -1,0 +1,221 @@
+"""Wire types of the judge: one schema for JSON and msgpack, request, response and problem.
+
+In JSON the picture's bytes are base64, in msgpack they are binary; the types are the same.
+Decoding refuses unknown fields and wrong types; it needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+PROBLEM = "application/problem+json"
+MAX_PROBLEM_ITEMS = 10
+MAX_PAIRS = 1024
+MAX_BODY_BYTES = 64 * 1024 * 1024
+
+ImageFormat = Literal["png", "jpeg", "webp", "raw"]
+Normalization = Literal["unit", "z", "raw"]
+Weight = Annotated[float, Meta(ge=0)]
+Side = Annotated[int, Meta(ge=1)]
+
+
+class Picture(Struct, frozen=True, forbid_unknown_fields=True):
+    """One picture: an encoded file, or ``raw`` uint8 RGB values in rows.
+
+    ``format`` may be left out for an encoded file: its first bytes tell. ``shape`` is (height, width, 3)
+    in pixels, for ``raw`` only.
+    """
+
+    data: bytes
+    format: ImageFormat | None = None
+    shape: tuple[Side, Side, Literal[3]] | None = None
+
+
+class Item(Struct, frozen=True, forbid_unknown_fields=True):
+    """One prompt and the picture to judge by it."""
+
+    prompt: Annotated[str, Meta(min_length=1, max_length=10_000)]
+    image: Picture
+
+
+class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A batch of pairs and how to score them.
+
+    ``evaluators``: names, or null for all that the service has. ``weights``: evaluator → weight of its
+    normalized score in the reward; an evaluator that is not named then weighs 0; null for the service's own.
+    ``normalization``: which of the three numbers the reward is made of.
+    """
+
+    items: Annotated[list[Item], Meta(min_length=1, max_length=MAX_PAIRS)]
+    evaluators: Annotated[list[str], Meta(min_length=1)] | None = None
+    weights: dict[str, Weight] | None = None
+    normalization: Normalization = "unit"
+    allow_partial: bool = False
+    deterministic: bool = False
+
+
+class EvaluatorScore(Struct, frozen=True):
+    """One evaluator's number: as its formula gives it, in calibrated deviations, and as Φ(z) in (0, 1)."""
+
+    raw: float
+    z: float
+    unit: float
+
+
+class ItemResult(Struct, frozen=True):
+    """The scores of one pair; ``reward`` is the weighted mean of its normalized scores."""
+
+    index: int
+    reward: float
+    scores: dict[str, EvaluatorScore]
+    truncated_prompt: bool
+    lossy_input: bool
+
+
+class EvaluatorIdentity(Struct, frozen=True):
+    """What produced an evaluator's numbers.
+
+    ``fingerprint``: hash of weights, preprocessing, tokenizer, formula and dtype. ``calibration``: hash of
+    the mean and deviation behind z and unit.
+    """
+
+    fingerprint: str
+    calibration: str
+
+
+class ScoreResponse(Struct, frozen=True):
+    """Results in the order of the request's items, all of them or none."""
+
+    id: str
+    results: list[ItemResult]
+    evaluators: dict[str, EvaluatorIdentity]
+    timing_ms: dict[str, float]
+
+
+class EvaluatorDescription(Struct, frozen=True):
+    """One configured evaluator, as ``/v1/evaluators`` lists it."""
+
+    fingerprint: str
+    calibration: str
+    formula: str
+    mean: float
+    std: float
+    weight: float
+    provisional: bool
+
+
+class EvaluatorList(Struct, frozen=True):
+    """Answer of ``/v1/evaluators``: what is configured and on what it runs."""
+
+    evaluators: dict[str, EvaluatorDescription]
+    device: str
+    dtype: str
+
+
+class Health(Struct, frozen=True):
+    """Answer of the health routes; ``detail`` says what is being waited for."""
+
+    status: Literal["live", "ready", "loading", "stopping", "failed"]
+    detail: str = ""
+
+
+class ProblemItem(Struct, frozen=True):
+    """One thing that is wrong; ``index`` is the item's place in the request, null if it is no item's."""
+
+    code: str
+    detail: str
+    index: int | None = None
+
+
+class Problem(Struct, frozen=True):
+    """RFC 9457 problem details, with a code, whether asking again can help, and at most ten items."""
+
+    title: str
+    status: int
+    code: str
+    detail: str
+    retryable: bool
+    id: str
+    type: str = "about:blank"
+    errors: Annotated[list[ProblemItem], Meta(max_length=MAX_PROBLEM_ITEMS)] = field(default_factory=list)
+
+
+class MalformedBodyError(Exception):
+    """A body that is not a request of this protocol; ``index`` is the item at fault, if one is."""
+
+    def __init__(self, detail: str, *, syntax: bool, index: int | None = None) -> None:
+        super().__init__(detail)
+        self.syntax = syntax
+        self.index = index
+
+
+_ITEM_PATH = re.compile(r"\$\.items\[(\d+)\]")
+_QUOTED_INPUT = re.compile(r"(?:field|value) (?P<quote>[`'])(?P<input>.*)(?P=quote)", re.DOTALL)
+
+
+def decode_request(body: bytes, content_type: str) -> ScoreRequest:
+    """Decode a request body of one of the two content types.
+
+    :raises MalformedBodyError: not JSON/msgpack at all (``syntax``), or not this schema
+    """
+    decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
+    try:
+        request: ScoreRequest = decoder.decode(body, type=ScoreRequest)
+    except msgspec.ValidationError as error:
+        found = _ITEM_PATH.search(str(error))
+        detail = _without_input(str(error))
+        raise MalformedBodyError(detail, syntax=False, index=int(found[1]) if found else None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        name = "msgpack" if content_type == MSGPACK else "JSON"
+        raise MalformedBodyError(f"the body is not valid {name}: {str(error)[:120]}", syntax=True) from None
+    return request
+
+
+def _without_input(message: str) -> str:
+    """msgspec's message with the sender's own text taken out, save a plain field name."""
+    found = _QUOTED_INPUT.search(message)
+    if found and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", found["input"]):
+        message = message[: found.start("quote")] + "(not shown)" + message[found.end() :]
+    return message
+
+
+def encode(value: Struct, content_type: str) -> bytes:
+    """Encode a wire type as JSON or msgpack."""
+    return msgspec.msgpack.encode(value) if content_type == MSGPACK else msgspec.json.encode(value)
+
+
+def decode_response(body: bytes, content_type: str) -> ScoreResponse:
+    """Decode a response and refuse one with a missing or non-finite number.
+
+    :raises ValueError: not a score response; msgspec's errors are ValueErrors too
+    """
+    decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
+    response: ScoreResponse = decoder.decode(body, type=ScoreResponse)
+    for position, result in enumerate(response.results):
+        if result.index != position:
+            raise ValueError(f"result {position} carries index {result.index}")
+        if not finite(result.reward, result.scores):
+            raise ValueError(f"result {position} holds a number that is not finite")
+    return response
+
+
+def finite(reward: float, scores: Mapping[str, EvaluatorScore]) -> bool:
+    """Whether a reward and all of its scores are finite numbers."""
+    return math.isfinite(reward) and all(
+        math.isfinite(number) for score in scores.values() for number in (score.raw, score.z, score.unit)
+    )
+
+
+def schemas() -> dict[str, Any]:
+    """JSON schemas of the wire types by name, for ``#/components/schemas`` of OpenAPI."""
+    types = [ScoreRequest, ScoreResponse, EvaluatorList, Health, Problem]
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    return components
