@@ -39,13 +39,13 @@ def locked_requirements(lock: str) -> list[str]:
 def render(lock: str) -> str:
     """Return the text of environment.yml for the text of a lock."""
     lines = [f'      - "{requirement}"' for requirement in locked_requirements(lock)]
-    return HEADER + "\n".join([*lines, '      - -e .']) + "\n"
+    return HEADER + "\n".join([*lines, "      - -e ."]) + "\n"
 
 
 def main() -> None:
     """Print environment.yml or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write {ENVIRONMENT.name} instead of printing it")
+    parser.add_argument("--write", action="store_true", help=f"write {ENVIRONMENT.name}")
     text = render(LOCK.read_text())
     if parser.parse_args().write:
         ENVIRONMENT.write_text(text)
