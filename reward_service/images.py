@@ -4,7 +4,7 @@ Stated policies, one each:
 
 ==================  ===========================================================================
 formats             PNG, JPEG, WebP and raw uint8 RGB; anything else is refused
-size                read from the header and checked before anything is decoded
+size, aspect        read from the header and checked before anything is decoded
 EXIF orientation    applied
 alpha, transparency composited on white
 greyscale, 1 bit    the grey value in all three channels
@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 Pixels = NDArray[np.uint8]  # height x width x 3, RGB
 
 MAX_PIXELS = 4_000_000
+MAX_ASPECT = 100
 _PILLOW_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _ORIENTATION = 0x0112
 
@@ -115,6 +116,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:g} megapixels"
         raise ImageError("image_too_large", f"{width}x{height} pixels exceed the {limit} allowed; shrink it")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        # The crop's resize would blow a 1 x 4,000,000 picture up to 200 gigapixels.
+        message = f"{width}x{height} pixels are longer than {MAX_ASPECT} times their width; crop it"
+        raise ImageError("image_too_long", message)
 
 
 def _decode_file(data: bytes, found: str, max_pixels: int) -> Pixels:

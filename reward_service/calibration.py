@@ -1,0 +1,76 @@
+"""raw → z → unit: a fixed table makes the evaluators comparable. Never the request's own batch. No torch.
+
+z = (raw − mean)/std        unit = Φ(z) = ½ erfc(−z/√2)        reward = Σ w·s / Σ w
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reward_service.protocol import EvaluatorScore, Normalization
+from reward_service.settings import ConfigError, one_line
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Scale(BaseModel):
+    """Mean and standard deviation of an evaluator's raw scores; further keys of the file are its notes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: Finite
+    std: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @property
+    def identity(self) -> str:
+        """Hash of the two numbers."""
+        return hashlib.sha256(json.dumps([self.mean, self.std]).encode()).hexdigest()[:16]
+
+    def apply(self, raw: float) -> EvaluatorScore:
+        """A raw score with its z and unit."""
+        z = (raw - self.mean) / self.std
+        return EvaluatorScore(raw, z, 0.5 * math.erfc(-z / math.sqrt(2.0)))
+
+
+class Calibration(BaseModel):
+    """A table of scales, where they come from, and whether they are provisional."""
+
+    model_config = ConfigDict(frozen=True)
+
+    provisional: bool
+    provenance: str
+    evaluators: dict[str, Scale]
+
+
+def load_calibration(path: Path, needed: Sequence[str]) -> Calibration:
+    """Read a table that has a scale for every evaluator in ``needed``.
+
+    :raises ConfigError: the file is missing, malformed or incomplete
+    """
+    try:
+        table = Calibration.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); correct service.calibration") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {where}: {one_line(first['msg'])}") from None
+    for name in needed:
+        if name not in table.evaluators:
+            raise ConfigError(f"{path}: no scale for evaluator {name}; add its mean and std")
+    return table
+
+
+def compose(
+    scores: Mapping[str, EvaluatorScore], weights: Mapping[str, float], normalization: Normalization
+) -> float:
+    """The weighted mean of the normalized scores; an evaluator without a weight does not count."""
+    counted = [(weights.get(name, 0.0), getattr(score, normalization)) for name, score in scores.items()]
+    return math.fsum(w * s for w, s in counted) / math.fsum(w for w, _ in counted)

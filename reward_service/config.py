@@ -1,0 +1,145 @@
+"""The ``service:`` section of a configuration file. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
+
+from reward_service.images import MAX_PIXELS
+from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS
+from reward_service.settings import DEFAULT_CONFIG, ConfigPath, Settings, load_section
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+EvaluatorKind = Literal["aesthetic", "clip", "pickscore", "hpsv2"]
+
+
+class Origin(Settings):
+    """Where files come from: a folder, a hub repository at a revision, or a web address.
+
+    ``url`` is the folder part of an address; files from it need a sha256.
+    """
+
+    folder: ConfigPath | None = None
+    repo: str | None = None
+    revision: str | None = None
+    url: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if sum(place is not None for place in (self.folder, self.repo, self.url)) != 1:
+            raise ValueError("name exactly one of folder, repo and url")
+        if self.repo is not None and self.revision is None:
+            raise ValueError("a repo needs a revision: a commit, so that the weights cannot change unnoticed")
+        return self
+
+    def __str__(self) -> str:
+        return str(self.folder or self.url or f"{self.repo}@{self.revision}")
+
+
+class Weights(Settings):
+    """One file of weights; ``sha256`` is compulsory for anything but safetensors from a folder or hub."""
+
+    file: str
+    sha256: Sha256 | None = None
+
+
+class TowerConfig(Settings):
+    """One CLIP model: the published layout it comes in, and where.
+
+    ``huggingface``: config.json, weights and tokenizer files of transformers' CLIPModel.
+    ``open_clip``: weights with open_clip's names; ``architecture`` is a name that open_clip knows, or null
+    for an open_clip_config.json beside the weights; ``vocabulary`` is the BPE file's name, or null for
+    open_clip's own.
+    """
+
+    layout: Literal["huggingface", "open_clip"]
+    origin: Origin
+    weights: Weights
+    architecture: str | None = None
+    vocabulary: str | None = None
+    tokenizer: Origin | None = None
+    text_cleaning: Literal["none", "openai"] = "none"
+
+    @model_validator(mode="after")
+    def _fits_layout(self) -> Self:
+        if self.layout == "huggingface" and (self.architecture or self.vocabulary):
+            raise ValueError("architecture and vocabulary belong to layout open_clip")
+        if self.layout == "open_clip" and (self.tokenizer or self.text_cleaning != "none"):
+            raise ValueError("tokenizer and text_cleaning belong to layout huggingface")
+        return self
+
+
+class HeadConfig(Settings):
+    """The aesthetic head's file."""
+
+    origin: Origin
+    weights: Weights
+
+
+class EvaluatorConfig(Settings):
+    """One evaluator: its kind fixes formula and preprocessing, ``tower`` names the model it looks through."""
+
+    kind: EvaluatorKind
+    tower: str
+    head: HeadConfig | None = None
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> Self:
+        if (self.head is not None) != (self.kind == "aesthetic"):
+            raise ValueError("an evaluator of kind aesthetic needs a head, and no other kind has one")
+        return self
+
+
+class Limits(Settings):
+    """What a request may cost."""
+
+    max_body_bytes: PositiveInt = MAX_BODY_BYTES
+    max_pairs: Annotated[int, Field(ge=1, le=MAX_PAIRS)] = MAX_PAIRS
+    max_image_pixels: PositiveInt = MAX_PIXELS
+    max_queued_pairs: PositiveInt = 4096
+
+
+class Auth(Settings):
+    """Who may ask. The service has no keys yet: beyond loopback it must be opened to everybody by name."""
+
+    allow_anonymous: bool = False
+
+
+class ServiceConfig(Settings):
+    """Everything the judge can be told."""
+
+    towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
+    evaluators: Annotated[dict[str, EvaluatorConfig], Field(min_length=1)]
+    calibration: ConfigPath
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: PositiveInt | None = None
+    decode_threads: PositiveInt = 2
+    batch_pairs: PositiveInt = 64
+    text_cache_entries: Annotated[int, Field(ge=0)] = 4096
+    drain_s: PositiveFloat = 20.0
+    limits: Limits = Limits()
+    auth: Auth = Auth()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, evaluator in self.evaluators.items():
+            if evaluator.tower not in self.towers:
+                raise ValueError(f"evaluator {name} names tower {evaluator.tower!r}, which is not configured")
+        if not any(evaluator.weight for evaluator in self.evaluators.values()):
+            raise ValueError("every evaluator weighs 0; give at least one a weight")
+        return self
+
+
+def load_config(path: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> ServiceConfig:
+    """Read the ``service:`` section of a configuration file.
+
+    :raises ConfigError: whatever is wrong, in one line
+    """
+    return load_section(ServiceConfig, path, "service", overrides)

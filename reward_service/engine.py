@@ -1,0 +1,171 @@
+"""RewardEngine: evaluators over shared towers, prompts and pictures to scores. No web, no queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reward_service.checkpoints import ModelError
+from reward_service.config import ServiceConfig
+from reward_service.evaluators import Evaluator, load_evaluator
+from reward_service.images import Pixels
+from reward_service.preprocess import Preprocessing
+from reward_service.towers import TextEmbeddings, Tower, load_tower
+
+
+class ScoringError(Exception):
+    """Scores that are not numbers, or a batch that cannot be scored."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and one picture, uint8 RGB (H, W, 3)."""
+
+    prompt: str
+    picture: Pixels
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them."""
+
+    raw: dict[str, float]
+    truncated_prompt: bool
+
+
+class RewardEngine:
+    """Scores pairs: each tower once per batch, each distinct prompt embedded once. Not thread-safe.
+
+    :param evaluators: by name, in the order of the configuration
+    :param batch_pairs: most pairs of one forward pass
+    """
+
+    def __init__(
+        self, evaluators: Mapping[str, Evaluator], batch_pairs: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.evaluators = dict(evaluators)
+        self.device, self.dtype = device, dtype
+        self._batch_pairs = batch_pairs
+
+    def score(
+        self, pairs: Sequence[Pair], names: Sequence[str] | None = None, *, deterministic: bool = False
+    ) -> list[PairScores]:
+        """Raw scores in the order of the pairs.
+
+        :param names: evaluators to use; None for all
+        :param deterministic: one fixed, padded shape for every forward pass, so that scores depend on
+            nothing but the pair; slower
+        :raises ScoringError: a score is not finite
+        """
+        chosen = [self.evaluators[name] for name in (self.evaluators if names is None else names)]
+        scores: list[PairScores] = []
+        for start in range(0, len(pairs), self._batch_pairs):
+            scores += self._batch(pairs[start : start + self._batch_pairs], chosen, deterministic)
+        return scores
+
+    def warm_up(self) -> None:
+        """Score one grey picture, so that the first request finds everything allocated.
+
+        :raises ScoringError: the models do not give numbers
+        """
+        size = max(evaluator.preprocessing.size_px for evaluator in self.evaluators.values())
+        grey = torch.full((size, size, 3), 128, dtype=torch.uint8).numpy()
+        self.score([Pair("a picture", grey)])
+
+    @torch.inference_mode()
+    def _batch(
+        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
+    ) -> list[PairScores]:
+        images = self._embed_images(pairs, chosen, deterministic)
+        texts = self._embed_texts(pairs, chosen, deterministic)
+        raw = {
+            evaluator.name: evaluator.score(images[evaluator.name], _vectors(texts, evaluator)).tolist()
+            for evaluator in chosen
+        }
+        self._check_finite(raw)
+        cut = [any(text.truncated[row] for text in texts.values()) for row in range(len(pairs))]
+        return [
+            PairScores({name: scores[row] for name, scores in raw.items()}, cut[row])
+            for row in range(len(pairs))
+        ]
+
+    def _embed_images(
+        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
+    ) -> dict[str, Tensor]:
+        """Unit embeddings by evaluator; equal pixels are made once and equal forward passes run once."""
+        pictures = [pair.picture for pair in pairs]
+        pixels: dict[Preprocessing, Tensor] = {}
+        embedded: dict[tuple[str, Preprocessing], Tensor] = {}
+        by_evaluator = {}
+        for evaluator in chosen:
+            way = evaluator.preprocessing.shared(pictures)
+            if way not in pixels:
+                pixels[way] = way(pictures)
+            key = (evaluator.tower_name, way)
+            if key not in embedded:
+                embedded[key] = evaluator.tower.embed_images(pixels[way], deterministic=deterministic)
+            by_evaluator[evaluator.name] = embedded[key]
+        return by_evaluator
+
+    def _embed_texts(
+        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
+    ) -> dict[str, TextEmbeddings]:
+        prompts = [pair.prompt for pair in pairs]
+        towers = {evaluator.tower_name: evaluator.tower for evaluator in chosen if evaluator.reads_prompt}
+        return {
+            name: tower.embed_texts(prompts, batch=self._batch_pairs, deterministic=deterministic)
+            for name, tower in towers.items()
+        }
+
+    def _check_finite(self, raw: Mapping[str, Sequence[float]]) -> None:
+        for name, scores in raw.items():
+            if not torch.isfinite(torch.tensor(scores)).all():
+                raise ScoringError(f"evaluator {name} gave a score that is not a finite number")
+
+
+def _vectors(texts: Mapping[str, TextEmbeddings], evaluator: Evaluator) -> Tensor | None:
+    return texts[evaluator.tower_name].vectors if evaluator.reads_prompt else None
+
+
+def build_engine(config: ServiceConfig, progress: Callable[[str], None] = lambda _: None) -> RewardEngine:
+    """Load every configured model: the one place where that happens.
+
+    :param progress: told in words what is being loaded
+    :raises ModelError: in one line, whatever keeps a model from being used
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device, dtype = _device(config.device), _dtype(config)
+    used = {evaluator.tower for evaluator in config.evaluators.values()}
+    towers: dict[str, Tower] = {}
+    for name in sorted(used):
+        tower = config.towers[name]
+        progress(f"loading tower {name} from {tower.origin}")
+        towers[name] = load_tower(tower, device, dtype, config.text_cache_entries)
+    evaluators = {
+        name: load_evaluator(name, settings, towers[settings.tower], dtype)
+        for name, settings in config.evaluators.items()
+    }
+    return RewardEngine(evaluators, config.batch_pairs, device, dtype)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"service.device: {name!r} is no device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"service.device: {name} asked for, but torch sees no GPU; use auto or cpu")
+    return device
+
+
+def _dtype(config: ServiceConfig) -> torch.dtype:
+    """bfloat16 on a GPU and float32 on a CPU, unless the configuration says which."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if _device(config.device).type == "cuda" else torch.float32
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
