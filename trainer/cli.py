@@ -1,0 +1,140 @@
+"""`reward-trainer`: train, generate, demo. Every user error is one line on stderr and exit code 2."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reward_service.client import RewardClientError
+from reward_service.settings import DEFAULT_CONFIG, one_line
+from trainer.config import ConfigError, TrainerConfig, load_trainer_config
+from trainer.demo import local_service
+from trainer.errors import RunError
+from trainer.prompts import clean, read_splits
+from trainer.scoring import ServiceScorer
+from trainer.storage import RunFolder
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Improve a LoRA on Karlo's decoder with the rewards of the scoring service.",
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; its trainer section is read.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, such as update.learning_rate=1e-4."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The same without --set.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Same as seed=N.")]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", help="Run folder; by default the next free in runs_dir.")
+]
+
+
+@app.command()
+def train(
+    config: ConfigOption = DEFAULT_CONFIG,
+    seed: SeedOption = None,
+    run: RunOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train against a running service and compare with the base on held-out prompts."""
+    _train(_load(config, seed, set_, overrides), run)
+
+
+@app.command()
+def demo(
+    config: ConfigOption = DEFAULT_CONFIG,
+    seed: SeedOption = None,
+    run: RunOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start a service of its own, train against it, show the gain, stop the service."""
+    settings = _load(config, seed, set_, overrides)
+    folder = RunFolder.create(settings, run)
+    with local_service(config, folder.path / "service.log") as url:
+        # Loading the judge's models takes longer than answering does.
+        service = settings.service.model_copy(update={"url": url, "ready_timeout_s": 300.0})
+        _train(settings.model_copy(update={"service": service}), run, folder)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
+    lora: Annotated[
+        Path | None, typer.Option("--lora", help="lora folder of a run; without it the base draws.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("generated.png"),
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt.")] = 4,
+    config: ConfigOption = DEFAULT_CONFIG,
+    seed: SeedOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Draw pictures with the result of a run."""
+    settings = _load(config, seed, set_, overrides)
+    prompts = clean(prompt)
+    if not prompts:
+        raise ConfigError("--prompt is empty; say what to draw")
+    if lora is not None and not lora.is_dir():
+        raise ConfigError(f"{lora}: no such LoRA folder; give the lora folder of a run")
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"{out}: its folder does not exist; make it or name another --out")
+    from trainer.runs import generate_run
+
+    path = generate_run(settings, lora, prompts, n, out.resolve())
+    Console().print(f"Pictures: {path}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: runs a command, turns what can go wrong for a user into one line and an exit code."""
+    # Read when torch loads its OpenMP: idle threads that spin slow down the service on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
+        code = _fail(getattr(error, "message", str(error)), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# typer's own errors (its copy of click's ClickException), found by way of the one that it exports.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"reward-trainer: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _terminated(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _load(
+    config: Path, seed: int | None, set_: list[str] | None, overrides: list[str] | None
+) -> TrainerConfig:
+    wanted = [*(set_ or []), *(overrides or [])]
+    return load_trainer_config(config, wanted + ([] if seed is None else [f"seed={seed}"]))
+
+
+def _train(settings: TrainerConfig, run: Path | None, folder: RunFolder | None = None) -> None:
+    """Cheap checks first: prompts, then the service; only then the seconds that torch and the models take."""
+    prompts = read_splits(settings.prompts)
+    with ServiceScorer.connect(settings.service) as scorer:
+        from trainer.runs import check_evaluators, train_run
+
+        check_evaluators(settings, scorer)
+        train_run(settings, prompts, scorer, folder or RunFolder.create(settings, run), Console())

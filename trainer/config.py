@@ -1,0 +1,180 @@
+"""The `trainer:` section of a configuration file: every number a run depends on, with unit and range."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from reward_service.settings import ConfigError, ConfigPath, Settings, load_section
+
+__all__ = ["ConfigError", "ModelSource", "TrainerConfig", "load_trainer_config"]
+
+# Who gets the same random numbers: no other image, the images of a group, or all images of a prompt in a run.
+Share = Literal["image", "group", "prompt"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=1)]  # guidance scale; 1 means no guidance
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+
+
+class ModelSource(Settings):
+    """Where a model comes from: a folder, or a hub repository at a revision."""
+
+    path: ConfigPath | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("give either path, or repo (and revision)")
+        return self
+
+
+class ServiceConfig(Settings):
+    """How to reach the scoring service."""
+
+    url: str = "http://127.0.0.1:8000"
+    api_key_file: ConfigPath | None = None  # one line: the bearer key
+    client_id: str = "trainer"
+    timeout_s: PositiveFloat = 120.0  # of one request
+    retry_budget_s: Annotated[float, Field(ge=0)] = (
+        60.0  # spent on repeating one request that may succeed later
+    )
+    ready_timeout_s: PositiveFloat = 10.0  # how long the service may take to answer before training starts
+
+
+class PromptsConfig(Settings):
+    """Text files, one prompt a line."""
+
+    train: ConfigPath
+    validation: ConfigPath
+    train_limit: PositiveInt | None = None  # use the first so many
+    validation_limit: PositiveInt | None = None
+
+
+class SamplingConfig(Settings):
+    """How a picture is drawn, in training and in evaluation alike."""
+
+    prior_steps: Annotated[int, Field(ge=2)] = 25
+    prior_guidance: Scale = 4.0
+    decoder_steps: Annotated[int, Field(ge=4)] = 25
+    decoder_guidance: Scale = 8.0
+    super_res_steps: Annotated[int, Field(ge=2)] = 7
+    micro_batch: PositiveInt = 8  # pictures in one forward pass of the decoder (twice that with guidance)
+
+
+class LoraSettings(Settings):
+    """The adapter. `targets` are names of the decoder's modules, or endings of them."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 8.0  # the adapter's output is scaled by alpha / rank
+    targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
+        0.9  # 0: what is evaluated and shipped is the last update
+    )
+
+
+class RolloutConfig(Settings):
+    """What one iteration collects."""
+
+    prompts_per_iteration: PositiveInt = 8
+    images_per_prompt: Annotated[int, Field(ge=2)] = 8
+    share_prior: Share = "group"  # whom a prior embedding is shared with; "prompt" draws it once in a run
+    share_super_res: Share = "group"  # whom super-resolution noise is shared with
+    in_flight: PositiveInt = 2  # micro-batches that may wait for their scores while the next is drawn
+    score_attempts: PositiveInt = 2  # times a micro-batch is sent before its groups are dropped
+    max_dropped: Fraction = 0.05  # share of groups that may be lost before the run stops
+
+
+class ObjectiveConfig(Settings):
+    """Advantages and the trust region."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]]  # per evaluator; what is not named is not trained on
+    advantage_clip: PositiveFloat = 5.0
+    deviation_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of the pooled within-group variance
+    trust_region: Literal["kl", "clip"] = "kl"
+    max_nats: PositiveFloat = (
+        0.5  # kl: largest KL of a transition; clip: largest |log ratio|, nats per transition
+    )
+    kl_to_base: Annotated[float, Field(ge=0)] = 0.0  # penalty per nat of KL to the base policy
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if not any(self.weights.values()):
+            raise ValueError("weights: at least one evaluator needs a weight above 0")
+        return self
+
+
+class UpdateConfig(Settings):
+    """The optimizer's part of an iteration."""
+
+    learning_rate: PositiveFloat = 1e-3
+    steps_per_image: PositiveInt = (
+        2  # denoising steps of each image that are trained, stratified over the range
+    )
+    train_steps: tuple[int, int] | None = (
+        None  # first and last denoising step; null: all that are worth training
+    )
+    micro_batch: PositiveInt = 32  # transitions in one backward pass
+    accumulate: PositiveInt = 1  # micro-batches in one optimizer step
+    max_grad_norm: PositiveFloat = 1.0
+    guidance_gradient: Literal["both", "conditional"] = "both"  # branches that carry gradient
+
+
+class EvaluationConfig(Settings):
+    """The paired comparison with the base on the validation prompts."""
+
+    images_per_prompt: PositiveInt = 4
+    micro_batch: PositiveInt = 32
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: PositiveInt = 5000
+    seed: int = 20_000  # of the pictures: fixed, whatever the training seed
+    grid_prompts: PositiveInt = 8
+    grid_images: PositiveInt = 4
+
+
+class AblationConfig(Settings):
+    """Switches that take the learning out, to show that the gain goes with it."""
+
+    shuffle_rewards: bool = False  # permute the scores over all images of an iteration: the null experiment
+
+
+class TrainerConfig(Settings):
+    """One run of `reward-trainer train`."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
+    runs_dir: ConfigPath
+    seed: Annotated[int, Field(ge=0)] = 0
+    iterations: PositiveInt = 40
+    device: str = "cpu"
+    threads: PositiveInt | None = None  # of torch on the CPU; null leaves torch's choice
+    service: ServiceConfig = ServiceConfig()
+    karlo: ModelSource
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    lora: LoraSettings = LoraSettings()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig
+    update: UpdateConfig = UpdateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ablation: AblationConfig = AblationConfig()
+
+    @model_validator(mode="after")
+    def _steps_exist(self) -> Self:
+        span = self.update.train_steps
+        if span is not None and not 0 <= span[0] <= span[1] <= self.sampling.decoder_steps - 2:
+            raise ValueError(
+                f"update.train_steps: {list(span)} is not a range within 0..{self.sampling.decoder_steps - 2} "
+                "(the last denoising step is deterministic)"
+            )
+        return self
+
+
+def load_trainer_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """The `trainer:` section of `path`, with overrides; paths come out absolute. Raises ConfigError."""
+    return load_section(TrainerConfig, path, "trainer", overrides)

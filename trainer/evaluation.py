@@ -1,0 +1,224 @@
+"""Paired evaluation: base and tuned policy draw the same validation prompts from the same random streams.
+
+Intervals are cluster bootstraps over prompts: pictures of one prompt share its difficulty, so they are not
+independent, and a prompt is what a user will bring a new one of.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+from scipy.stats import bootstrap
+from tqdm import tqdm
+
+from trainer.config import EvaluationConfig
+from trainer.drawing import Studio
+from trainer.errors import EvaluationError
+from trainer.scoring import Floats, Pictures, Scorer, Scores, ScoringError, composite
+from trainer.streams import PictureKey
+
+COMPOSITE = "composite"
+
+
+class Measurement(NamedTuple):
+    """Pictures of P prompts, G each, and their scores by K evaluators."""
+
+    prompts: tuple[str, ...]
+    pictures: Pictures  # (P, G, H, W, 3)
+    raw: Floats  # (P, G, K)
+    z: Floats  # (P, G, K)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One row of the comparison. `low` and `high` bound the difference."""
+
+    name: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    standard_error: float  # of the difference, over prompts
+    deviations: float  # the difference in calibrated deviations (z)
+
+    @property
+    def verdict(self) -> str:
+        """ "rises", "falls" or "unclear": which side of 0 the interval lies on."""
+        if self.low > 0:
+            return "rises"
+        return "falls" if self.high < 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tuned against base: a row for each evaluator and one for the composite."""
+
+    evaluators: tuple[Gain, ...]  # raw scores
+    composite: Gain  # weighted mean of z
+    prompts: int
+    images_per_prompt: int
+    confidence: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON, verdicts and standard errors included."""
+        rows = {
+            gain.name: asdict(gain) | {"verdict": gain.verdict} for gain in (*self.evaluators, self.composite)
+        }
+        return {
+            "prompts": self.prompts,
+            "images_per_prompt": self.images_per_prompt,
+            "confidence": self.confidence,
+            "rows": rows,
+            "composite_standard_errors": standard_errors(self.composite),
+        }
+
+
+def measure(
+    studio: Studio, scorer: Scorer, prompts: Sequence[str], config: EvaluationConfig, what: str
+) -> Measurement:
+    """Draw and score every prompt `images_per_prompt` times from fixed streams. Raises EvaluationError."""
+    keys = [
+        PictureKey(config.seed, 0, -1, prompt, image)
+        for prompt in prompts
+        for image in range(config.images_per_prompt)
+    ]
+    pictures, scores = [], []
+    with tqdm(total=len(keys), desc=f"evaluating {what}", unit="picture") as progress:
+        for start in range(0, len(keys), config.micro_batch):
+            batch = keys[start : start + config.micro_batch]
+            drawn = studio.draw(batch).pictures
+            pictures.append(drawn)
+            scores.append(_score(scorer, [key.prompt for key in batch], drawn))
+            progress.update(len(batch))
+    shape = (len(prompts), config.images_per_prompt)
+    stacked = np.concatenate(pictures)
+    raw, z = (np.concatenate(field) for field in zip(*scores, strict=True))
+    return Measurement(
+        tuple(prompts),
+        stacked.reshape(*shape, *stacked.shape[1:]),
+        raw.reshape(*shape, -1),
+        z.reshape(*shape, -1),
+    )
+
+
+def _score(scorer: Scorer, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    try:
+        return scorer.score(prompts, pictures)
+    except ScoringError as error:
+        raise EvaluationError(f"evaluation stopped: {error}") from error
+
+
+def compare(
+    base: Measurement,
+    tuned: Measurement,
+    evaluators: Sequence[str],
+    weights: Mapping[str, float],
+    config: EvaluationConfig,
+) -> Comparison:
+    """Differences tuned - base, picture by picture, with intervals over prompts."""
+    z_gain = (tuned.z - base.z).mean(axis=(0, 1))
+    rows = tuple(
+        _gain(name, base.raw[..., k], tuned.raw[..., k], float(z_gain[k]), config)
+        for k, name in enumerate(evaluators)
+    )
+    before, after = (composite(m.z, evaluators, weights) for m in (base, tuned))
+    total = _gain(COMPOSITE, before, after, float((after - before).mean()), config)
+    return Comparison(rows, total, len(base.prompts), base.raw.shape[1], config.confidence)
+
+
+def _gain(name: str, before: Floats, after: Floats, deviations: float, config: EvaluationConfig) -> Gain:
+    by_prompt = (after - before).mean(axis=1)
+    low, high, error = prompt_interval(by_prompt, config)
+    return Gain(
+        name=name,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        difference=float(by_prompt.mean()),
+        low=low,
+        high=high,
+        standard_error=error,
+        deviations=deviations,
+    )
+
+
+def prompt_interval(by_prompt: Floats, config: EvaluationConfig) -> tuple[float, float, float]:
+    """Bootstrap interval and standard error of the mean of one value a prompt, (P,)."""
+    if len(by_prompt) < 2 or np.ptp(by_prompt) == 0:
+        mean = float(by_prompt.mean())
+        return (mean, mean, 0.0) if len(by_prompt) > 1 else (-np.inf, np.inf, np.inf)
+    result = bootstrap(
+        (by_prompt,),
+        np.mean,
+        confidence_level=config.confidence,
+        n_resamples=config.resamples,
+        method="percentile",
+        rng=np.random.default_rng(config.seed),
+    )
+    interval = result.confidence_interval
+    return float(interval.low), float(interval.high), float(by_prompt.std(ddof=1) / len(by_prompt) ** 0.5)
+
+
+def standard_errors(gain: Gain) -> float:
+    """The difference in its own standard errors; 0 where nothing changed."""
+    return gain.difference / gain.standard_error if gain.standard_error > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison as a person reads it."""
+    shown = Table(
+        title=f"{comparison.prompts} held-out prompts × {comparison.images_per_prompt} pictures, same random streams"
+    )
+    for column in (
+        "",
+        "before",
+        "after",
+        "difference",
+        f"{comparison.confidence:.0%} interval",
+        "deviations",
+        "",
+    ):
+        shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    for gain in (*comparison.evaluators, comparison.composite):
+        if gain is comparison.composite:
+            shown.add_section()
+        shown.add_row(
+            gain.name,
+            f"{gain.before:.4f}",
+            f"{gain.after:.4f}",
+            f"{gain.difference:+.4f}",
+            f"{gain.low:+.4f} … {gain.high:+.4f}",
+            f"{gain.deviations:+.2f}",
+            gain.verdict,
+        )
+    return shown
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """What the table says, in words: the composite first, then every evaluator that falls significantly."""
+    total = comparison.composite
+    verdict = {
+        "rises": "rises significantly",
+        "falls": "falls significantly",
+        "unclear": "does not change clearly",
+    }
+    errors = standard_errors(total)
+    said = [
+        f"The composite {verdict[total.verdict]}: {total.difference:+.3f} deviations, {errors:+.1f} standard errors."
+    ]
+    rising = [gain.name for gain in comparison.evaluators if gain.verdict == "rises"]
+    said.append(f"Rising significantly: {', '.join(rising) or 'none of the evaluators'}.")
+    said += [_warning(gain) for gain in comparison.evaluators if gain.verdict == "falls"]
+    return said
+
+
+def _warning(gain: Gain) -> str:
+    return (
+        f"Warning: {gain.name} falls significantly, by {-gain.difference:.4f} ({-gain.deviations:.2f} deviations): "
+        "the gain elsewhere is partly paid for with it."
+    )

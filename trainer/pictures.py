@@ -1,0 +1,66 @@
+"""Picture grids: the same prompts and random streams, before and after."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from trainer.scoring import Pictures
+
+MIN_TILE_PX = 96  # small pictures are enlarged by a whole factor to about this
+GAP_PX = 4
+CAPTION_PX = 14
+BETWEEN_PX = 24
+
+
+def grid(prompts: Sequence[str], pictures: Pictures, columns: int) -> Image.Image:
+    """Pictures (P, G, H, W, 3): a captioned row for each prompt, with its first `columns` pictures."""
+    return _stack([_row(prompt, [row[:columns]]) for prompt, row in zip(prompts, pictures, strict=True)])
+
+
+def before_and_after(prompts: Sequence[str], before: Pictures, after: Pictures, columns: int) -> Image.Image:
+    """Both (P, G, H, W, 3): in each captioned row `columns` pictures of the base, then the same ones tuned."""
+    rows = [
+        _row(prompt, [old[:columns], new[:columns]])
+        for prompt, old, new in zip(prompts, before, after, strict=True)
+    ]
+    width = (rows[0].width - BETWEEN_PX) // 2
+    heading = Image.new("RGB", (rows[0].width, CAPTION_PX + GAP_PX), "white")
+    draw = ImageDraw.Draw(heading)
+    draw.text((GAP_PX, GAP_PX), "before", fill="black")
+    draw.text((width + BETWEEN_PX, GAP_PX), "after", fill="black")
+    return _stack([heading, *rows])
+
+
+def enlarged(picture: Pictures) -> Image.Image:
+    """One picture (H, W, 3); small ones are enlarged by a whole factor, so that no pixel is invented."""
+    factor = max(1, MIN_TILE_PX // picture.shape[1])
+    return Image.fromarray(picture.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def _row(prompt: str, blocks: Sequence[Pictures]) -> Image.Image:
+    tiles = [[enlarged(picture) for picture in block] for block in blocks]
+    side = tiles[0][0].width + GAP_PX
+    width = sum(len(block) for block in tiles) * side + GAP_PX + (len(blocks) - 1) * BETWEEN_PX
+    row = Image.new("RGB", (width, CAPTION_PX + GAP_PX + tiles[0][0].height + GAP_PX), "white")
+    ImageDraw.Draw(row).text((GAP_PX, GAP_PX // 2), _printable(prompt), fill="black")
+    x = GAP_PX
+    for block in tiles:
+        for tile in block:
+            row.paste(tile, (x, CAPTION_PX + GAP_PX))
+            x += side
+        x += BETWEEN_PX
+    return row
+
+
+def _stack(rows: Sequence[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    tops = np.cumsum([0] + [row.height for row in rows[:-1]])
+    for row, top in zip(rows, tops, strict=True):
+        sheet.paste(row, (0, int(top)))
+    return sheet
+
+
+def _printable(prompt: str) -> str:
+    """Pillow's built-in font may know Latin-1 only; other letters become question marks."""
+    return prompt.encode("latin-1", "replace").decode("latin-1")

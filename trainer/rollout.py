@@ -1,0 +1,190 @@
+"""Collect one iteration: micro-batches are drawn and scored, overlapped. Failures never become rewards."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.config import RolloutConfig
+from trainer.drawing import Drawing, Studio
+from trainer.errors import RolloutError
+from trainer.karlo import Condition, join_conditions
+from trainer.policy import Trajectory, join_trajectories
+from trainer.scoring import Pictures, Scorer, Scores, ScoringError
+from trainer.streams import PictureKey
+
+BACKOFF_S = 0.5  # before the second attempt; doubles with each further one
+GRACE_GROUPS = 40  # one lost group among fewer is bad luck, not a rate
+
+
+class Rollout(NamedTuple):
+    """The pictures of one iteration that were scored, N of them, whole groups only."""
+
+    keys: tuple[PictureKey, ...]
+    group: NDArray[np.int64]  # (N,) which prompt of the iteration
+    pictures: Pictures  # (N, H, W, 3)
+    scores: Scores  # (N, K) each
+    trajectory: Trajectory
+    condition: Condition
+    dropped_groups: int
+    draw_s: float  # seconds spent drawing
+    wait_s: float  # seconds in which nothing was left to do but wait for scores
+
+
+class DropCount:
+    """Groups asked for and lost over a run; stops the run where the loss becomes a habit."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.asked = 0
+        self.dropped = 0
+
+    def add(self, asked: int, dropped: int, cause: ScoringError | None) -> None:
+        """Count one iteration. Raises RolloutError above the limit, or where every group was lost."""
+        self.asked += asked
+        self.dropped += dropped
+        if not dropped:
+            return
+        enough = self.asked >= GRACE_GROUPS
+        if dropped == asked or (enough and self.dropped > self.limit * self.asked):
+            raise RolloutError(
+                f"{self.dropped} of {self.asked} groups got no scores (limit {self.limit:.0%}): "
+                f"{cause}; mend the scoring service and start again"
+            )
+
+
+def group_keys(
+    prompts: Sequence[str], images_per_prompt: int, *, seed: int, fold: int, iteration: int
+) -> tuple[PictureKey, ...]:
+    """Keys of one iteration, the images of a prompt side by side."""
+    return tuple(
+        PictureKey(seed, fold, iteration, prompt, image)
+        for prompt in prompts
+        for image in range(images_per_prompt)
+    )
+
+
+def collect(
+    studio: Studio,
+    scorer: Scorer,
+    keys: Sequence[PictureKey],
+    config: RolloutConfig,
+    micro_batch: int,
+    drops: DropCount,
+    on_drawn: Callable[[int], object] = int,
+) -> Rollout:
+    """Draw and score the pictures of `keys`, `images_per_prompt` a group; `on_drawn` hears how many."""
+    clock = _Clock()
+    drawings: list[Drawing] = []
+    outcomes: list[Scores | ScoringError] = []
+    in_flight: deque[Future[Scores | ScoringError]] = deque()
+    with ThreadPoolExecutor(config.in_flight, thread_name_prefix="score") as pool:
+        for start in range(0, len(keys), micro_batch):
+            batch = keys[start : start + micro_batch]
+            with clock.drawing():
+                drawing = studio.draw(batch, config.share_prior, config.share_super_res)
+            drawings.append(drawing)
+            on_drawn(len(batch))
+            if len(in_flight) == config.in_flight:
+                with clock.waiting():
+                    outcomes.append(in_flight.popleft().result())
+            in_flight.append(pool.submit(_score, scorer, batch, drawing.pictures, config.score_attempts))
+        with clock.waiting():
+            outcomes.extend(future.result() for future in in_flight)
+    rows, cause = _whole_groups(outcomes, len(keys), config.images_per_prompt, micro_batch)
+    groups = len(keys) // config.images_per_prompt
+    dropped = groups - len(rows) // config.images_per_prompt
+    drops.add(groups, dropped, cause)
+    return _gather(keys, drawings, outcomes, rows, config.images_per_prompt, dropped, clock)
+
+
+def _score(
+    scorer: Scorer, keys: Sequence[PictureKey], pictures: Pictures, attempts: int
+) -> Scores | ScoringError:
+    """Scores of a micro-batch, asked for up to `attempts` times; the last error where none came."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return scorer.score([key.prompt for key in keys], pictures)
+        except ScoringError as error:
+            if attempt == attempts or not error.retryable:
+                return error
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+    raise AssertionError("unreachable: attempts is at least 1")
+
+
+def _whole_groups(
+    outcomes: Sequence[Scores | ScoringError], pictures: int, group_size: int, micro_batch: int
+) -> tuple[list[int], ScoringError | None]:
+    """Rows of the groups in which every picture was scored, and why others were not."""
+    cause = next((outcome for outcome in outcomes if isinstance(outcome, ScoringError)), None)
+    lost = {
+        row // group_size for row in range(pictures) if isinstance(outcomes[row // micro_batch], ScoringError)
+    }
+    return [row for row in range(pictures) if row // group_size not in lost], cause
+
+
+def _gather(
+    keys: Sequence[PictureKey],
+    drawings: Sequence[Drawing],
+    outcomes: Sequence[Scores | ScoringError],
+    rows: Sequence[int],
+    group_size: int,
+    dropped: int,
+    clock: "_Clock",
+) -> Rollout:
+    scored = _with_placeholders(drawings, outcomes)
+    index = torch.tensor(rows)
+    return Rollout(
+        keys=tuple(keys[row] for row in rows),
+        group=np.array([row // group_size for row in rows], dtype=np.int64),
+        pictures=np.concatenate([drawing.pictures for drawing in drawings])[rows],
+        scores=Scores(*(np.concatenate(field)[rows] for field in zip(*scored, strict=True))),
+        trajectory=join_trajectories([drawing.trajectory for drawing in drawings]).select(index),
+        condition=join_conditions([drawing.condition for drawing in drawings]).select(index),
+        dropped_groups=dropped,
+        draw_s=clock.draw_s,
+        wait_s=clock.wait_s,
+    )
+
+
+def _with_placeholders(
+    drawings: Sequence[Drawing], outcomes: Sequence[Scores | ScoringError]
+) -> list[Scores]:
+    """NaN rows keep the places of unscored pictures until they are dropped; one that stayed would be loud."""
+    width = next(outcome.z.shape[1] for outcome in outcomes if isinstance(outcome, Scores))
+    blanks = [np.full((len(drawing.pictures), width), np.nan) for drawing in drawings]
+    return [
+        outcome if isinstance(outcome, Scores) else Scores(blank, blank)
+        for outcome, blank in zip(outcomes, blanks, strict=True)
+    ]
+
+
+class _Clock:
+    """Seconds spent drawing and waiting."""
+
+    def __init__(self) -> None:
+        self.draw_s = 0.0
+        self.wait_s = 0.0
+
+    def drawing(self) -> "_Lap":
+        return _Lap(self, "draw_s")
+
+    def waiting(self) -> "_Lap":
+        return _Lap(self, "wait_s")
+
+
+class _Lap:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self._clock, self._name = clock, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.perf_counter() - self._start
+        setattr(self._clock, self._name, getattr(self._clock, self._name) + elapsed)

@@ -1,0 +1,101 @@
+"""One run from start to end: measure the base, train, measure again, leave everything in the run folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from trainer.config import ConfigError, TrainerConfig
+from trainer.drawing import Studio
+from trainer.evaluation import Comparison, Measurement, compare, measure, sentences, table
+from trainer.karlo import load_karlo
+from trainer.pictures import before_and_after, grid
+from trainer.policy import DecoderPolicy
+from trainer.scoring import Scorer
+from trainer.storage import RunFolder, model_card
+from trainer.streams import PictureKey, stream_seed
+from trainer.training import train_fold
+
+
+def train_run(
+    config: TrainerConfig,
+    prompts: tuple[Sequence[str], Sequence[str]],
+    scorer: Scorer,
+    run: RunFolder,
+    console: Console,
+) -> Comparison:
+    """Train on the first prompts, evaluate on the second, save LoRA, grids, metrics and the comparison."""
+    train, validation = prompts
+    check_evaluators(config, scorer)
+    studio = open_studio(config)
+    studio.policy.add_lora(config.lora, seed=stream_seed(config.seed, "lora"))
+    run.write_json("scorer.json", dict(scorer.identity))
+    with studio.policy.base():
+        before = measure(studio, scorer, validation, config.evaluation, "base")
+    learner = train_fold(studio, scorer, train, config, log=run.log)
+    with learner.average.applied():
+        after = measure(studio, scorer, validation, config.evaluation, "tuned")
+        comparison = compare(before, after, scorer.evaluators, config.objective.weights, config.evaluation)
+        said = sentences(comparison)
+        run.save_lora(studio.policy.save_lora, model_card(config, scorer.identity, said))
+    run.write_json("evaluation.json", comparison.to_dict())
+    _save_grids(run, before, after, config)
+    console.print(table(comparison))
+    for line in said:
+        console.print(line)
+    console.print(f"Pictures: {run.path / 'before_after.png'}", soft_wrap=True)
+    console.print(f"LoRA:     {run.lora}", soft_wrap=True)
+    return comparison
+
+
+def check_evaluators(config: TrainerConfig, scorer: Scorer) -> None:
+    """Raises ConfigError where a weight names an evaluator that the service does not have."""
+    unknown = sorted(set(config.objective.weights) - set(scorer.evaluators))
+    if unknown:
+        raise ConfigError(
+            f"trainer.objective.weights: the service has no evaluator {', '.join(unknown)}; "
+            f"it has {', '.join(scorer.evaluators)}"
+        )
+
+
+def open_studio(config: TrainerConfig) -> Studio:
+    """Load Karlo on the configured device; the policy has no adapter yet. Raises ConfigError."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.device: {config.device}, but torch finds no GPU here; set trainer.device=cpu"
+        )
+    karlo = load_karlo(config.karlo, config.device)
+    policy = DecoderPolicy(
+        karlo.decoder,
+        karlo.decoder_scheduler,
+        steps=config.sampling.decoder_steps,
+        guidance=config.sampling.decoder_guidance,
+    )
+    return Studio(karlo, policy, config.sampling)
+
+
+def generate_run(
+    config: TrainerConfig, lora: Path | None, prompts: Sequence[str], count: int, out: Path
+) -> Path:
+    """Draw `count` pictures of each prompt, with the LoRA if there is one, and save them as one PNG grid."""
+    studio = open_studio(config)
+    if lora is not None:
+        studio.policy.load_lora(lora)
+    keys = [PictureKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
+    size = config.sampling.micro_batch
+    batches = [studio.draw(keys[start : start + size]).pictures for start in range(0, len(keys), size)]
+    drawn = np.concatenate(batches)
+    sheet = grid(prompts, drawn.reshape(len(prompts), count, *drawn.shape[1:]), columns=count)
+    return RunFolder(out.parent).save_picture(out.name, sheet)
+
+
+def _save_grids(run: RunFolder, before: Measurement, after: Measurement, config: TrainerConfig) -> None:
+    rows, columns = config.evaluation.grid_prompts, config.evaluation.grid_images
+    prompts, old, new = before.prompts[:rows], before.pictures[:rows], after.pictures[:rows]
+    run.save_picture("before.png", grid(prompts, old, columns))
+    run.save_picture("after.png", grid(prompts, new, columns))
+    run.save_picture("before_after.png", before_and_after(prompts, old, new, columns))
