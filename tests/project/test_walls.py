@@ -1,0 +1,41 @@
+"""The walls between the packages are seen by `make check`: an import across one of them is reported."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CROSSINGS = [
+    ("reward_service/engine.py", "import trainer.config", "The judge never imports the learner"),
+    ("trainer/karlo.py", "import reward_service.images", "The learner sees of the judge only"),
+    ("reward_service/images.py", "import torch", "What other programs import of the judge"),
+    ("reward_service/scheduler.py", "import fastapi", "The scheduler knows neither torch nor the web"),
+    ("trainer/objective.py", "import diffusers", "The learner's mathematics"),
+    ("trainer/config.py", "import trainer.karlo", "Inside the learner, imports point downwards"),
+]
+
+
+def broken_contracts(folder: Path) -> list[str]:
+    """The names of the contracts that import-linter reports as broken."""
+    lint = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"],
+        cwd=folder, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert "Contracts:" in lint.stdout, lint.stdout + lint.stderr
+    return [line for line in lint.stdout.splitlines() if " BROKEN" in line]
+
+
+@pytest.mark.parametrize(("file", "line", "contract"), CROSSINGS)
+def test_a_crossed_wall_is_reported(tmp_path, file, line, contract):
+    """Nobody can cross a wall without `make check` naming it."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for package in ("reward_service", "trainer", "miniature"):
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("models", "__pycache__")
+        )
+    with (tmp_path / file).open("a") as module:
+        module.write(f"\n{line}\n")
+    assert any(name.startswith(contract) for name in broken_contracts(tmp_path))
