@@ -169,7 +169,7 @@ class TrainerConfig(Settings):
         span = self.update.train_steps
         if span is not None and not 0 <= span[0] <= span[1] <= self.sampling.decoder_steps - 2:
             raise ValueError(
-                f"update.train_steps: {list(span)} is not a range within 0..{self.sampling.decoder_steps - 2} "
+                f"update.train_steps: {list(span)} is no range within 0..{self.sampling.decoder_steps - 2} "
                 "(the last denoising step is deterministic)"
             )
         return self

@@ -12,7 +12,7 @@
 
 Sources: DDPM (Ho et al. 2020) eq. 6-7 and 15; Improved DDPM (Nichol & Dhariwal 2021) eq. 15 for the variance.
 Timesteps are strided as in Karlo, tau = round(linspace(0, 999, N)) reversed, so beta spans a whole stride.
-All arithmetic is float32 in the scheduler's own order of operations: results agree with it bit for bit on CPU.
+All arithmetic is float32 in the scheduler's own order of operations, so that results agree with it.
 """
 
 from typing import NamedTuple
@@ -78,7 +78,7 @@ def guide(eps_unconditional: Tensor, eps_conditional: Tensor, scale: float) -> T
 
 
 def transition(schedule: Schedule, step: Tensor, x_t: Tensor, eps: Tensor, v: Tensor) -> Transition:
-    """Gaussian of x_p given x_t at denoising steps `step` (int64, (N,)); eps is predicted, x0 clipped to +-1."""
+    """Gaussian of x_p given x_t at denoising steps `step` (int64, (N,)); x0 is clipped to +-1."""
 
     def at(table: Tensor) -> Tensor:
         return table[step].reshape(-1, 1, 1, 1)
@@ -100,7 +100,7 @@ def transition(schedule: Schedule, step: Tensor, x_t: Tensor, eps: Tensor, v: Te
 
 
 def mean_log_prob(x_p: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x_p; mean, sigma^2) averaged over the D = C H W dimensions, nats per dimension, (N,); sigma > 0."""
+    """log N(x_p; mean, sigma^2) averaged over the D = C H W dimensions, in nats per dimension, (N,)."""
     z = (x_p - mean) / sigma
     return (-0.5 * z.square() - sigma.log() - 0.5 * LOG_2PI).mean(dim=(1, 2, 3))
 
@@ -118,8 +118,8 @@ def transition_kl(mean: Tensor, mean_old: Tensor, sigma: Tensor) -> Tensor:
 def trainable_steps(steps: int) -> tuple[int, int]:
     """First and last denoising step (inclusive) worth training in a chain of `steps` >= 4.
 
-    Step 0 is clamped almost everywhere and explosive where it is not; the last is deterministic; shortly before
-    it sigma spans an order of magnitude. For 25 steps this gives 1-20, and the same share of shorter chains.
+    Step 0 is clamped almost everywhere and explosive where it is not; the last is deterministic; shortly
+    before it sigma spans an order of magnitude. 25 steps give 1-20, shorter chains the same share.
     """
     if steps < 4:
         raise ValueError(f"a chain of {steps} denoising steps has none to train: use at least 4")

@@ -172,7 +172,7 @@ def standard_errors(gain: Gain) -> float:
 def table(comparison: Comparison) -> Table:
     """The comparison as a person reads it."""
     shown = Table(
-        title=f"{comparison.prompts} held-out prompts × {comparison.images_per_prompt} pictures, same random streams"
+        title=f"{comparison.prompts} held-out prompts × {comparison.images_per_prompt} pictures, same streams"
     )
     for column in (
         "",
@@ -208,9 +208,8 @@ def sentences(comparison: Comparison) -> list[str]:
         "unclear": "does not change clearly",
     }
     errors = standard_errors(total)
-    said = [
-        f"The composite {verdict[total.verdict]}: {total.difference:+.3f} deviations, {errors:+.1f} standard errors."
-    ]
+    change = f"{total.difference:+.3f} deviations, {errors:+.1f} standard errors"
+    said = [f"The composite {verdict[total.verdict]}: {change}."]
     rising = [gain.name for gain in comparison.evaluators if gain.verdict == "rises"]
     said.append(f"Rising significantly: {', '.join(rising) or 'none of the evaluators'}.")
     said += [_warning(gain) for gain in comparison.evaluators if gain.verdict == "falls"]
@@ -219,6 +218,6 @@ def sentences(comparison: Comparison) -> list[str]:
 
 def _warning(gain: Gain) -> str:
     return (
-        f"Warning: {gain.name} falls significantly, by {-gain.difference:.4f} ({-gain.deviations:.2f} deviations): "
-        "the gain elsewhere is partly paid for with it."
+        f"Warning: {gain.name} falls significantly, by {-gain.difference:.4f} "
+        f"({-gain.deviations:.2f} deviations): the gain elsewhere is partly paid for with it."
     )

@@ -154,7 +154,7 @@ def encode_text(karlo: Karlo, prompts: Sequence[str]) -> Text:
 def sample_prior(
     karlo: Karlo, text: Text, unconditional: Text, generators: Generators, steps: int, guidance: float
 ) -> Tensor:
-    """CLIP image embeddings (N, E) for N texts, one generator each; `unconditional`: the empty prompt's row."""
+    """CLIP image embeddings (N, E) for N texts, one generator each; `unconditional`: the empty prompt."""
     rows, guided = len(text.embeds), guidance > 1
     if guided:
         text = Text(*(torch.cat([u.expand_as(c), c]) for u, c in zip(unconditional, text, strict=True)))
@@ -184,7 +184,7 @@ def sample_prior(
 def decoder_condition(
     karlo: Karlo, text: Text, unconditional: Text, embeddings: Tensor, guided: bool
 ) -> Condition:
-    """Project text and image embeddings (N, E) into the decoder's inputs, with the empty branch if `guided`."""
+    """Project text and image embeddings (N, E) into the decoder's inputs; with the empty branch if guided."""
     rows = len(embeddings)
     if guided:
         text = Text(*(torch.cat([u.expand_as(c), c]) for u, c in zip(unconditional, text, strict=True)))
@@ -223,7 +223,7 @@ def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, st
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded as `UnCLIPPipeline` rounds."""
+    """Pictures (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded as the pipeline rounds."""
     unit = (images.float() * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 

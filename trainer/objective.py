@@ -10,7 +10,7 @@
 
 Sources: GRPO (arXiv 2402.03300) for group-relative advantages; GDPO (arXiv 2601.05242) for normalising each
 reward before they are added; PPO (arXiv 1707.06347) eq. 7 for ratio clipping. Departures: the deviation that
-rewards are divided by is pooled over groups and averaged over iterations (one group of 8 knows its own poorly),
+rewards are divided by is pooled over groups and averaged over iterations (a group of 8 knows its own poorly),
 and the trust region is by default a mask on the exact Gaussian KL rather than a clip of the ratio.
 """
 
@@ -97,8 +97,8 @@ def policy_loss(
 ) -> Loss:
     """Importance-weighted policy gradient over M transitions; each argument is (M,).
 
-    `kl` region: the surrogate rho A, silenced for a transition whose KL exceeds `max_nats` if the gradient would
-    push it further out. `clip` region: PPO's min(rho A, clip(rho) A), rho clipped to exp(+-max_nats).
+    `kl` region: the surrogate rho A, silenced for a transition whose KL exceeds `max_nats` where the gradient
+    would push it further out. `clip` region: PPO's min(rho A, clip(rho) A), rho clipped to exp(+-max_nats).
     """
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     outward = (log_ratio.detach() * advantages) > 0

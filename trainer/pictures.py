@@ -19,7 +19,7 @@ def grid(prompts: Sequence[str], pictures: Pictures, columns: int) -> Image.Imag
 
 
 def before_and_after(prompts: Sequence[str], before: Pictures, after: Pictures, columns: int) -> Image.Image:
-    """Both (P, G, H, W, 3): in each captioned row `columns` pictures of the base, then the same ones tuned."""
+    """Both (P, G, H, W, 3): in each captioned row `columns` pictures before, then the same ones after."""
     rows = [
         _row(prompt, [old[:columns], new[:columns]])
         for prompt, old, new in zip(prompts, before, after, strict=True)

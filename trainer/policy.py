@@ -40,8 +40,8 @@ def join_trajectories(trajectories: list[Trajectory]) -> Trajectory:
 class DecoderPolicy:
     """Karlo's decoder as a stochastic policy over denoising steps.
 
-    The variance head is frozen: sigma comes from the policy that sampled and is used in both terms of a ratio, so
-    that shrinking the noise cannot win.
+    The variance head is frozen: sigma comes from the policy that sampled and is used in both terms of a
+    ratio, so that shrinking the noise cannot win.
     """
 
     def __init__(self, decoder: Any, scheduler: Any, *, steps: int, guidance: float) -> None:

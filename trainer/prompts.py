@@ -31,7 +31,7 @@ def clean(prompts: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_splits(config: PromptsConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Train and validation prompts. Raises ConfigError where one is on both sides: that gain would be a leak."""
+    """Train and validation prompts. Raises ConfigError where one is on both sides: a leak."""
     train = read_prompts(config.train, config.train_limit)
     validation = read_prompts(config.validation, config.validation_limit)
     shared = sorted(set(map(str.casefold, train)) & set(map(str.casefold, validation)))
