@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,29 +10,9 @@ from torch import Tensor
 from reward_service.checkpoints import ModelError
 from reward_service.config import ServiceConfig
 from reward_service.evaluators import Evaluator, load_evaluator
-from reward_service.images import Pixels
+from reward_service.pairs import Pair, PairScores, ScoringError
 from reward_service.preprocess import Preprocessing
 from reward_service.towers import TextEmbeddings, Tower, load_tower
-
-
-class ScoringError(Exception):
-    """Scores that are not numbers, or a batch that cannot be scored."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and one picture, uint8 RGB (H, W, 3)."""
-
-    prompt: str
-    picture: Pixels
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them."""
-
-    raw: dict[str, float]
-    truncated_prompt: bool
 
 
 class RewardEngine:

@@ -62,7 +62,7 @@ class Tower:
         cache_entries: int,
     ) -> None:
         # Read before the trunk is rounded: bf16 would move a scale of 100 by up to 0.4.
-        self.logit_scale = float(model.logit_scale.exp())
+        self.logit_scale = float(model.logit_scale.detach().exp())
         self.identity = identity
         self.size_px = int(model.visual.image_size[0])
         self.embedding_size = int(model.visual.output_dim)
@@ -190,9 +190,12 @@ def _build(model_config: dict[str, Any], name: str) -> open_clip.CLIP:
     try:
         # On the meta device: nothing is allocated or drawn, the weights come from the file.
         with torch.device("meta"):
-            return open_clip.CLIP(**model_config)
+            model = open_clip.CLIP(**model_config)
     except (TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"{name}: open_clip cannot build this architecture ({error})") from None
+    # The one buffer that no checkpoint fills; the tower has a causal mask of its own.
+    model.attn_mask = None
+    return model
 
 
 def _without_mask(state: StateDict) -> StateDict:

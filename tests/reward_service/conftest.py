@@ -1,0 +1,50 @@
+"""Fixtures of the judge's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from reward_service.config import ServiceConfig, load_config
+from reward_service.engine import RewardEngine, build_engine
+from reward_service.images import Pixels
+from tests.reward_service.checkpoints import Checkpoints, write_checkpoints
+
+SIZES = ((32, 32), (33, 47), (80, 35), (7, 90), (128, 64), (31, 31), (100, 39))
+PROMPTS = (
+    "a red square",
+    "the “curly” quotes &amp; an entity",
+    "ünïcode ﬁsh and 12 circles",
+    "x",
+    "and " * 60,
+    "A   RED\n square",
+    "don't <b>stop</b>",
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def config(checkpoints: Checkpoints) -> ServiceConfig:
+    return load_config(checkpoints.config)
+
+
+@pytest.fixture(scope="session")
+def engine(config: ServiceConfig) -> RewardEngine:
+    return build_engine(config)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Pixels]:
+    """Noise with structure, of odd sizes."""
+    rng = np.random.default_rng(3)
+    made = []
+    for height, width in SIZES:
+        coarse = rng.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3))
+        fine = rng.integers(-40, 40, (height, width, 3))
+        blocks = coarse.repeat(5, axis=0).repeat(5, axis=1)[:height, :width]
+        made.append((blocks + fine).clip(0, 255).astype(np.uint8))
+    return made
