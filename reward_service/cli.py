@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from reward_service.config import load_config
@@ -18,7 +17,6 @@ from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
 
 app = typer.Typer(
     help="Judge pictures by their prompts with four evaluators.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -27,6 +25,10 @@ app = typer.Typer(
 ConfigOption = Annotated[Path, typer.Option("--config", help="Configuration file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override: section.key=value; repeatable.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value ...")]
+
+
+# typer brings a click of its own from some version on; this is the root of either's usage errors.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class UserError(Exception):
@@ -84,20 +86,22 @@ def _leave(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _sentence(error: Any) -> str:
+    message = one_line(error.format_message()).rstrip(".")
+    return f"{message[:1].lower()}{message[1:]}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``reward-service``."""
     try:
         command: Any = typer.main.get_command(app)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        _note(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        _leave(f"{error.format_message()} See reward-service --help.")
+    except USAGE_ERROR as error:
+        _leave(f"{_sentence(error)}; see reward-service --help")
     except (ConfigError, UserError) as error:
         _leave(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -51,10 +51,11 @@ def print_scores(response: ScoreResponse, paths: Sequence[Path], *, as_json: boo
     if as_json:
         print(msgspec.json.encode(response).decode())
         return
-    table = Table("picture", *response.evaluators, "reward")
+    table = Table("picture", "evaluator", "raw", "z", "unit")
     for path, result in zip(paths, response.results, strict=True):
-        cells = [f"{score.raw:.4f}  z {score.z:+.2f}  {score.unit:.3f}" for score in result.scores.values()]
-        table.add_row(path.name, *cells, f"{result.reward:.3f}")
+        for name, score in result.scores.items():
+            table.add_row(path.name, name, f"{score.raw:.4f}", f"{score.z:+.2f}", f"{score.unit:.3f}")
+        table.add_row(path.name, "reward", "", "", f"{result.reward:.3f}", end_section=True)
     Console().print(table)
     if any(result.truncated_prompt for result in response.results):
         Console(stderr=True).print("the prompt was longer than an evaluator reads; its end was cut off")

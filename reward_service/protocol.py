@@ -158,7 +158,10 @@ class MalformedBodyError(Exception):
 
 
 _ITEM_PATH = re.compile(r"\$\.items\[(\d+)\]")
-_QUOTED_INPUT = re.compile(r"(?:field|value) (?P<quote>[`'])(?P<input>.*)(?P=quote)", re.DOTALL)
+# The two messages of msgspec that quote the sender; the path that may follow is the schema's own.
+_QUOTED_INPUT = re.compile(
+    r"(?:unknown field|enum value) (?P<quote>[`'])(?P<input>.*)(?P=quote)(?= - at `[^`]*`$|$)", re.DOTALL
+)
 
 
 def decode_request(body: bytes, content_type: str) -> ScoreRequest:

@@ -158,7 +158,9 @@ def _write_open_clip(folder: Path) -> None:
     model = open_clip.CLIP(**model_config)
     _roughen(model)
     torch.save({"state_dict": model.state_dict()}, folder / "HPS.pt")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_config, "preprocess_cfg": {}})
+    )
     with gzip.open(folder / "bpe.txt.gz", "wb") as file:
         # No line end after the last merge: it would become one more entry and shift the special tokens.
         file.write("\n".join(["#version: 0.2", *MERGES]).encode())

@@ -35,8 +35,8 @@ def transformers_embeddings(
 ) -> tuple[CLIPModel, Tensor, Tensor]:
     """Unit embeddings by transformers' model, tokenizer and image processor, one pair at a time.
 
-    The processor's Pillow backend is the one that the checkpoints were published with; transformers 5 defaults
-    to torchvision's, whose resize of uint8 tensors is off by up to 13 grey levels.
+    The checkpoints were published with the processor's Pillow backend; transformers 5 defaults to
+    torchvision's, whose resize of uint8 tensors differs from it by up to 13 grey levels.
     """
     model = CLIPModel.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
