@@ -1,0 +1,226 @@
+"""How good the committed miniature is, measured on held-out scenes through the product's own code.
+
+The judges are loaded by the service's engine and the generator by the trainer's studio: what is measured
+here is what a user gets.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from miniature import judges, world
+from miniature.probe import QUALITY, Reading, load_probe
+from miniature.world import Part, Scenes
+from reward_service.config import ServiceConfig
+from reward_service.engine import RewardEngine, build_engine
+from reward_service.pairs import Pair
+from trainer.config import TrainerConfig
+from trainer.drawing import Studio
+from trainer.prompts import read_prompts
+from trainer.runs import open_studio
+from trainer.streams import PictureKey
+
+Scores = NDArray[np.float64]
+
+RETRIEVAL_SCENES = 256
+PREFERENCE_PAIRS = 2000
+AESTHETIC_SCENES = 1000
+IMAGES_PER_PROMPT = 4
+CALIBRATION_IMAGES_PER_PROMPT = 8
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Share of held-out captions whose own picture is the best, or among the best five, of 256."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What `evaluate` prints. `correlation`: of the four scores over generated pictures, by pair."""
+
+    retrieval: dict[str, Retrieval]
+    preference: dict[str, float]
+    aesthetic: float
+    correlation: dict[tuple[str, str], float]
+    probe: dict[str, float]
+    generated: dict[str, float]
+
+
+def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, seed: int = 0) -> Quality:
+    """Measure judges, generator and probe on scenes and prompts that no model has seen."""
+    rng = torch.Generator().manual_seed(90_000 + seed)
+    engine = build_engine(service)
+    studio = open_studio(trainer)
+    prompts = read_prompts(trainer.prompts.validation)
+    pictures, asked = generate(studio, prompts, IMAGES_PER_PROMPT)
+    raw = score(engine, asked, pictures, "scoring generated pictures")
+    return Quality(
+        retrieval=retrieval(engine, rng),
+        preference={kind: preference_accuracy(engine, kind, rng) for kind in ("pickscore", "hpsv2")},
+        aesthetic=aesthetic_correlation(engine, rng),
+        correlation=correlations(raw),
+        probe=probe_accuracy(probe_file, rng),
+        generated=fidelity(probe_file, asked, pictures),
+    )
+
+
+# Judges -------------------------------------------------------------------------------------------
+
+
+def as_uint8(pixels: Tensor) -> NDArray[np.uint8]:
+    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, as a caller of the service would send them."""
+    pictures: NDArray[np.uint8] = (
+        (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    )
+    return pictures
+
+
+def score(
+    engine: RewardEngine, prompts: list[str], pictures: NDArray[np.uint8], what: str
+) -> dict[str, Scores]:
+    """Raw scores (N,) of N pairs by every evaluator."""
+    pairs = [Pair(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+    rows = []
+    for start in tqdm(range(0, len(pairs), 256), desc=what):
+        rows += [result.raw for result in engine.score(pairs[start : start + 256])]
+    return {name: np.array([row[name] for row in rows]) for name in engine.evaluators}
+
+
+def distinct_held_out(n: int, rng: torch.Generator) -> Scenes:
+    """n held-out scenes, no two of the same content."""
+    scenes = world.sample_scenes(50 * n, Part.HELD_OUT, rng)
+    first: dict[tuple[int, ...], int] = {}
+    for i, content in enumerate(scenes.content.tolist()):
+        first.setdefault(tuple(content), i)
+    return scenes[torch.tensor(list(first.values())[:n])]
+
+
+def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval]:
+    """Full captions against pictures of every quality, for each evaluator that reads the prompt."""
+    scenes = distinct_held_out(RETRIEVAL_SCENES, rng)
+    pictures = list(as_uint8(world.draw(scenes, rng)))
+    captions = world.describe(scenes, rng, drop=0.0).text
+    found = {}
+    for name, evaluator in engine.evaluators.items():
+        if evaluator.reads_prompt:
+            images = evaluator.tower.embed_images(evaluator.preprocessing(pictures))
+            texts = evaluator.tower.embed_texts(captions).vectors
+            own = (texts @ images.T).argsort(1, descending=True) == torch.arange(len(captions))[:, None]
+            found[name] = Retrieval(*(own[:, :k].any(1).float().mean().item() for k in (1, 5)))
+    return found
+
+
+def preference_accuracy(engine: RewardEngine, kind: str, rng: torch.Generator) -> float:
+    """Share of held-out pairs in which the evaluator prefers what its stated utility prefers."""
+    scenes = world.sample_scenes(PREFERENCE_PAIRS, Part.HELD_OUT, rng)
+    other = judges.rival(scenes, rng)
+    captions = world.describe(scenes, rng)
+    sides = [
+        score(engine, captions.text, as_uint8(world.draw(s, rng)), f"preferences of {kind}")[kind]
+        for s in (scenes, other)
+    ]
+    gap = judges.utilities(kind, captions, scenes, scenes) - judges.utilities(kind, captions, scenes, other)
+    return float(((sides[0] > sides[1]) == (gap.numpy() > 0)).mean())
+
+
+def aesthetic_correlation(engine: RewardEngine, rng: torch.Generator) -> float:
+    """Pearson correlation of the aesthetic score with the world's stated aesthetic, held-out scenes."""
+    scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
+    pictures = as_uint8(world.draw(scenes, rng))
+    found = score(engine, [""] * len(scenes), pictures, "aesthetic")["aesthetic"]
+    return float(np.corrcoef(found, world.aesthetic(scenes).numpy())[0, 1])
+
+
+# Generator ----------------------------------------------------------------------------------------
+
+
+def generate(studio: Studio, prompts: tuple[str, ...], each: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """`each` pictures of every prompt by the base policy, (P * each, H, W, 3), and the prompt of each."""
+    keys = [PictureKey(0, 0, -2, prompt, image) for prompt in prompts for image in range(each)]
+    starts = tqdm(range(0, len(keys), 64), desc="generating")
+    drawn = [studio.draw(keys[start : start + 64]).pictures for start in starts]
+    return np.concatenate(drawn), [key.prompt for key in keys]
+
+
+def correlations(raw: dict[str, Scores]) -> dict[tuple[str, str], float]:
+    """Pearson correlation of every two evaluators over the same pictures."""
+    names = list(raw)
+    matrix = np.corrcoef([raw[name] for name in names])
+    return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+
+
+def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[str, float]]:
+    """Mean and pooled within-prompt standard deviation of the base policy's scores on its training prompts.
+
+    Advantages are taken within a prompt, so this is the deviation in which a learner sees its reward.
+    """
+    prompts = read_prompts(trainer.prompts.train)
+    pictures, asked = generate(open_studio(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
+    raw = score(build_engine(service), asked, pictures, "calibrating")
+    groups = {name: scores.reshape(len(prompts), -1) for name, scores in raw.items()}
+    return {
+        name: {
+            "mean": float(scores.mean()),
+            "std": float(np.sqrt(scores.var(axis=1, ddof=1).mean())),
+            "std_total": float(scores.std(ddof=1)),
+        }
+        for name, scores in groups.items()
+    }
+
+
+# The witness --------------------------------------------------------------------------------------
+
+
+def probe_accuracy(probe_file: Path, rng: torch.Generator) -> dict[str, float]:
+    """How well the probe itself reads held-out scenes."""
+    scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
+    reading = load_probe(probe_file).read(world.draw(scenes, rng) * 2 - 1)
+    return reading.faithful(scenes.content)
+
+
+def fidelity(probe_file: Path, prompts: list[str], pictures: NDArray[np.uint8]) -> dict[str, float]:
+    """Share of pictures that show what their prompt states, and their mean quality, read by the probe."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    reading = load_probe(probe_file).read(pixels)
+    return {**_stated_shown(prompts, reading), **_mean_quality(reading)}
+
+
+def _stated_shown(prompts: list[str], reading: Reading) -> dict[str, float]:
+    shown: dict[str, list[bool]] = {}
+    for prompt, seen in zip(prompts, reading.content.tolist(), strict=True):
+        for i, (name, value) in enumerate(stated(prompt).items()):
+            if value is not None:
+                shown.setdefault(name, []).append(seen[i] == value)
+    return {name: float(np.mean(hits)) for name, hits in shown.items()}
+
+
+def _mean_quality(reading: Reading) -> dict[str, float]:
+    return dict(zip(QUALITY, reading.quality.mean(0).tolist(), strict=True))
+
+
+def stated(prompt: str) -> dict[str, int | None]:
+    """What a caption of the world states, by attribute; None for what it leaves out."""
+    words = prompt.replace(",", " ").split()
+
+    def the(options: tuple[str, ...]) -> list[int]:
+        return [options.index(word) for word in words if word in options]
+
+    def first(found: list[int]) -> int | None:
+        return found[0] if found else None
+
+    colours = the(world.COLOURS)
+    return {
+        "shape": first(the(world.SHAPES)),
+        "figure": first(colours),
+        "background": first(colours[1:]),
+        "size": first(the(world.SIZES)),
+        "texture": first(the(world.TEXTURES)),
+    }

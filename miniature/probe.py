@@ -1,0 +1,98 @@
+"""An independent witness: a small CNN that reads a picture's attributes.
+
+It takes no part in scoring or learning. It tells whether a gain in reward is a gain in the pictures.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from miniature import world
+from miniature.fitting import Pool, fit
+from miniature.world import Scenes
+
+CONTENT = {
+    "shape": len(world.SHAPES),
+    "figure": len(world.COLOURS),
+    "background": len(world.COLOURS),
+    "size": len(world.SIZES),
+    "texture": len(world.TEXTURES),
+}
+QUALITY = ("sharp", "vivid", "clean")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the probe sees in N pictures: content indices (N, 5) and quality in [0, 1], (N, 3)."""
+
+    content: Tensor
+    quality: Tensor
+
+    def faithful(self, content: Tensor) -> dict[str, float]:
+        """Share of pictures that show each attribute as asked, content (N, 5)."""
+        return dict(zip(CONTENT, (self.content == content).float().mean(0).tolist(), strict=True))
+
+
+class Probe(nn.Module):
+    """Convolutions to one vector, then a linear reading of every attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 96)
+        blocks: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            blocks += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
+            blocks += [nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.SiLU()]
+        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(widths[-1] * 16, 128), nn.SiLU())
+        self.head = nn.Linear(128, sum(CONTENT.values()) + len(QUALITY))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Logits of each content attribute, then quality (N, 3), for pictures (N, 3, 32, 32) in [-1, 1]."""
+        split = self.head(self.trunk(pixels)).split([*CONTENT.values(), len(QUALITY)], dim=1)
+        return list(split)
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor) -> Reading:
+        """Read pictures (N, 3, 32, 32) in [-1, 1]."""
+        *content, quality = self(pixels)
+        return Reading(torch.stack([c.argmax(1) for c in content], 1), quality.sigmoid())
+
+
+def quality_of(scenes: Scenes) -> Tensor:
+    """(N, 3) sharpness, vividness and cleanness in [0, 1]."""
+    return torch.stack([world.sharpness(scenes), world.vividness(scenes), world.cleanness(scenes)], 1)
+
+
+def train_probe(pools: list[Pool], steps: int, rng: torch.Generator) -> Probe:
+    """Learn to read pictures of the judges' and the generator's parts; held-out scenes stay unseen."""
+    torch.manual_seed(rng.initial_seed())
+    probe = Probe()
+
+    def loss_of_batch() -> Tensor:
+        pool = pools[int(torch.randint(len(pools), (1,), generator=rng))]
+        scenes, pixels = pool.batch(torch.randint(len(pool.scenes), (192,), generator=rng))
+        *content, quality = probe(pixels)
+        loss = F.binary_cross_entropy_with_logits(quality, quality_of(scenes))
+        for logits, truth in zip(content, scenes.content.T, strict=True):
+            loss = loss + F.cross_entropy(logits, truth)
+        return loss
+
+    return fit("probe", probe, loss_of_batch, steps, lr=2e-3)
+
+
+def save_probe(probe: Probe, path: Path) -> None:
+    """Write the weights in half precision."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half() for name, tensor in probe.state_dict().items()}, path)
+
+
+def load_probe(path: Path) -> Probe:
+    """Read what `save_probe` wrote."""
+    probe = Probe()
+    probe.load_state_dict(load_file(path))
+    return probe.eval()
