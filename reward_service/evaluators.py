@@ -68,7 +68,8 @@ class Evaluator:
         :returns: float32 (N,)
         """
         if self.head is not None:
-            return image @ self.head.weight.to(image.device) + self.head.bias
+            # Row by row: a matrix product would add in an order that depends on the number of rows.
+            return (image * self.head.weight.to(image.device)).sum(dim=-1) + self.head.bias
         if text is None:
             raise ValueError(f"evaluator {self.name} needs prompts")
         cosine = (image * text).sum(dim=-1)
