@@ -10,7 +10,8 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
@@ -150,20 +151,25 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tupl
     """The field names of the model at ``location`` below ``model``; empty where it is not a model."""
     inner: Any = model
     for part in location:
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if _is_model(inner):
             field = inner.model_fields.get(str(part))
-            inner = field.annotation if field else None
-        inner = _model_within(inner)
-    return tuple(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else ()
+            inner = _bare(field.annotation) if field else None
+        else:  # a key of dict[str, X], an index of list[X]
+            inner = _bare((get_args(inner) or (None,))[-1])
+    return tuple(inner.model_fields) if _is_model(inner) else ()
 
 
-def _model_within(annotation: Any) -> Any:
-    """The first model inside ``X | None``, ``dict[str, X]``, ``list[X]`` and the like."""
-    for argument in get_args(annotation):
-        found = _model_within(argument)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
+def _bare(annotation: Any) -> Any:
+    """``X`` of ``X | None`` and of ``Annotated[X, ...]``."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return _bare(next(part for part in get_args(annotation) if part is not type(None)))
     return annotation
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def one_line(message: object) -> str:

@@ -16,7 +16,10 @@ from PIL import Image
 from reward_service.images import ImageError, decode
 
 RED = (200, 30, 60)
-IDS = tuple("png jpeg webp palette grey cmyk bit clear opaque half grey-alpha deep icc apng film".split())
+IDS = (
+    *("png", "jpeg", "webp", "palette", "grey", "cmyk", "bit", "clear", "opaque", "half"),
+    *("grey-alpha", "deep", "icc", "apng", "film"),
+)
 SECOND_FRAME = [Image.new("RGB", (6, 4))]
 
 

@@ -1,0 +1,119 @@
+"""Configuration: one file, known keys only, every mistake one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from reward_service.config import load_config
+from reward_service.settings import ConfigError, ConfigPath, Settings, load_section
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class Inner(Settings):
+    rate: float = 0.1
+    folder: ConfigPath | None = None
+
+
+class Outer(Settings):
+    inner: Inner = Inner()
+    count: int
+    many: dict[str, Inner] = Field(default_factory=dict)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(path: Path, *overrides: str) -> Outer:
+    return load_section(Outer, path, "service", overrides)
+
+
+def test_a_section_is_read_and_the_other_left_alone(tmp_path: Path) -> None:
+    """Each program sees its own section; 1e-3 is the number that was meant."""
+    path = write(tmp_path, "service: {count: 3, inner: {rate: 1e-3}}\ntrainer: {whatever: [1, 2]}")
+    assert load(path) == Outer(count=3, inner=Inner(rate=0.001))
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    """Nested keys, numbers, null and keys that the file does not have."""
+    path = write(tmp_path, "service: {count: 3}")
+    loaded = load(path, "count=4", "inner.rate=2e-2", "many.a.rate=5")
+    assert (loaded.count, loaded.inner.rate, loaded.many["a"].rate) == (4, 0.02, 5.0)
+
+
+def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the program is started; absolute ones stay."""
+    monkeypatch.chdir("/")
+    path = write(tmp_path, "service: {count: 3, inner: {folder: ../x}}")
+    assert load(path).inner.folder == (tmp_path / "../x").resolve()
+    assert load(path, "inner.folder=/abs").inner.folder == Path("/abs")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("service: {count: 3}\nservise: {}", [], "unknown key 'servise' at the top; did you mean 'service'?"),
+        ("trainer: {}", [], "section 'service' is missing"),
+        ("service: 3", [], "must hold keys"),
+        ("- 1", [], "expected the sections"),
+        ("service: {count: [}", [], "not valid YAML"),
+        ("service: {count: 3, cuont: 1}", [], "service.cuont: unknown key; did you mean 'count'?"),
+        ("service: {count: 3, inner: {rat: 1}}", [], "service.inner.rat: unknown key; did you mean 'rate'?"),
+        (
+            "service: {count: 3, many: {a: {x: 1}}}",
+            [],
+            "service.many.a.x: unknown key; known here: folder, rate",
+        ),
+        ("service: {}", [], "service.count: required, but missing"),
+        ("service: {count: three}", [], "(found 'three')"),
+        ("service: {count: 3}", ["count"], "write it as key.subkey=value"),
+        ("service: {count: 3}", ["count.x=1"], "'count' holds a value"),
+        ("service: {count: 3}", ["nothing=1"], "service.nothing: unknown key"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, text: str, overrides: list[str], words: str) -> None:
+    """Naming the file or the override, the key, the problem and the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text), *overrides)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert "config.yaml" in message or overrides
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    """With the way to name another."""
+    with pytest.raises(ConfigError, match=r"no such configuration file; name one with --config"):
+        load(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("name", ["miniature", "karlo"])
+def test_the_configurations_we_ship_are_valid(name: str) -> None:
+    """The real checkpoints' configuration has the very keys of the miniature's."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert set(config.evaluators) == {"aesthetic", "clip", "pickscore", "hpsv2"}
+    assert config.evaluators["aesthetic"].tower == config.evaluators["clip"].tower
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("towers.clip.origin={}", "exactly one of folder, repo and url"),
+        ("towers.clip.origin={repo: a/b}", "needs a revision"),
+        ("towers.clip.architecture=ViT-L-14", "belong to layout open_clip"),
+        ("evaluators.clip.tower=none", "evaluator clip names tower 'none'"),
+        ("evaluators.clip.head={origin: {folder: x}, weights: {file: y}}", "no other kind has one"),
+        ("evaluators.clip.weight=-1", "greater than or equal to 0"),
+        ("towers.clip.weights.sha256=abc", "sha256"),
+    ],
+)
+def test_contradictions_are_refused(override: str, words: str) -> None:
+    """What cannot be meant is told before anything is loaded."""
+    with pytest.raises(ConfigError, match=words):
+        load_config(CONFIGS / "miniature.yaml", [override])
