@@ -79,13 +79,23 @@ class LoraSettings(Settings):
     )
 
 
+class Sharing(Settings):
+    """Common random numbers: with whom the random numbers that the policy does not decide on are shared.
+
+    What a group shares cannot make one of its images better than another, so it is no noise in the advantage.
+    """
+
+    prior: Share = "group"  # the image embedding; "prompt" draws it once in a run
+    decoder_start: Share = "group"  # the initial noise and that of denoising step 0
+    super_res: Share = "group"
+
+
 class RolloutConfig(Settings):
     """What one iteration collects."""
 
     prompts_per_iteration: PositiveInt = 8
     images_per_prompt: Annotated[int, Field(ge=2)] = 8
-    share_prior: Share = "group"  # whom a prior embedding is shared with; "prompt" draws it once in a run
-    share_super_res: Share = "group"  # whom super-resolution noise is shared with
+    share: Sharing = Sharing()
     in_flight: PositiveInt = 2  # micro-batches that may wait for their scores while the next is drawn
     score_attempts: PositiveInt = 2  # times a micro-batch is sent before its groups are dropped
     max_dropped: Fraction = 0.05  # share of groups that may be lost before the run stops

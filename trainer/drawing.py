@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.config import SamplingConfig, Share
+from trainer.config import SamplingConfig, Share, Sharing
 from trainer.karlo import (
     Condition,
     Karlo,
@@ -26,6 +26,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 TEXT_CACHE = 2048  # prompts; a quarter of a MB each with real Karlo
+NOTHING_SHARED = Sharing(prior="image", decoder_start="image", super_res="image")
 PRIOR_CACHE = 32768  # embeddings; 3 kB each with real Karlo
 
 
@@ -48,14 +49,16 @@ class Studio:
         self._embeddings: _Cache[int, Tensor] = _Cache(PRIOR_CACHE)
         self._unconditional = encode_text(karlo, [""])
 
-    def draw(
-        self, keys: Sequence[PictureKey], share_prior: Share = "image", share_super_res: Share = "image"
-    ) -> Drawing:
-        """One picture a key, in one batch; `share_…` says which pictures get the same random numbers."""
-        condition = self._condition(keys, share_prior)
-        trajectory = self.policy.sample(condition, [key.stream("decoder") for key in keys])
+    def draw(self, keys: Sequence[PictureKey], sharing: Sharing = NOTHING_SHARED) -> Drawing:
+        """One picture a key, in one batch; `sharing` says which of them get the same random numbers."""
+        condition = self._condition(keys, sharing.prior)
+        trajectory = self.policy.sample(
+            condition,
+            [key.stream("decoder") for key in keys],
+            [key.stream("decoder_start", sharing.decoder_start) for key in keys],
+        )
         images_small = trajectory.latents[:, -1].clamp(-1, 1)
-        streams = [key.stream("super_resolution", share_super_res) for key in keys]
+        streams = [key.stream("super_resolution", sharing.super_res) for key in keys]
         images = super_resolve(
             self._karlo,
             images_small.to(self._karlo.super_res_first.dtype),

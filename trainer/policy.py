@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.config import LORA_FILE, ConfigError, LoraSettings
@@ -59,20 +60,28 @@ class DecoderPolicy:
     # ------------------------------------------------------------------------------------- the chain
 
     @torch.no_grad()
-    def sample(self, condition: Condition, generators: Generators) -> Trajectory:
-        """Denoise N pictures, each from its own generator: initial noise first, then one draw a step."""
+    def sample(
+        self, condition: Condition, generators: Generators, start: Generators | None = None
+    ) -> Trajectory:
+        """Denoise N pictures, each from its own generator: initial noise first, then one draw a step.
+
+        `start` generators, where given, take over what is never trained at the beginning: the initial noise
+        and that of step 0. Several pictures may have equal ones.
+        """
         count = len(condition.context)
         size = self.decoder.config.sample_size
         shape = (count, self.decoder.config.in_channels, size, size)
         device = self.decoder.device
-        x_t = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        start = start or generators
+        x_t = randn_tensor(shape, generator=start, device=device, dtype=torch.float32)
         latents, means, sigmas, clamped = [x_t], [], [], []
         for i in range(self.schedule.steps):
             step = torch.full((count,), i, device=device)
             move = self._step(x_t, step, condition)
             x_t = move.mean
             if i < self.schedule.steps - 1:
-                noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+                source = start if i == 0 else generators
+                noise = randn_tensor(shape, generator=source, device=device, dtype=torch.float32)
                 x_t = move.mean + move.sigma * noise
             latents.append(x_t)
             means.append(move.mean)
@@ -170,7 +179,7 @@ class DecoderPolicy:
             self.decoder.load_lora_adapter(
                 folder, prefix=None, weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True
             )
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{folder}: this LoRA does not fit this decoder: {reason}") from error
 

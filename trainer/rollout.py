@@ -87,7 +87,7 @@ def collect(
         for start in range(0, len(keys), micro_batch):
             batch = keys[start : start + micro_batch]
             with clock.drawing():
-                drawing = studio.draw(batch, config.share_prior, config.share_super_res)
+                drawing = studio.draw(batch, config.share)
             drawings.append(drawing)
             on_drawn(len(batch))
             if len(in_flight) == config.in_flight:

@@ -12,7 +12,7 @@ import torch
 
 from trainer.config import Share
 
-Stage = Literal["prior", "decoder", "super_resolution"]
+Stage = Literal["prior", "decoder_start", "decoder", "super_resolution"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ TOKENS = 8
 PROMPTS = ("a red ring", "a blue cross", "two green squares", "a small star")
 
 
-def build_karlo(folder: Path) -> None:
+def build_karlo(folder: Path, size_px: int = 8) -> None:
     """Write a random Karlo of the miniature's shape, only smaller, in the layout of the published one."""
     torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -67,9 +67,9 @@ def build_karlo(folder: Path) -> None:
             embedding_dim=WIDTH,
             num_embeddings=TOKENS,
         ),
-        "decoder": _decoder(),
-        "super_res_first": _super_resolution(),
-        "super_res_last": _super_resolution(),
+        "decoder": _decoder(size_px),
+        "super_res_first": _super_resolution(2 * size_px),
+        "super_res_last": _super_resolution(2 * size_px),
         "prior_scheduler": UnCLIPScheduler(clip_sample_range=5.0, prediction_type="sample"),
         "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range"),
         "super_res_scheduler": UnCLIPScheduler(),
@@ -78,9 +78,9 @@ def build_karlo(folder: Path) -> None:
         component.save_pretrained(folder / name)
 
 
-def _decoder() -> UNet2DConditionModel:
+def _decoder(size_px: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=size_px,
         in_channels=3,
         out_channels=6,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
@@ -96,9 +96,9 @@ def _decoder() -> UNet2DConditionModel:
     )
 
 
-def _super_resolution() -> UNet2DModel:
+def _super_resolution(size_px: int) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=16,
+        sample_size=size_px,
         in_channels=6,
         out_channels=3,
         down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),

@@ -1,0 +1,126 @@
+"""The transition against diffusers' scheduler and against torch.distributions."""
+
+import pytest
+import torch
+from diffusers.schedulers import UnCLIPScheduler
+
+from trainer.diffusion import (
+    guide,
+    log_ratio,
+    make_schedule,
+    mean_log_prob,
+    trainable_steps,
+    transition,
+    transition_kl,
+)
+
+SHAPE = (3, 3, 4, 4)
+
+
+def schedule_of(steps: int):
+    scheduler = UnCLIPScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(steps)
+    return scheduler, make_schedule(scheduler.betas, scheduler.alphas_cumprod, scheduler.timesteps)
+
+
+@pytest.mark.parametrize("steps", [2, 6, 25, 1000])
+def test_every_step_equals_the_scheduler(steps: int) -> None:
+    """Mean plus sigma times the same noise is what UnCLIPScheduler.step returns, also in the last step."""
+    scheduler, schedule = schedule_of(steps)
+    torch.manual_seed(0)
+    for i in range(0, steps, max(1, steps // 25)):
+        for step in {i, steps - 1 - i}:
+            x_t, eps, v = torch.randn(SHAPE), torch.randn(SHAPE), torch.rand(SHAPE) * 2.4 - 1.2
+            noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(step))
+            following = scheduler.timesteps[step + 1] if step + 1 < steps else None
+            expected = scheduler.step(
+                torch.cat([eps, v], dim=1),
+                scheduler.timesteps[step],
+                x_t,
+                prev_timestep=following,
+                generator=torch.Generator().manual_seed(step),
+            ).prev_sample
+            move = transition(schedule, torch.full((3,), step), x_t, eps, v)
+            torch.testing.assert_close(move.mean + move.sigma * noise, expected, atol=2e-6, rtol=0)
+
+
+def test_rows_of_a_batch_may_be_at_different_steps() -> None:
+    """A replay batch mixes denoising steps; each row is computed as if it were alone."""
+    _, schedule = schedule_of(6)
+    x_t, eps, v = torch.randn(3, *SHAPE)
+    steps = torch.tensor([4, 0, 5])
+    together = transition(schedule, steps, x_t, eps, v)
+    for row in range(3):
+        alone = transition(schedule, steps[[row]], x_t[[row]], eps[[row]], v[[row]])
+        assert torch.equal(together.mean[[row]], alone.mean)
+        assert torch.equal(together.sigma[[row]], alone.sigma)
+
+
+def test_the_last_step_is_deterministic_and_only_it() -> None:
+    """At t = 0 there is no noise and so no log-probability."""
+    _, schedule = schedule_of(6)
+    x = torch.randn(6, 3, 4, 4)
+    sigma = transition(schedule, torch.arange(6), x, x, torch.zeros_like(x)).sigma
+    assert (sigma[:5] > 0).all()
+    assert (sigma[5] == 0).all()
+
+
+def test_clamp_fraction_counts_saturated_x0() -> None:
+    """The diagnostic is the share of pixels that carry no gradient."""
+    _, schedule = schedule_of(6)
+    x_t = torch.randn(1, 3, 4, 4)
+    eps = (0.5 * torch.randn_like(x_t)).requires_grad_()
+    move = transition(schedule, torch.tensor([3]), 2 * x_t, eps, torch.zeros_like(x_t))
+    move.mean.sum().backward()
+    assert 0 < move.clamp_fraction.item() < 1
+    assert move.clamp_fraction.item() == pytest.approx((eps.grad == 0).float().mean().item())
+
+
+def test_mean_log_prob_is_the_normal_density_averaged() -> None:
+    """A mean is called a mean, and agrees with torch.distributions."""
+    x, mean = torch.randn(2, *SHAPE)
+    sigma = torch.rand(SHAPE) + 0.1
+    expected = torch.distributions.Normal(mean, sigma).log_prob(x).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(mean_log_prob(x, mean, sigma), expected)
+
+
+def test_log_ratio_is_the_difference_of_log_probs_in_nats() -> None:
+    """The trust region's unit is nats per transition: D times the mean."""
+    x, new, old = torch.randn(3, *SHAPE)
+    sigma = torch.rand(SHAPE) + 0.5
+    size = x[0].numel()
+    expected = size * (mean_log_prob(x, new, sigma) - mean_log_prob(x, old, sigma))
+    torch.testing.assert_close(log_ratio(x, new, old, sigma), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_closed_form_kl_equals_torch_and_the_sampled_estimate() -> None:
+    """The trust region's KL is exact: equal to torch's, and to the mean log ratio under the new policy."""
+    torch.manual_seed(0)
+    old = torch.randn(1, 3, 4, 4)
+    new = old + 0.05 * torch.randn_like(old)
+    sigma = torch.rand_like(old) + 0.5
+    kl = transition_kl(new, old, sigma)
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(new, sigma), normal(old, sigma)).sum()
+    torch.testing.assert_close(kl[0], exact)
+    draws = new + sigma * torch.randn(20_000, 3, 4, 4)
+    sampled = log_ratio(draws, new, old, sigma)
+    assert abs(sampled.mean() - kl[0]) < 4 * sampled.std() / 20_000**0.5
+
+
+def test_guidance_of_one_is_the_conditional_prediction() -> None:
+    """Scale 1 leaves the conditional prediction, scale 0 the unconditional one."""
+    empty, told = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(guide(empty, told, 1.0), told)
+    torch.testing.assert_close(guide(empty, told, 0.0), empty)
+
+
+def test_trainable_steps_leave_out_the_ends() -> None:
+    """25 steps train 1-20 as measured; shorter chains the same share, never the first or the last."""
+    assert trainable_steps(25) == (1, 20)
+    assert trainable_steps(6) == (1, 4)
+    for steps in range(4, 60):
+        first, last = trainable_steps(steps)
+        assert 1 <= first <= last <= steps - 2
+    with pytest.raises(ValueError, match="at least 4"):
+        trainable_steps(3)

@@ -1,0 +1,247 @@
+"""The loop: it learns what it is rewarded for, and nothing from shuffled rewards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.schedulers import UnCLIPScheduler
+
+from tests.trainer.conftest import (
+    PROMPTS,
+    SAMPLING,
+    TOKENS,
+    WIDTH,
+    FakeScorer,
+    build_karlo,
+    make_policy,
+)
+from trainer.config import EvaluationConfig, LoraSettings, ModelSource, TrainerConfig
+from trainer.drawing import Studio
+from trainer.evaluation import measure
+from trainer.karlo import load_karlo
+from trainer.rollout import DropCount, collect, group_keys
+from trainer.scoring import Scorer
+from trainer.training import (
+    new_learner,
+    prompt_batches,
+    replay_loss,
+    select_transitions,
+    stratified_steps,
+    train_fold,
+    update,
+)
+
+
+def with_changes(config: TrainerConfig, **changes: Any) -> TrainerConfig:
+    """The configuration with `section__key=value` changes, validated again."""
+    values = config.model_dump()
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[key] = value
+    return TrainerConfig.model_validate(values)
+
+
+def trained(folder: Path, config: TrainerConfig, scorer: Scorer | None = None) -> tuple[Studio, list[Any]]:
+    karlo = load_karlo(ModelSource(path=folder))
+    studio = Studio(karlo, make_policy(karlo), SAMPLING)
+    studio.policy.add_lora(config.lora, seed=config.seed)
+    records: list[Any] = []
+    train_fold(studio, scorer or FakeScorer(), PROMPTS, config, log=records.append)
+    return studio, records
+
+
+def coloured(count: int, size_px: int, generator: torch.Generator) -> torch.Tensor:
+    """Random pictures, one colour each."""
+    colour = torch.rand(count, 3, 1, 1, generator=generator) * 1.6 - 0.8
+    return colour.expand(-1, -1, size_px, size_px)
+
+
+@pytest.fixture(scope="module")
+def painter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Karlo that can paint: a decoder fitted for seconds to one-coloured 4x4 pictures, 8x8 in the end.
+
+    A random decoder paints noise that saturates everywhere; there is nothing to improve in it.
+    """
+    folder = tmp_path_factory.mktemp("painter")
+    build_karlo(folder, size_px=4)
+    UnCLIPScheduler(prediction_type="sample").save_pretrained(folder / "super_res_scheduler")
+    karlo = load_karlo(ModelSource(path=folder))
+    for network, fit in ((karlo.decoder, _denoise), (karlo.super_res_last, _enlarge)):
+        network.requires_grad_(True)
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(150):
+            optimizer.zero_grad()
+            fit(network, generator).backward()
+            optimizer.step()
+    karlo.decoder.save_pretrained(folder / "decoder")
+    karlo.super_res_last.save_pretrained(folder / "super_res_last")
+    return folder
+
+
+def _denoise(decoder: Any, generator: torch.Generator) -> torch.Tensor:
+    x0 = coloured(32, 4, generator)
+    timesteps = torch.randint(0, 1000, (32,), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    scheduler = UnCLIPScheduler()
+    output = decoder(
+        sample=scheduler.add_noise(x0, noise, timesteps),
+        timestep=timesteps,
+        encoder_hidden_states=torch.randn(32, TOKENS + 4, WIDTH, generator=generator),
+        class_labels=torch.randn(32, 64, generator=generator),
+    ).sample
+    return F.mse_loss(output[:, :3], noise) + 0.01 * output[:, 3:].square().mean()
+
+
+def _enlarge(network: Any, generator: torch.Generator) -> torch.Tensor:
+    upscaled = coloured(8, 8, generator)
+    noise = torch.randn(upscaled.shape, generator=generator)
+    return F.mse_loss(network(sample=torch.cat([noise, upscaled], dim=1), timestep=0).sample, upscaled)
+
+
+PLANTED = {
+    "iterations": 8,
+    "lora__targets": ("to_out.0", "conv1", "conv2", "conv_out"),
+    "rollout__prompts_per_iteration": 4,
+    "rollout__images_per_prompt": 12,
+    "update__learning_rate": 5e-3,
+    "update__micro_batch": 48,
+}
+
+
+def redness_gained(folder: Path, config: TrainerConfig) -> float:
+    """Held-out redness of the tuned policy over the base's, same streams, in within-prompt deviations."""
+    studio, records = trained(folder, config)
+    evaluation = EvaluationConfig(images_per_prompt=16)
+    tuned = measure(studio, FakeScorer(), ["held out", "another"], evaluation, "tuned").z[..., 1]
+    with studio.policy.base():
+        base = measure(studio, FakeScorer(), ["held out", "another"], evaluation, "base").z[..., 1]
+    return float((tuned - base).mean() / records[0]["deviation"]["red"])
+
+
+def test_a_planted_reward_rises_and_the_shuffled_null_does_not(
+    painter_folder: Path, trainer_config: TrainerConfig
+) -> None:
+    """Redness is learned in eight iterations; with scores shuffled across images it is not."""
+    config = with_changes(trainer_config, **PLANTED)
+    gained = redness_gained(painter_folder, config)
+    null = redness_gained(painter_folder, with_changes(config, ablation__shuffle_rewards=True))
+    assert gained > 1.0
+    assert null < gained / 3
+
+
+def test_the_ratio_is_one_before_the_first_update_of_every_iteration(
+    karlo_folder: Path, trainer_config: TrainerConfig
+) -> None:
+    """Replay never drifts from sampling, also after updates."""
+    _, records = trained(karlo_folder, with_changes(trainer_config, iterations=3, update__micro_batch=4))
+    for record in records:
+        assert record["first_ratio"] == pytest.approx(1, abs=1e-5)
+        assert record["mean_ratio"] != 1.0
+
+
+def test_training_is_deterministic(karlo_folder: Path, trainer_config: TrainerConfig) -> None:
+    """Same seed, same adapter, bit for bit on the CPU; another seed, another adapter."""
+    config = with_changes(trainer_config, iterations=2)
+    runs = [trained(karlo_folder, with_changes(config, seed=seed))[0] for seed in (0, 0, 1)]
+    first, again, other = (torch.cat([w.flatten() for w in s.policy.lora.values()]) for s in runs)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_evaluators_of_weight_zero_do_not_teach(karlo_folder: Path, trainer_config: TrainerConfig) -> None:
+    """Only weighted evaluators move the policy: changing another's scores changes no weight."""
+
+    class Inverted(FakeScorer):
+        def score(self, prompts, pictures):
+            scores = super().score(prompts, pictures)
+            return type(scores)(scores.raw * [-1, 1], scores.z * [-1, 1])
+
+    config = with_changes(trainer_config, iterations=1)
+    a, _ = trained(karlo_folder, config)
+    b, _ = trained(karlo_folder, config, Inverted())
+    for x, y in zip(a.policy.lora.values(), b.policy.lora.values(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.fixture
+def learning(studio: Studio, trainer_config: TrainerConfig):
+    """A learner with its adapter and the transitions of one small rollout."""
+    studio.policy.add_lora(LoraSettings(rank=2), seed=0)
+    learner = new_learner(studio.policy, trainer_config, 2)
+    keys = group_keys(PROMPTS[:2], 4, seed=0, fold=0, iteration=0)
+    rollout = collect(studio, FakeScorer(), keys, trainer_config.rollout, 8, DropCount(0.05))
+    steps = stratified_steps(8, trainer_config, torch.Generator().manual_seed(0))
+    advantages = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    return learner, select_transitions(rollout, torch.arange(8), steps, advantages)
+
+
+def test_accumulated_micro_batches_take_the_step_of_the_whole(
+    learning, trainer_config: TrainerConfig
+) -> None:
+    """Memory decides the micro-batch, not the result: four of four equal one of sixteen, uneven ones too."""
+    learner, transitions = learning
+    assert len(transitions.step) == 16
+    start = {name: weight.detach().clone() for name, weight in learner.policy.lora.items()}
+    found = []
+    for size, accumulate in ((16, 1), (4, 4), (6, 3)):
+        for name, weight in learner.policy.lora.items():
+            weight.data.copy_(start[name])
+        learner.optimizer = torch.optim.SGD(list(learner.policy.lora.values()), lr=1e-3)
+        config = with_changes(
+            trainer_config, update__micro_batch=size, update__accumulate=accumulate, update__max_grad_norm=1e9
+        )
+        record = update(learner, transitions, config, torch.Generator().manual_seed(0))
+        assert record["updates"] == 1
+        found.append(torch.cat([(w.detach() - start[n]).flatten() for n, w in learner.policy.lora.items()]))
+    assert found[0].abs().max() > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
+
+
+def test_the_kl_penalty_pulls_towards_the_base(learning, trainer_config: TrainerConfig) -> None:
+    """Away from the base the penalty adds to the loss; at the base it adds nothing."""
+    learner, transitions = learning
+    config = with_changes(trainer_config, objective__kl_to_base=1.0)
+    at_base = replay_loss(learner.policy, transitions, config).loss
+    torch.testing.assert_close(at_base, replay_loss(learner.policy, transitions, trainer_config).loss)
+    for weight in learner.policy.lora.values():
+        weight.data += 0.05
+    away = replay_loss(learner.policy, transitions, config)
+    plain = replay_loss(learner.policy, transitions, trainer_config)
+    assert away.loss > plain.loss
+
+
+def test_transitions_are_the_stored_neighbours(learning) -> None:
+    """x_p follows x_t in the chain, and the stored mean and sigma are those of that step."""
+    _, transitions = learning
+    noise = (transitions.x_p - transitions.mean_old) / transitions.sigma
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(noise.mean().item()) < 0.05
+
+
+def test_steps_are_stratified_and_within_range(trainer_config: TrainerConfig) -> None:
+    """Each image trains one step of each part of the range, and every step comes up."""
+    steps = stratified_steps(500, trainer_config, torch.Generator().manual_seed(0))
+    assert steps.shape == (500, 2)
+    assert set(steps[:, 0].tolist()) == {1, 2}
+    assert set(steps[:, 1].tolist()) == {3, 4}
+    every = with_changes(trainer_config, update__steps_per_image=99)
+    assert stratified_steps(3, every, torch.Generator()).tolist() == [[1, 2, 3, 4]] * 3
+
+
+def test_prompt_batches_are_distinct_seeded_and_go_round() -> None:
+    """An epoch shows every prompt once; the order depends on seed, fold and epoch."""
+    batches = prompt_batches(PROMPTS, 2, seed=0, fold=0)
+    epochs = [[*next(batches), *next(batches)] for _ in range(6)]
+    assert all(sorted(epoch) == sorted(PROMPTS) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    again = prompt_batches(PROMPTS, 2, seed=0, fold=0)
+    assert [*next(again), *next(again)] == epochs[0]
+    assert len(next(prompt_batches(PROMPTS, 99, seed=0, fold=0))) == len(PROMPTS)
