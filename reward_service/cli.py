@@ -93,6 +93,9 @@ def _sentence(error: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``reward-service``."""
+    # Before torch is imported: OpenMP's threads spin while they wait, and where a trainer shares the cores
+    # that has made scoring six times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command: Any = typer.main.get_command(app)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))
