@@ -25,13 +25,24 @@ import httpx
 import msgspec
 import tenacity
 
-from reward_service.payload import ImageLike, InputError, RewardClientError, chunks, merge
+from reward_service.failures import (
+    InputError,
+    NotReadyError,
+    OverloadedError,
+    ProtocolError,
+    RejectedError,
+    RewardClientError,
+    ServiceError,
+    UnreachableError,
+    raise_for_problem,
+    readiness,
+)
+from reward_service.payload import ImageLike, chunks, merge
 from reward_service.protocol import (
     MSGPACK,
     EvaluatorList,
     Health,
     Normalization,
-    Problem,
     ScoreRequest,
     ScoreResponse,
     decode_response,
@@ -52,39 +63,8 @@ __all__ = [
     "UnreachableError",
 ]
 
-RETRYABLE_STATUS = frozenset({429, 503, 504})
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 POLL_S = 0.2
-
-
-class ServiceError(RewardClientError):
-    """The service answered with a problem."""
-
-    def __init__(self, status: int, problem: Problem | None, retry_after_s: float = 0.0) -> None:
-        super().__init__(_sentence(status, problem))
-        self.status = status
-        self.problem = problem
-        self.retry_after_s = retry_after_s
-
-
-class RejectedError(ServiceError):
-    """Asking again would not help: .problem says what to change."""
-
-
-class OverloadedError(ServiceError):
-    """The service was busy or not ready until the retry budget was spent."""
-
-
-class UnreachableError(RewardClientError):
-    """The service gave no answer until the retry budget was spent."""
-
-
-class NotReadyError(RewardClientError):
-    """The service did not become ready in time."""
-
-
-class ProtocolError(RewardClientError):
-    """The answer is not this protocol's: perhaps another program listens at this address."""
 
 
 class _Shared:
@@ -140,7 +120,7 @@ class _Shared:
         )
 
     def _scores(self, answer: httpx.Response, request: ScoreRequest) -> ScoreResponse:
-        _raise_for_problem(answer)
+        raise_for_problem(answer)
         try:
             response = decode_response(answer.content, answer.headers.get("content-type", ""))
         except (ValueError, msgspec.DecodeError) as error:
@@ -153,7 +133,7 @@ class _Shared:
         return response
 
     def _evaluators(self, answer: httpx.Response) -> EvaluatorList:
-        _raise_for_problem(answer)
+        raise_for_problem(answer)
         try:
             return msgspec.json.decode(answer.content, type=EvaluatorList)
         except (ValueError, msgspec.DecodeError) as error:
@@ -239,7 +219,7 @@ class RewardClient(_Shared):
         while True:
             try:
                 answer = self._send("GET", "/health/ready", None)
-                state = _readiness(answer)
+                state = readiness(answer)
             except UnreachableError as error:
                 state = Health("loading", str(error))
             if state.status == "ready":
@@ -344,42 +324,3 @@ class AsyncRewardClient(_Shared):
 
 def _body_headers(body: bytes | None) -> dict[str, str]:
     return {"Accept": "application/json"} if body is None else {"Content-Type": MSGPACK}
-
-
-def _raise_for_problem(answer: httpx.Response) -> None:
-    """Nothing for a success.
-
-    :raises ServiceError: of the kind that tells whether asking again can help
-    """
-    if answer.is_success:
-        return
-    try:
-        problem = msgspec.json.decode(answer.content, type=Problem)
-    except (ValueError, msgspec.DecodeError):
-        problem = None
-    retryable = answer.status_code in RETRYABLE_STATUS and (problem is None or problem.retryable)
-    kind = OverloadedError if retryable else RejectedError
-    raise kind(answer.status_code, problem, _retry_after_s(answer))
-
-
-def _retry_after_s(answer: httpx.Response) -> float:
-    try:
-        return max(0.0, float(answer.headers.get("retry-after", 0)))
-    except ValueError:  # the date form: our service never sends it
-        return 0.0
-
-
-def _readiness(answer: httpx.Response) -> Health:
-    try:
-        return msgspec.json.decode(answer.content, type=Health)
-    except (ValueError, msgspec.DecodeError):
-        return Health("loading", f"status {answer.status_code}, not a reward service's answer")
-
-
-def _sentence(status: int, problem: Problem | None) -> str:
-    if problem is None:
-        return f"the reward service answered {status} without saying why"
-    first = problem.errors[0] if problem.errors else None
-    where = f"pair {first.index}: " if first and first.index is not None else ""
-    detail = first.detail if first else problem.detail
-    return f"the reward service answered {status} {problem.code}: {where}{detail}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reward_service.failures import InputError, RewardClientError
 from reward_service.images import Pixels, flatten, sniff
 from reward_service.protocol import (
     MAX_BODY_BYTES,
@@ -28,14 +29,6 @@ ImageLike = Any
 #: Half of what the service takes, so that headers, prompts and one large picture still fit.
 CHUNK_BYTES = MAX_BODY_BYTES // 2
 _CHANNELS = 3
-
-
-class RewardClientError(Exception):
-    """Anything that kept scores from coming back."""
-
-
-class InputError(RewardClientError, ValueError):
-    """The prompts or pictures cannot be sent; nothing was."""
 
 
 def chunks(
