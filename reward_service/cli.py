@@ -103,6 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(f"{_sentence(error)}; see reward-service --help")
     except (ConfigError, UserError) as error:
         _leave(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("reward_service"):
+            raise
+        _leave(f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[service]'")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

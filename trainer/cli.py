@@ -107,6 +107,12 @@ def main() -> None:
         code = _fail("interrupted", 130)
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
         code = _fail(getattr(error, "message", str(error)), 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("reward_service", "trainer")):
+            raise
+        code = _fail(
+            f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[trainer]'", 2
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
