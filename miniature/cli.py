@@ -51,11 +51,11 @@ def calibrate(
     config: Config = DEFAULT_CONFIG,
     out: Annotated[Path, typer.Option(help="Table to write.")] = MODELS / "calibration.json",
 ) -> None:
-    """Write the judges' scales: mean and within-prompt deviation of the base generator's scores."""
+    """Write the judges' scales: mean and deviation of the base generator's scores."""
     table = measures.calibrate(load_config(config), load_trainer_config(config))
     content = {
         "provisional": True,
-        "provenance": "miniature: base generator, training prompts, pooled within-prompt deviation",
+        "provenance": "miniature: base generator on its training prompts; std is over all pictures",
         "evaluators": table,
     }
     out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

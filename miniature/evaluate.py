@@ -158,9 +158,10 @@ def correlations(raw: dict[str, Scores]) -> dict[tuple[str, str], float]:
 
 
 def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[str, float]]:
-    """Mean and pooled within-prompt standard deviation of the base policy's scores on its training prompts.
+    """Mean and standard deviation of the base generator's scores on its training prompts, by evaluator.
 
-    Advantages are taken within a prompt, so this is the deviation in which a learner sees its reward.
+    The scale's deviation is that over all pictures, so that foreign pictures too get a unit inside (0, 1).
+    The pooled within-prompt deviation stands beside it as a note: a learner divides by its own.
     """
     prompts = read_prompts(trainer.prompts.train)
     pictures, asked = generate(open_studio(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
@@ -169,8 +170,8 @@ def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[
     return {
         name: {
             "mean": float(scores.mean()),
-            "std": float(np.sqrt(scores.var(axis=1, ddof=1).mean())),
-            "std_total": float(scores.std(ddof=1)),
+            "std": float(scores.std(ddof=1)),
+            "std_within_prompt": float(np.sqrt(scores.var(axis=1, ddof=1).mean())),
         }
         for name, scores in groups.items()
     }

@@ -1,0 +1,82 @@
+"""The committed models are what the README says: real, small, and measurably good on unseen scenes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from miniature import evaluate
+from miniature.build import Build, write_generator, write_judges
+from miniature.cli import MODELS, PROBE
+from reward_service.config import load_config
+from reward_service.engine import RewardEngine, build_engine
+from trainer.config import ModelSource, load_trainer_config
+from trainer.karlo import load_karlo
+from trainer.prompts import read_splits
+from trainer.runs import open_studio
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "miniature.yaml"
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def engine() -> RewardEngine:
+    return build_engine(load_config(CONFIG))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_captions_find_their_held_out_pictures(engine: RewardEngine, seed: int) -> None:
+    found = evaluate.retrieval(engine, stream(seed))
+    assert set(found) == {"clip", "pickscore", "hpsv2"}
+    for share in found.values():
+        assert share.top1 > 0.4
+        assert share.top5 > 0.8
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "hpsv2"])
+def test_preference_models_prefer_what_they_were_taught(engine: RewardEngine, kind: str) -> None:
+    assert evaluate.preference_accuracy(engine, kind, stream(3)) > 0.7
+
+
+def test_the_aesthetic_follows_its_stated_target(engine: RewardEngine) -> None:
+    assert evaluate.aesthetic_correlation(engine, stream(4)) > 0.6
+
+
+def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardEngine) -> None:
+    trainer = load_trainer_config(CONFIG)
+    prompts = read_splits(trainer.prompts)[1][:24]
+    pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
+    together = evaluate.correlations(evaluate.score(engine, asked, pictures, "scoring"))
+    assert len(together) == 6
+    assert max(map(abs, together.values())) < 0.9
+
+
+def test_the_generator_draws_what_it_is_asked_for_better_than_chance() -> None:
+    trainer = load_trainer_config(CONFIG)
+    prompts = read_splits(trainer.prompts)[1][:24]
+    pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
+    shown = evaluate.fidelity(MODELS / PROBE, asked, pictures)
+    assert shown["background"] > 0.5  # chance is 1 in 11
+    assert shown["shape"] > 0.25  # chance is 1 in 6
+
+
+def test_all_weights_together_stay_below_20_mb() -> None:
+    size = sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file())
+    assert size < 20e6
+
+
+def test_an_interrupted_build_goes_on_and_its_models_load(tmp_path: Path) -> None:
+    work, models = tmp_path / "work", tmp_path / "models"
+    work.mkdir()
+    first = Build(work, effort=0.001)
+    _ = first.clip, first.generator_clip
+    kept = (work / "clip" / "model.safetensors").read_bytes()
+    second = Build(work, effort=0.001)
+    write_judges(second, models)
+    write_generator(second, models)
+    assert (work / "clip" / "model.safetensors").read_bytes() == kept
+    assert load_karlo(ModelSource(path=models / "karlo")).decoder.config.sample_size == 16
