@@ -106,7 +106,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
-        code = _fail(getattr(error, "message", str(error)), 2)
+        message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)  # type: ignore[attr-defined]
+        code = _fail(message, 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("reward_service", "trainer")):
             raise

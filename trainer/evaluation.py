@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.table import Table
 from scipy.stats import bootstrap
 from tqdm import tqdm
@@ -170,20 +171,15 @@ def standard_errors(gain: Gain) -> float:
 
 
 def table(comparison: Comparison) -> Table:
-    """The comparison as a person reads it."""
+    """The comparison as a person reads it; σ are the calibrated deviations of z."""
     shown = Table(
-        title=f"{comparison.prompts} held-out prompts × {comparison.images_per_prompt} pictures, same streams"
+        title=f"{comparison.prompts} held-out prompts × {comparison.images_per_prompt} pictures",
+        box=SIMPLE,  # fits 80 columns, where a pipe or a log has no more
+        padding=(0, 1, 0, 0),
     )
-    for column in (
-        "",
-        "before",
-        "after",
-        "difference",
-        f"{comparison.confidence:.0%} interval",
-        "deviations",
-        "",
-    ):
-        shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    interval = f"{comparison.confidence:.0%} interval"
+    for column in ("", "before", "after", "change", interval, "in σ", ""):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     for gain in (*comparison.evaluators, comparison.composite):
         if gain is comparison.composite:
             shown.add_section()
@@ -192,7 +188,7 @@ def table(comparison: Comparison) -> Table:
             f"{gain.before:.4f}",
             f"{gain.after:.4f}",
             f"{gain.difference:+.4f}",
-            f"{gain.low:+.4f} … {gain.high:+.4f}",
+            f"{gain.low:+.4f} {gain.high:+.4f}",
             f"{gain.deviations:+.2f}",
             gain.verdict,
         )

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 
 from trainer.config import ConfigError, TrainerConfig
@@ -68,6 +70,7 @@ def open_studio(config: TrainerConfig) -> Studio:
         raise ConfigError(
             f"trainer.device: {config.device}, but torch finds no GPU here; set trainer.device=cpu"
         )
+    quiet_libraries()
     karlo = load_karlo(config.karlo, config.device)
     policy = DecoderPolicy(
         karlo.decoder,
@@ -76,6 +79,13 @@ def open_studio(config: TrainerConfig) -> Studio:
         guidance=config.sampling.decoder_guidance,
     )
     return Studio(karlo, policy, config.sampling)
+
+
+def quiet_libraries() -> None:
+    """Errors only from diffusers and transformers: their notes on loading are no news to our users."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def generate_run(

@@ -65,8 +65,8 @@ class RunFolder:
         staging = Path(tempfile.mkdtemp(prefix=".lora-", dir=self.path))
         save(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        for file in (LORA_FILE, "README.md"):
-            (staging / file).chmod(0o644)
+        for file in staging.iterdir():
+            file.chmod(0o644)
         staging.chmod(0o755)
         if self.lora.exists():
             shutil.rmtree(self.lora)

@@ -25,7 +25,7 @@ def some_rewards(seed: int = 0) -> torch.Tensor:
 def test_a_constant_added_to_a_group_changes_nothing(seed: int, constant: float, group: int) -> None:
     """A prompt that is easier for an evaluator is not thereby better drawn."""
     rewards = some_rewards(seed)
-    shifted = rewards + constant * (GROUP == group)[:, None]
+    shifted = rewards + constant * (group == GROUP)[:, None]
     torch.testing.assert_close(
         advantages_of(shifted).advantages, advantages_of(rewards).advantages, atol=1e-5, rtol=1e-5
     )
@@ -48,7 +48,7 @@ def test_advantages_are_centred_whitened_and_follow_the_weights() -> None:
     rewards = some_rewards()
     advantages = advantages_of(rewards).advantages
     for group in range(4):
-        assert advantages[GROUP == group].mean().abs() < 1e-6
+        assert advantages[group == GROUP].mean().abs() < 1e-6
     assert advantages.square().mean() == pytest.approx(1, abs=1e-5)
     silent = torch.tensor([1.0, 0.0, 0.0])
     other = rewards.clone()
@@ -60,7 +60,7 @@ def test_the_deviation_is_pooled_within_groups() -> None:
     """Differences between prompts are no part of the denominator: a group far off leaves it as it is."""
     rewards = some_rewards() + 1000.0 * GROUP[:, None]
     pooled = advantages_of(rewards).deviations.deviation
-    within = torch.stack([rewards[GROUP == g].var(dim=0) for g in range(4)]).mean(dim=0).sqrt()
+    within = torch.stack([rewards[g == GROUP].var(dim=0) for g in range(4)]).mean(dim=0).sqrt()
     torch.testing.assert_close(pooled, within)
 
 
@@ -82,7 +82,7 @@ def test_groups_without_variance_are_dropped_and_counted() -> None:
     assert result.dropped_groups == 1
     assert not result.kept[GROUP == 1].any()
     assert (result.advantages[GROUP == 1] == 0).all()
-    others = torch.stack([rewards[GROUP == g].var(dim=0) for g in (0, 2, 3)]).mean(dim=0).sqrt()
+    others = torch.stack([rewards[g == GROUP].var(dim=0) for g in (0, 2, 3)]).mean(dim=0).sqrt()
     torch.testing.assert_close(result.deviations.deviation, others)
 
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_retried_is_asked_once(studio: Studio) -> None:
 
 def test_losing_every_group_stops_the_run(studio: Studio) -> None:
     """A dead service ends the run with its cause, in one line."""
-    with pytest.raises(RolloutError, match="4 of 4 groups.*injected") as caught:
+    with pytest.raises(RolloutError, match=r"4 of 4 groups.*injected") as caught:
         collected(studio, FakeScorer(_always))
     assert "\n" not in str(caught.value)
 
