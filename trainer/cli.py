@@ -103,8 +103,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
+        if code == 130:  # typer's answer to Ctrl-C
+            _fail("interrupted", code)
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
         message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)  # type: ignore[attr-defined]
         code = _fail(message, 2)
