@@ -13,9 +13,6 @@ CONFIG ?= configs/miniature.yaml
 WORKERS ?= 2
 TESTS  ?= tests
 
-# Idle OpenMP threads that spin slow two processes on the same cores down by up to four times.
-export OMP_WAIT_POLICY := PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-docker check format lock compose-test clean
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reward_service.config import load_config
-from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line, rest_idle_threads
 
 app = typer.Typer(
     help="Judge pictures by their prompts with four evaluators.",
@@ -93,9 +93,7 @@ def _sentence(error: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command ``reward-service``."""
-    # Before torch is imported: OpenMP's threads spin while they wait, and where a trainer shares the cores
-    # that has made scoring six times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rest_idle_threads()
     try:
         command: Any = typer.main.get_command(app)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))

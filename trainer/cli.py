@@ -1,6 +1,5 @@
 """`reward-trainer`: train, generate, demo. Every user error is one line on stderr and exit code 2."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 
 from reward_service.client import RewardClientError
-from reward_service.settings import DEFAULT_CONFIG, one_line
+from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
 from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.demo import local_service
 from trainer.errors import RunError
@@ -98,8 +97,7 @@ def generate(
 
 def main() -> None:
     """Entry point: runs a command, turns what can go wrong for a user into one line and an exit code."""
-    # Read when torch loads its OpenMP: idle threads that spin slow down the service on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rest_idle_threads()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)

@@ -24,7 +24,7 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "reward_service", "serve", "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", "0"]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process only, which then stops the service in good order.
         service = subprocess.Popen(
