@@ -35,7 +35,9 @@ def test_the_same_stream_draws_the_same_pictures() -> None:
 def test_each_caption_states_what_its_scene_shows_and_only_that() -> None:
     scenes = world.sample_scenes(200, Part.JUDGES, stream(1))
     captions = world.describe(scenes, stream(2), quality_share=0.5)
-    for text, row, stated in zip(captions.text, scenes.content.tolist(), captions.stated.tolist(), strict=True):
+    for text, row, stated in zip(
+        captions.text, scenes.content.tolist(), captions.stated.tolist(), strict=True
+    ):
         words = text.replace(",", "").split()
         assert world.SHAPES[row[0]] in words
         assert world.COLOURS[row[1]] in words
