@@ -129,7 +129,8 @@ def _read(path: Path, pickled: bool) -> StateDict:
         KeyError,
         _unpickling_error(),
     ) as error:
-        raise ModelError(f"{path}: not a whole file of weights ({one_line(error)[:120]})") from None
+        cause = one_line(error)[:120]
+        raise ModelError(f"{path}: not a whole file of weights ({cause}); fetch it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ModelError(f"{path}: expected a state dict of tensors; this is something else")

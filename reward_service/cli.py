@@ -5,6 +5,7 @@ Whatever the user can mend is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def serve(
 ) -> None:
     """Serve the evaluators over HTTP until Ctrl-C or SIGTERM."""
     given = {"host": host, "port": port}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    # As JSON, which is YAML too: the plain :: is a mapping.
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     loaded = load_config(config, [*settings, *(overrides or []), *options])
     from reward_service.server import serve as run
 

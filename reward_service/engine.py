@@ -137,7 +137,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"service.device: {name!r} is no device; use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"service.device: {name!r} is no device here; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"service.device: {name} asked for, but torch sees no GPU; use auto or cpu")
     return device

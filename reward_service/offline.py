@@ -22,8 +22,10 @@ def score_files(
 ) -> ScoreResponse:
     """Score files by one prompt, as the service would.
 
-    :raises ConfigError: a picture or a model cannot be used
+    :raises ConfigError: the prompt, a picture or a model cannot be used
     """
+    if not prompt:
+        raise ConfigError("the prompt is empty; give it words")
     pictures = [_read(path, config.limits.max_image_pixels) for path in paths]
     calibration = load_calibration(config.calibration, tuple(config.evaluators))
     from reward_service.checkpoints import ModelError

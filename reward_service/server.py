@@ -108,7 +108,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({reason}); choose another --port, or 0 for a free one"
+            f"cannot listen on {host}:{port} ({reason}); "
+            "choose another --host, or another --port: 0 is a free one"
         ) from None
     return listener
 

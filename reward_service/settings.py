@@ -66,6 +66,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+#: PyYAML raises the last three for impossible dates, wrong tags and deep nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+
+
 def load_section(model: type[M], path: Path, section: str, overrides: Sequence[str] = ()) -> M:
     """Read one section of a configuration file.
 
@@ -90,12 +94,12 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; name one with --config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({one_line(error)})") from None
+        raise ConfigError(f"{path}: cannot be read as text ({one_line(error)}); name a YAML file") from None
     try:
         # yaml.load with a SafeLoader subclass constructs plain values only.
         document = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({one_line(error)})") from None
+    except _NOT_YAML as error:
+        raise ConfigError(f"{path}: not valid YAML ({one_line(error)}); correct it") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected the sections {' and '.join(SECTIONS)} at the top")
     return document
@@ -120,7 +124,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write it as key.subkey=value")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError:
+    except _NOT_YAML:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     for key in keys[:-1]:
         inner = values.get(key)

@@ -58,6 +58,8 @@ MISTAKES = {
     "no configuration": (["serve", "--config", "/nothing.yaml"], "name one with --config"),
     "unknown key": (["serve", "--set", "deivce=cpu"], "did you mean 'device'"),
     "bare override": (["serve", "nothing.at.all=1"], "unknown key"),
+    "open to all in IPv6": (["serve", "--host", "::"], "auth.allow_anonymous"),
+    "empty prompt": (["score", "x.png", "--prompt", ""], "the prompt is empty"),
     "open to all": (["serve", "--host", "0.0.0.0"], "auth.allow_anonymous"),
     "bad port": (["serve", "--port", "99999"], "service.port"),
     "no prompt": (["score", "x.png"], "prompt"),
@@ -83,7 +85,7 @@ def test_a_taken_port_is_told(checkpoints: Checkpoints) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run("serve", "--config", checkpoints.config, "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
-    assert "choose another --port" in done.stderr
+    assert "another --port: 0 is a free one" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

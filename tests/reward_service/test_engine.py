@@ -225,6 +225,13 @@ def test_a_missing_file_is_refused(checkpoints: Checkpoints) -> None:
     assert "nothing.pt: no such file" in refused(hps(checkpoints.hps, "nothing.pt"))
 
 
+@pytest.mark.parametrize("device", ["gpu", "mps"])
+def test_a_device_we_do_not_serve_is_refused(device: str, config: ServiceConfig) -> None:
+    """With the ones to choose from, before anything is loaded."""
+    with pytest.raises(ModelError, match="use auto, cpu or cuda"):
+        build_engine(config.model_copy(update={"device": device}))
+
+
 @pytest.mark.parametrize("name", ["HPS.pt", "model.safetensors"])
 def test_a_truncated_file_is_refused(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Pickled or safetensors: not a whole file of weights."""

@@ -63,6 +63,10 @@ def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("service: 3", [], "must hold keys"),
         ("- 1", [], "expected the sections"),
         ("service: {count: [}", [], "not valid YAML"),
+        ("service: {count: 2024-99-99}", [], "not valid YAML"),
+        ("service: {count: !!timestamp x}", [], "not valid YAML"),
+        ("service: " + "[" * 5000, [], "not valid YAML"),
+        ("service: {count: 3}", ["count=2024-99-99"], "not valid YAML"),
         ("service: {count: 3, cuont: 1}", [], "service.cuont: unknown key; did you mean 'count'?"),
         ("service: {count: 3, inner: {rat: 1}}", [], "service.inner.rat: unknown key; did you mean 'rate'?"),
         (
