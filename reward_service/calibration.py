@@ -73,4 +73,6 @@ def compose(
 ) -> float:
     """The weighted mean of the normalized scores; an evaluator without a weight does not count."""
     counted = [(weights.get(name, 0.0), getattr(score, normalization)) for name, score in scores.items()]
-    return math.fsum(w * s for w, s in counted) / math.fsum(w for w, _ in counted)
+    total = math.fsum(w for w, _ in counted)
+    # Shares before products: a huge weight times a score would overflow, a tiny one vanish.
+    return math.fsum(w / total * s for w, s in counted)

@@ -44,6 +44,12 @@ def test_only_the_ratio_of_weights_matters(weights: dict[str, float], factor: fl
     assert min(units) - 1e-12 <= reward <= max(units) + 1e-12
 
 
+@pytest.mark.parametrize("weight", [5e-324, 1.0, 1.7e308])
+def test_extreme_weights_leave_a_finite_mean(weight: float) -> None:
+    """Neither overflow nor underflow: one weight alone gives the score itself."""
+    assert compose({"a": SCALE.apply(30.0)}, {"a": weight}, "raw") == 30.0
+
+
 def test_the_identity_follows_the_numbers() -> None:
     """Another mean or deviation is another calibration."""
     found = {scale.identity for scale in (SCALE, Scale(mean=21.5, std=1.3), Scale(mean=21.4, std=1.2))}
