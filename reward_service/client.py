@@ -119,8 +119,14 @@ class _Shared:
             "start it with `reward-service serve` or correct the address"
         )
 
-    def _scores(self, answer: httpx.Response, request: ScoreRequest) -> ScoreResponse:
-        raise_for_problem(answer)
+    def _body(self, request: ScoreRequest) -> bytes:
+        try:
+            return encode(request, MSGPACK)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(f"cannot be sent ({error}); use plain strings and Python's numbers") from None
+
+    def _scores(self, answer: httpx.Response, request: ScoreRequest, first: int) -> ScoreResponse:
+        raise_for_problem(answer, first)
         try:
             response = decode_response(answer.content, answer.headers.get("content-type", ""))
         except (ValueError, msgspec.DecodeError) as error:
@@ -193,7 +199,7 @@ class RewardClient(_Shared):
         :raises RewardClientError: see the tree at the top of this file
         """
         requests = chunks(prompts, images, evaluators, weights, normalization, deterministic)
-        return merge([self._ask(request) for request in requests])
+        return merge([self._ask(request, first) for first, request in requests])
 
     def evaluators(self) -> EvaluatorList:
         """What the service has configured, with fingerprints.
@@ -238,10 +244,10 @@ class RewardClient(_Shared):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: ScoreRequest) -> ScoreResponse:
-        body = encode(request, MSGPACK)
+    def _ask(self, request: ScoreRequest, first: int) -> ScoreResponse:
+        body = self._body(request)
         retrying = tenacity.Retrying(sleep=self._sleep, **self._retry_rule())
-        return retrying(lambda: self._scores(self._send("POST", "/v1/score", body), request))
+        return retrying(lambda: self._scores(self._send("POST", "/v1/score", body), request, first))
 
     def _send(self, method: str, path: str, body: bytes | None) -> httpx.Response:
         try:
@@ -280,7 +286,7 @@ class AsyncRewardClient(_Shared):
     ) -> ScoreResponse:
         """See :meth:`RewardClient.score`."""
         requests = chunks(prompts, images, evaluators, weights, normalization, deterministic)
-        return merge([await self._ask(request) for request in requests])
+        return merge([await self._ask(request, first) for first, request in requests])
 
     async def evaluators(self) -> EvaluatorList:
         """See :meth:`RewardClient.evaluators`."""
@@ -307,11 +313,12 @@ class AsyncRewardClient(_Shared):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _ask(self, request: ScoreRequest) -> ScoreResponse:
-        body = encode(request, MSGPACK)
+    async def _ask(self, request: ScoreRequest, first: int) -> ScoreResponse:
+        body = self._body(request)
 
         async def once() -> ScoreResponse:
-            return self._scores(await self._send("POST", "/v1/score", body), request)
+            answer = await self._send("POST", "/v1/score", body)
+            return self._scores(answer, request, first)
 
         return await tenacity.AsyncRetrying(sleep=self._sleep, **self._retry_rule())(once)
 

@@ -51,20 +51,29 @@ class ProtocolError(RewardClientError):
     """The answer is not this protocol's: perhaps another program listens at this address."""
 
 
-def raise_for_problem(answer: httpx.Response) -> None:
+def raise_for_problem(answer: httpx.Response, first_pair: int = 0) -> None:
     """Nothing for a success.
 
+    :param first_pair: place of the request's first pair in the caller's batch, whose indices the problem gets
     :raises ServiceError: of the kind that tells whether asking again can help
     """
     if answer.is_success:
         return
     try:
-        problem = msgspec.json.decode(answer.content, type=Problem)
+        problem = _shifted(msgspec.json.decode(answer.content, type=Problem), first_pair)
     except (ValueError, msgspec.DecodeError):
         problem = None
     retryable = answer.status_code in RETRYABLE_STATUS and (problem is None or problem.retryable)
     kind = OverloadedError if retryable else RejectedError
     raise kind(answer.status_code, problem, _retry_after_s(answer))
+
+
+def _shifted(problem: Problem, first_pair: int) -> Problem:
+    errors = [
+        error if error.index is None else msgspec.structs.replace(error, index=first_pair + error.index)
+        for error in problem.errors
+    ]
+    return msgspec.structs.replace(problem, errors=errors)
 
 
 def _retry_after_s(answer: httpx.Response) -> float:

@@ -38,8 +38,10 @@ def chunks(
     weights: Mapping[str, float] | None,
     normalization: Normalization,
     deterministic: bool,
-) -> Iterator[ScoreRequest]:
+) -> Iterator[tuple[int, ScoreRequest]]:
     """Requests of at most ``MAX_PAIRS`` pairs and about ``CHUNK_BYTES`` bytes, in order.
+
+    Each comes with the place of its first pair among all.
 
     :raises InputError: before the first is made if the lengths differ, else at the picture at fault
     """
@@ -59,11 +61,11 @@ def chunks(
     for index, prompt in enumerate(prompts):
         item = _item(index, prompt, images[index])
         if items and (len(items) == MAX_PAIRS or size + len(item.image.data) > CHUNK_BYTES):
-            yield request()
+            yield index - len(items), request()
             items, size = [], 0
         items.append(item)
         size += len(item.image.data)
-    yield request()
+    yield len(prompts) - len(items), request()
 
 
 def merge(responses: Sequence[ScoreResponse]) -> ScoreResponse:

@@ -130,6 +130,31 @@ def test_every_kind_of_picture_arrives_unchanged(tmp_path: Path) -> None:
         assert not sent.lossy
 
 
+def test_problems_are_told_by_the_callers_own_index() -> None:
+    """A batch that goes out in several requests: the second one's pair 3 is the caller's 1,027."""
+    images = [PIXELS] * (payload.MAX_PAIRS + 6)
+
+    def refuse_the_second(request: httpx.Request) -> httpx.Response:
+        asked = decode_request(request.content, MSGPACK)
+        return answer(response_to(asked)) if len(asked.items) > 6 else problem(422, retryable=False)
+
+    with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
+        client(refuse_the_second).score(["x"] * len(images), images)
+    assert caught.value.problem is not None
+    assert caught.value.problem.errors[0].index == payload.MAX_PAIRS + 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "weights"), [("\ud800", None), ("x", {"clip": np.float32(1)}), (object(), None)]
+)
+def test_what_cannot_be_encoded_is_an_input_error(prompt: Any, weights: Any) -> None:
+    """Not a codec's own exception, and nothing is sent."""
+    service = Service()
+    with pytest.raises(InputError, match="cannot be sent"):
+        client(service).score([prompt], [PIXELS], weights=weights)
+    assert service.requests == []
+
+
 def test_a_batch_may_be_one_array_or_tensor() -> None:
     """N pictures in one array are taken apart along the first axis."""
     service = Service()
