@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 import traceback
@@ -21,6 +22,7 @@ from reward_service.problems import CODES, ProblemError
 from reward_service.protocol import JSON, MSGPACK, PROBLEM, Health, encode, schemas
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DESCRIPTION = "Judges pictures by their prompts with several evaluators; POST /v1/score scores a batch."
 _SCORE_CODES = sorted({int(status) for status, _, _ in CODES.values()} - {404, 405, 408})
 
 
@@ -38,7 +40,9 @@ def create_app(config: ServiceConfig, judge: Judge | None = None) -> FastAPI:
         yield
         scorer.close()
 
-    app = FastAPI(title="Reward service", description=__doc__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="Reward service", description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    # A redirect would be an empty answer to a client that does not follow it.
+    app.router.redirect_slashes = False
     app.state.judge = scorer
     _add_routes(app, scorer)
     _add_error_answers(app)
@@ -51,8 +55,11 @@ def _add_routes(app: FastAPI, judge: Judge) -> None:
         """Score prompt-image pairs with every evaluator asked for."""
         content_type = _content_type(request)
         judge.admit()
-        body = await _read_body(request, judge.config.limits.max_body_bytes)
-        return _answer(request, await judge.score(body, content_type, _request_id(request)))
+        try:
+            body = await _read_body(request, judge.config.limits.max_body_bytes)
+            return _answer(request, await judge.score(body, content_type, _request_id(request)))
+        except asyncio.CancelledError:  # still open when the time for an orderly end was over
+            raise ProblemError("not_ready", "the service shut down before this was scored") from None
 
     async def evaluators(request: Request) -> Response:
         """What is configured, with fingerprints and calibration."""

@@ -109,8 +109,11 @@ class Intake:
 
 def _schema_problem(error: MalformedBodyError) -> ProblemError:
     if error.syntax:
-        return ProblemError("malformed_body", str(error))
+        return ProblemError("malformed_body", f"{error}; send it whole, /docs shows its form")
     # msgspec's words for `"items": []` name a schema; these name the mistake.
     if str(error).startswith("Expected `array` of length >= 1 - at `$.items`"):
         return ProblemError("empty_batch", "items is empty; send at least one prompt with its image")
+    if str(error).startswith("Invalid base64"):
+        remedy = "send plain base64 without line breaks or a data: prefix"
+        return at_item("invalid_request", f"{error}; {remedy}", error.index)
     return at_item("invalid_request", f"{error}; see /docs for the schema", error.index)

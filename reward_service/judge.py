@@ -167,7 +167,9 @@ class Judge:
     async def _completed(self, request: Admitted) -> Completed[PairScores]:
         lane: Lane = (request.evaluators, request.deterministic)
         try:
-            future: Future[Completed[PairScores]] = self.admit(len(request.pairs)).submit(request.pairs, lane)
+            # What was admitted before its body was read is finished, also while stopping.
+            loaded = self._loaded or self._ready()
+            future: Future[Completed[PairScores]] = loaded.queue.submit(request.pairs, lane)
             return await asyncio.wrap_future(future)
         except QueueFullError as error:
             raise ProblemError("queue_full", str(error), retry_after_s=error.retry_after_s) from None

@@ -156,6 +156,11 @@ BAD = {
         "not_an_image",
     ),
     "not base64": (b'{"items": [{"prompt": "x", "image": {"data": "!"}}]}', 422, "invalid_request"),
+    "data: address": (
+        b'{"items": [{"prompt": "x", "image": {"data": "data:image/png;base64,AAAA"}}]}',
+        422,
+        "invalid_request",
+    ),
     "unknown key": (b'{"items": [{"prompt": "x", "picture": 1}]}', 422, "invalid_request"),
     "null": (b"null", 422, "invalid_request"),
     "deep": (b'{"items": ' + b"[" * 100_000, 422, "invalid_request"),
@@ -221,8 +226,12 @@ def test_media_types(app: FastAPI, item: dict[str, Any]) -> None:
 
 def test_addresses_and_methods(app: FastAPI) -> None:
     """Unknown addresses and methods are problems too."""
-    found = [talk(app, lambda client, path=path: client.get(path)) for path in ("/nothing", "/score")]
+    found = [
+        talk(app, lambda client, path=path: client.get(path))
+        for path in ("/nothing", "/health/live/", "/score")
+    ]
     assert [(answer.status_code, answer.json()["code"]) for answer in found] == [
+        (404, "not_found"),
         (404, "not_found"),
         (405, "method_not_allowed"),
     ]
@@ -257,6 +266,38 @@ def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict
     ]
     assert post(app, {"items": [item] * 2}).status_code == 200
     judge.close()
+
+
+def test_what_was_admitted_is_finished_while_stopping(
+    config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]
+) -> None:
+    """A request whose body was on its way when the end was asked for is answered; a later one is not."""
+    judge = Judge(config, build=lambda _: engine)
+    judge.start()
+    wait_for(judge, "ready")
+    app = create_app(config, judge)
+
+    async def body() -> Any:
+        judge.stop_accepting()
+        yield json.dumps({"items": [item]}).encode()
+
+    headers = {"Content-Type": JSON}
+    under_way = talk(app, lambda client: client.post("/score", content=body(), headers=headers))
+    late = post(app, {"items": [item]})
+    assert (under_way.status_code, late.status_code) == (200, 503)
+    judge.close()
+
+
+def test_a_body_that_never_comes_is_answered_at_the_end(app: FastAPI) -> None:
+    """Cancelled at shutdown, it is a retryable 503 and no traceback."""
+
+    async def cancelled() -> Any:
+        raise asyncio.CancelledError
+        yield b""
+
+    headers = {"Content-Type": JSON}
+    answer = talk(app, lambda client: client.post("/score", content=cancelled(), headers=headers))
+    assert (answer.status_code, answer.json()["retryable"]) == (503, True)
 
 
 def test_life_while_loading_and_after_failure(config: ServiceConfig, item: dict[str, Any]) -> None:
