@@ -35,7 +35,7 @@ def build(
     effort: Annotated[float, typer.Option(min=0.0, help="Scale of the training; 0.01 tries it out.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
 ) -> None:
-    """Train every model of the miniature from a seed. About 50 minutes on two cores at effort 1."""
+    """Train every model of the miniature from a seed. About an hour of CPU time at effort 1."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     stages = Build(work, seed, effort)

@@ -4,6 +4,7 @@ The judges are loaded by the service's engine and the generator by the trainer's
 here is what a user gets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,14 +85,18 @@ def as_uint8(pixels: Tensor) -> NDArray[np.uint8]:
 
 
 def score(
-    engine: RewardEngine, prompts: list[str], pictures: NDArray[np.uint8], what: str
+    engine: RewardEngine,
+    prompts: list[str],
+    pictures: NDArray[np.uint8],
+    what: str,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
-    """Raw scores (N,) of N pairs by every evaluator."""
+    """Raw scores (N,) of N pairs by the named evaluators, or by all."""
     pairs = [Pair(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
     rows = []
     for start in tqdm(range(0, len(pairs), 256), desc=what):
-        rows += [result.raw for result in engine.score(pairs[start : start + 256])]
-    return {name: np.array([row[name] for row in rows]) for name in engine.evaluators}
+        rows += [result.raw for result in engine.score(pairs[start : start + 256], names)]
+    return {name: np.array([row[name] for row in rows]) for name in names or engine.evaluators}
 
 
 def distinct_held_out(n: int, rng: torch.Generator) -> Scenes:
@@ -121,10 +126,10 @@ def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval
 def preference_accuracy(engine: RewardEngine, kind: str, rng: torch.Generator) -> float:
     """Share of held-out pairs in which the evaluator prefers what its stated utility prefers."""
     scenes = world.sample_scenes(PREFERENCE_PAIRS, Part.HELD_OUT, rng)
-    other = judges.rival(scenes, rng)
+    other = judges.rival(scenes, Part.HELD_OUT, rng)
     captions = world.describe(scenes, rng)
     sides = [
-        score(engine, captions.text, as_uint8(world.draw(s, rng)), f"preferences of {kind}")[kind]
+        score(engine, captions.text, as_uint8(world.draw(s, rng)), f"preferences of {kind}", [kind])[kind]
         for s in (scenes, other)
     ]
     gap = judges.utilities(kind, captions, scenes, scenes) - judges.utilities(kind, captions, scenes, other)
@@ -135,7 +140,7 @@ def aesthetic_correlation(engine: RewardEngine, rng: torch.Generator) -> float:
     """Pearson correlation of the aesthetic score with the world's stated aesthetic, held-out scenes."""
     scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
     pictures = as_uint8(world.draw(scenes, rng))
-    found = score(engine, [""] * len(scenes), pictures, "aesthetic")["aesthetic"]
+    found = score(engine, [""] * len(scenes), pictures, "aesthetic", ["aesthetic"])["aesthetic"]
     return float(np.corrcoef(found, world.aesthetic(scenes).numpy())[0, 1])
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from miniature import tokenizer, world
 from miniature.fitting import Pool, fit
-from miniature.world import Captions, Scenes
+from miniature.world import Captions, Part, Scenes
 
 # CLIP's own channel statistics; kept so that preprocessing is the published one.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -126,19 +126,23 @@ def train_aesthetic(clip: CLIPModel, pool: Pool, steps: int, rng: torch.Generato
     return fit("aesthetic head", head, loss_of_batch, steps, lr=3e-3)
 
 
-def rival(scenes: Scenes, rng: torch.Generator) -> Scenes:
-    """A picture to be compared with: other quality, and in half the cases one or two attributes changed."""
+def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
+    """What a picture is compared with: other quality and, in half the cases, one or two attributes changed.
+
+    A change that would leave the part of the world is taken back.
+    """
     n = len(scenes)
     blur, fade, noise = world.sample_quality(n, rng)
     columns = {"blur_px": blur, "fade": fade, "noise": noise}
-    changed = torch.rand(n, 5, generator=rng) < torch.tensor([0.25, 0.1, 0.1, 0.1, 0.1])
+    changed = torch.rand(n, 5, generator=rng) < torch.tensor([0.4, 0.2, 0.2, 0.1, 0.1])
     choices = {"shape": len(world.SHAPES), "figure": 11, "background": 11, "size": 2, "texture": 2}
     for i, (name, count) in enumerate(choices.items()):
         other = torch.randint(count, (n,), generator=rng)
         columns[name] = torch.where(changed[:, i], other, getattr(scenes, name))
-    clash = columns["figure"] == columns["background"]
-    columns["figure"] = torch.where(clash, scenes.figure, columns["figure"])
-    columns["background"] = torch.where(clash, scenes.background, columns["background"])
+    shape, figure, background = columns["shape"], columns["figure"], columns["background"]
+    allowed = (figure != background) & world.belongs(shape, figure, background, part)
+    for name in ("shape", "figure", "background"):
+        columns[name] = torch.where(allowed, columns[name], getattr(scenes, name))
     return scenes.replace(**columns)
 
 
@@ -160,7 +164,7 @@ def train_preference(
     def loss_of_batch() -> Tensor:
         index = pool.hard_index(96, 8, rng)
         scenes, pixels = pool.batch(index)
-        other = rival(scenes, rng)
+        other = rival(scenes, Part.JUDGES, rng)
         other_pixels = world.draw(other, rng) * 2 - 1
         captions = world.describe(scenes, rng)
         logits = similarity(base, words, captions.text, torch.cat([pixels, other_pixels]))

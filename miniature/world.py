@@ -90,20 +90,18 @@ class Captions:
 
 def combinations(part: Part) -> Tensor:
     """(M, 3) shape, figure, background of one part of the world."""
-    rows = [
-        (s, f, b)
-        for s in range(len(SHAPES))
-        for f in range(len(COLOURS))
-        for b in range(len(COLOURS))
-        if f != b and _part_of(s, f, b) is part
-    ]
-    return torch.tensor(rows)
+    sizes = (len(SHAPES), len(COLOURS), len(COLOURS))
+    rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    shape, figure, background = rows.T
+    return rows[(figure != background) & belongs(shape, figure, background, part)]
 
 
-def _part_of(shape: int, figure: int, background: int) -> Part:
-    # A Latin-square-like rule: each part holds every shape, figure and background about equally often.
+def belongs(shape: Tensor, figure: Tensor, background: Tensor, part: Part) -> Tensor:
+    """(N,) whether combinations are of a part; each part has every shape and colour about equally often."""
     place = (3 * shape + 5 * figure + 2 * background + figure * background) % 7
-    return Part.HELD_OUT if place == 0 else (Part.JUDGES if place % 2 else Part.GENERATOR)
+    if part is Part.HELD_OUT:
+        return place == 0
+    return (place > 0) & (place % 2 == (1 if part is Part.JUDGES else 0))
 
 
 def sample_scenes(n: int, part: Part, rng: torch.Generator, colour_pairs: int | None = None) -> Scenes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from miniature import world
+from miniature import judges, world
 from miniature.world import Part
 
 
@@ -77,3 +77,10 @@ def test_the_aesthetic_stays_on_its_scale() -> None:
     values = world.aesthetic(world.sample_scenes(2000, Part.JUDGES, stream(9)))
     assert values.min() >= 1
     assert values.max() <= 10
+
+
+def test_what_a_scene_is_compared_with_stays_in_its_part_of_the_world() -> None:
+    for part in Part:
+        other = judges.rival(world.sample_scenes(3000, part, stream(10)), part, stream(11))
+        assert world.belongs(other.shape, other.figure, other.background, part).all()
+        assert (other.figure != other.background).all()
