@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,15 +26,32 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "reward_service", "serve", "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches this process only, which then stops the service in good order.
-        service = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+    service = None
     try:
+        with log.open("wb") as output, _signals_wait():
+            # A session of its own: Ctrl-C reaches this process only, which then stops the service in order.
+            service = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         yield _wait_for_address(service, log)
     finally:
-        _stop(service)
+        if service is not None:
+            _stop(service)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that end the program act after this block: a process begun within it is known by then."""
+    arrived: list[int] = []
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in ending}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late in arrived:
+        signal.raise_signal(late)
 
 
 def _wait_for_address(service: "subprocess.Popen[bytes]", log: Path) -> str:
