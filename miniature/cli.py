@@ -14,7 +14,8 @@ from miniature import evaluate as measures
 from miniature.build import Build, write_generator, write_judges, write_probe, write_prompts
 from reward_service.checkpoints import ModelError
 from reward_service.config import load_config
-from reward_service.settings import DEFAULT_CONFIG, ConfigError
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
+from trainer.cli import USAGE_ERROR
 from trainer.config import load_trainer_config
 
 HOME = Path(__file__).parent
@@ -37,6 +38,7 @@ def build(
 ) -> None:
     """Train every model of the miniature from a seed. About an hour of CPU time at effort 1."""
     torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)  # now, not when the hour is over
     work.mkdir(parents=True, exist_ok=True)
     stages = Build(work, seed, effort)
     write_judges(stages, out)
@@ -52,6 +54,8 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Table to write.")] = MODELS / "calibration.json",
 ) -> None:
     """Write the judges' scales: mean and deviation of the base generator's scores."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"{out}: cannot be written; name a file in a folder that is there with --out")
     table = measures.calibrate(load_config(config), load_trainer_config(config))
     content = {
         "provisional": True,
@@ -120,7 +124,18 @@ def _tables(found: measures.Quality) -> list[Table]:
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except USAGE_ERROR as error:
+        _leave(error.format_message())  # type: ignore[attr-defined]
     except (ConfigError, ModelError) as error:
-        print(f"miniature: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(f"{error.filename}: {error.strerror}; name another place")
+
+
+def _leave(message: str) -> None:
+    print(f"miniature: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
