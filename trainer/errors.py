@@ -7,6 +7,10 @@ RunError                                a run cannot go on
 └── DemoError                               the demo's own service does not start
 """
 
+import textwrap
+
+from reward_service.settings import one_line
+
 
 class RunError(Exception):
     """A run cannot go on."""
@@ -22,3 +26,8 @@ class EvaluationError(RunError):
 
 class DemoError(RunError):
     """The demo's own scoring service does not start."""
+
+
+def reason(error: Exception) -> str:
+    """What a library says went wrong, in part of a line: its first two lines, no more than 240 letters."""
+    return textwrap.shorten(one_line(" ".join(str(error).strip().splitlines()[:2])), 240, placeholder=" ...")

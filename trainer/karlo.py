@@ -16,10 +16,12 @@ from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 from diffusers.schedulers import UnCLIPScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainer.config import ConfigError, ModelSource
+from trainer.errors import reason
 
 Generators = list[torch.Generator]
 
@@ -128,9 +130,8 @@ def _load_component(root: str, source: ModelSource, name: str, device: str, dtyp
         options |= {"torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype}
     try:
         component = kind.from_pretrained(root, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{root}: cannot load Karlo's {name}: {reason}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{root}: cannot load Karlo's {name}: {reason(error)}") from error
     if isinstance(component, torch.nn.Module):
         component.eval().requires_grad_(False).to(device)
     return component
