@@ -1,5 +1,6 @@
 """`reward-trainer`: train, generate, demo. Every user error is one line on stderr and exit code 2."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -87,8 +88,7 @@ def generate(
         raise ConfigError("--prompt is empty; say what to draw")
     if lora is not None and not lora.is_dir():
         raise ConfigError(f"{lora}: no such LoRA folder; give the lora folder of a run")
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f"{out}: its folder does not exist; make it or name another --out")
+    _check_writable(out)
     from trainer.runs import generate_run
 
     path = generate_run(settings, lora, prompts, n, out.resolve())
@@ -98,7 +98,9 @@ def generate(
 def main() -> None:
     """Entry point: runs a command, turns what can go wrong for a user into one line and an exit code."""
     rest_idle_threads()
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _terminated)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer's answer to Ctrl-C
@@ -106,6 +108,10 @@ def main() -> None:
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
         message = error.format_message() if isinstance(error, USAGE_ERROR) else str(error)  # type: ignore[attr-defined]
         code = _fail(message, 2)
+    except OSError as error:  # a file that cannot be read or written; anything else is a fault of ours
+        if error.filename is None:
+            raise
+        code = _fail(f"{error.filename}: {error.strerror}; name another place or make room there", 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("reward_service", "trainer")):
             raise
@@ -126,6 +132,16 @@ def _fail(message: str, code: int) -> int:
 
 def _terminated(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _check_writable(out: Path) -> None:
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{out}: its folder does not exist; make it or name another --out")
+    if out.is_dir():
+        raise ConfigError(f"{out}: this is a folder; name a PNG file with --out")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{out}: its folder cannot be written to; name another --out")
 
 
 def _load(

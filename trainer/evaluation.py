@@ -64,9 +64,10 @@ class Comparison:
     confidence: float
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, verdicts and standard errors included."""
+        """Plain values for JSON, verdicts and standard errors included; null where one prompt gives none."""
         rows = {
-            gain.name: asdict(gain) | {"verdict": gain.verdict} for gain in (*self.evaluators, self.composite)
+            gain.name: _finite(asdict(gain)) | {"verdict": gain.verdict}
+            for gain in (*self.evaluators, self.composite)
         }
         return {
             "prompts": self.prompts,
@@ -75,6 +76,10 @@ class Comparison:
             "rows": rows,
             "composite_standard_errors": standard_errors(self.composite),
         }
+
+
+def _finite(values: dict[str, object]) -> dict[str, object]:
+    return {key: None if value in (np.inf, -np.inf) else value for key, value in values.items()}
 
 
 def measure(
@@ -208,12 +213,13 @@ def sentences(comparison: Comparison) -> list[str]:
     said = [f"The composite {verdict[total.verdict]}: {change}."]
     rising = [gain.name for gain in comparison.evaluators if gain.verdict == "rises"]
     said.append(f"Rising significantly: {', '.join(rising) or 'none of the evaluators'}.")
-    said += [_warning(gain) for gain in comparison.evaluators if gain.verdict == "falls"]
+    paid = ": the gain elsewhere is partly paid for with it" if rising else ""
+    said += [_warning(gain) + paid + "." for gain in comparison.evaluators if gain.verdict == "falls"]
     return said
 
 
 def _warning(gain: Gain) -> str:
     return (
         f"Warning: {gain.name} falls significantly, by {-gain.difference:.4f} "
-        f"({-gain.deviations:.2f} deviations): the gain elsewhere is partly paid for with it."
+        f"({-gain.deviations:.2f} deviations)"
     )

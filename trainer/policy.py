@@ -1,5 +1,7 @@
 """The policy: Karlo's decoder with a LoRA, sampled and replayed through one step function."""
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from peft import LoraConfig
-from safetensors import SafetensorError
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainer.config import LORA_FILE, ConfigError, LoraSettings
 from trainer.diffusion import Schedule, Transition, guide, make_schedule, transition
+from trainer.errors import reason
 from trainer.karlo import Condition, Generators
 
 ADAPTER = "default"
@@ -148,8 +151,9 @@ class DecoderPolicy:
             try:
                 self.decoder.add_adapter(config, adapter_name=ADAPTER)
             except ValueError as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"trainer.lora.targets {list(settings.targets)}: {reason}") from error
+                raise ConfigError(
+                    f"trainer.lora.targets {list(settings.targets)}: {reason(error)}"
+                ) from error
         for parameter in self.lora.values():
             parameter.data = parameter.data.float()
 
@@ -173,15 +177,35 @@ class DecoderPolicy:
 
     def load_lora(self, folder: Path) -> None:
         """Load an adapter that `save_lora` wrote. Raises ConfigError where it does not fit the decoder."""
-        if not (folder / LORA_FILE).is_file():
+        file = folder / LORA_FILE
+        if not file.is_file():
             raise ConfigError(f"{folder}: no LoRA here (no {LORA_FILE}); give the lora folder of a run")
         try:
-            self.decoder.load_lora_adapter(
-                folder, prefix=None, weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True
-            )
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{folder}: this LoRA does not fit this decoder: {reason}") from error
+            with safe_open(file, "pt") as stored:
+                names = set(stored.keys())
+            if not any(".lora_" in name for name in names):
+                raise ValueError("there are no LoRA weights in it")
+            with _libraries_silent():
+                self.decoder.load_lora_adapter(
+                    folder, prefix=None, weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True
+                )
+            # What has no place in the decoder is passed over in silence: it would draw as if untrained.
+            strangers = names ^ set(get_peft_model_state_dict(self.decoder, adapter_name=ADAPTER))
+            if strangers:
+                raise ValueError(f"{len(strangers)} weights have no counterpart, the first {min(strangers)}")
+        except (ValueError, LookupError, RuntimeError, OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder}: this LoRA does not fit this decoder: {reason(error)}") from error
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """Whatever they log or warn of within this context is raised, or checked, by the caller."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class MovingAverage:

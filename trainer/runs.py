@@ -66,10 +66,7 @@ def open_studio(config: TrainerConfig) -> Studio:
     """Load Karlo on the configured device; the policy has no adapter yet. Raises ConfigError."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.device: {config.device}, but torch finds no GPU here; set trainer.device=cpu"
-        )
+    _check_device(config.device)
     quiet_libraries()
     karlo = load_karlo(config.karlo, config.device)
     policy = DecoderPolicy(
@@ -79,6 +76,15 @@ def open_studio(config: TrainerConfig) -> Studio:
         guidance=config.sampling.decoder_guidance,
     )
     return Studio(karlo, policy, config.sampling)
+
+
+def _check_device(name: str) -> None:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.device: {name}, but torch finds no GPU here; set trainer.device=cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"trainer.device: {name!r} is no device here; set cpu or cuda") from error
 
 
 def quiet_libraries() -> None:

@@ -23,16 +23,16 @@ class RunFolder:
     @classmethod
     def create(cls, config: TrainerConfig, path: Path | None = None) -> "RunFolder":
         """An empty folder: `path`, which must hold nothing yet, or the next free `<runs_dir>/<name>[-n]`."""
-        path = path or _next_free(config.runs_dir / config.name)
-        if path.exists() and any(path.iterdir()):
-            raise ConfigError(f"{path}: this folder is not empty; name another with --run")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot make the run folder: {error.strerror}") from error
-        run = cls(path)
+        run = cls(path or _next_free(config.runs_dir / config.name))
         resolved = {"trainer": config.model_dump(mode="json")}
-        run.write_text("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            if any(run.path.iterdir()):
+                raise ConfigError(f"{run.path}: this folder is not empty; name another with --run")
+            run.write_text("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        except OSError as error:
+            reason = f"cannot be made or written to: {error.strerror}"
+            raise ConfigError(f"{run.path}: the run folder {reason}; name another with --run") from error
         return run
 
     @property

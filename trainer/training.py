@@ -152,7 +152,12 @@ def improve(
 def update(
     learner: Learner, transitions: Transitions, config: TrainerConfig, order: torch.Generator
 ) -> Record:
-    """One pass over the transitions in random order, an optimizer step every `accumulate` micro-batches."""
+    """One pass over the transitions in random order, an optimizer step every `accumulate` micro-batches.
+
+    Without transitions, where no reward varies in any group, nothing happens.
+    """
+    if not len(transitions.step):
+        return _update_record([], [])
     size, accumulate = config.update.micro_batch, config.update.accumulate
     rows = torch.randperm(len(transitions.step), generator=order).split(size)
     losses, norms = [], []

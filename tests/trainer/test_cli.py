@@ -9,18 +9,22 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 
-from tests.trainer.conftest import PROMPTS, SAMPLING, FakeScorer
+from tests.trainer.conftest import PROMPTS, SAMPLING, FakeScorer, make_policy
 from trainer import demo
 from trainer.cli import main
 from trainer.config import TrainerConfig, load_trainer_config
 from trainer.demo import local_service
 from trainer.errors import DemoError
+from trainer.karlo import Karlo
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,6 +75,10 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
             ["generate", "--config", "{file}", "--prompt", "x", "--out", "{missing}/x.png"],
             "folder does not exist",
         ),
+        (["generate", "--config", "{file}", "--prompt", "x", "--out", "{folder}"], "this is a folder"),
+        (["generate", "--config", "{file}", "--prompt", "x", "--set", "device=abacus"], "no device here"),
+        (["demo", "--config", "{file}", "--run", "{file}"], "the run folder cannot be made"),
+        (["demo", "--config", "{file}", "--run", "{folder}"], "not empty"),
         (["generate", "--config", "{file}", "--prompt", "x", "--set", "karlo.path=."], "no Karlo model here"),
         (["generate", "--config", "{file}", "--prompt", "x", "--lora", "{folder}"], "no LoRA here"),
     ],
@@ -171,6 +179,64 @@ def test_the_demo_service_is_stopped_however_the_demo_ends(
     pid = int(log.read_text().rsplit("pid=", 1)[1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_service_is_being_started_stops_it(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between the birth of a process and the moment its parent knows it, no signal may part the two."""
+    popen = subprocess.Popen
+    born: list[subprocess.Popen[bytes]] = []
+
+    def begin(*_: object, **__: object) -> "subprocess.Popen[bytes]":
+        born.append(popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        signal.raise_signal(number)
+        return born[0]
+
+    def leave(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, leave)
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    try:
+        with pytest.raises(KeyboardInterrupt), local_service(tmp_path / "x.yaml", tmp_path / "log"):
+            pass
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
+    assert born[0].poll() is not None
+
+
+def test_a_closed_terminal_ends_the_program_in_good_order(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGHUP leaves through the exits that stop what was started; nohup's wish to ignore it is kept."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for wish, expected in ((signal.SIG_DFL, False), (signal.SIG_IGN, True)):
+            signal.signal(signal.SIGHUP, wish)
+            run(["train", "--config", str(config_file), "iterations=0"], monkeypatch)
+            assert (signal.getsignal(signal.SIGHUP) is wish) is expected
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_readme_loads_a_lora_into_plain_diffusers(karlo: Karlo, tmp_path: Path) -> None:
+    """The README's lines, run as they stand but for their two paths."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = text.split("```python\nfrom diffusers import UNet2DConditionModel\n")[1].split("```")[0]
+    karlo.decoder.save_pretrained(tmp_path / "decoder")
+    make_policy(karlo, lora=True).save_lora(tmp_path / "lora")
+    for written, here in (("miniature/models/karlo", tmp_path), ("runs/miniature/lora", tmp_path / "lora")):
+        assert written in lines
+        lines = lines.replace(written, str(here))
+    names: dict[str, Any] = {"UNet2DConditionModel": UNet2DConditionModel}
+    exec(lines, names)  # noqa: S102
+    loaded = [weight for name, weight in names["decoder"].named_parameters() if ".lora_" in name]
+    shipped = [weight for name, weight in karlo.decoder.named_parameters() if ".lora_" in name]
+    assert shipped
+    assert all(torch.equal(a, b) for a, b in zip(loaded, shipped, strict=True))
 
 
 def test_a_demo_service_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -119,3 +119,28 @@ def test_a_failed_score_ends_the_evaluation(studio: Studio) -> None:
 
     with pytest.raises(EvaluationError, match="no answer"):
         measure(studio, FakeScorer(fault), PROMPTS, CONFIG, "base")
+
+
+def test_one_prompt_gives_numbers_without_an_interval() -> None:
+    """A trial run on one prompt ends well: its JSON says null where infinity is not allowed."""
+    values = np.arange(4.0).reshape(1, 2, 2)
+    base, tuned = (
+        Measurement(("x",), np.zeros((1, 2, 8, 8, 3), np.uint8), v, v) for v in (values, values + 1)
+    )
+    comparison = compare(base, tuned, NAMES, WEIGHTS, CONFIG)
+    plain = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert plain["rows"]["composite"] | {"low": None, "high": None} == plain["rows"]["composite"]
+    assert plain["rows"]["composite"]["difference"] == 1
+    assert comparison.composite.verdict == "unclear"
+
+
+def test_nothing_is_paid_for_where_nothing_rises() -> None:
+    """A fall is no price of a gain that is not there."""
+    fallen = np.random.default_rng(0).normal(size=(8, 2, 2))
+    base, tuned = (
+        Measurement(tuple("abcdefgh"), np.zeros((8, 2, 8, 8, 3), np.uint8), v, v)
+        for v in (fallen, fallen - 1 - 0.01 * fallen)
+    )
+    said = " ".join(sentences(compare(base, tuned, NAMES, WEIGHTS, CONFIG)))
+    assert "falls significantly" in said
+    assert "paid for" not in said

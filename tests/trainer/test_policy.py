@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.trainer.conftest import PROMPTS, SAMPLING, make_policy
 from trainer.config import ConfigError, LoraSettings, ModelSource
@@ -122,6 +124,30 @@ def test_a_lora_that_does_not_fit_or_is_not_there_is_one_line(karlo: Karlo, tmp_
     with pytest.raises(ConfigError, match="does not fit") as caught:
         policy.load_lora(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_without_a_place_in_the_decoder_are_refused(
+    karlo: Karlo, karlo_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another model's LoRA is refused, quietly in one line; it never draws as if nothing were loaded."""
+    make_policy(karlo, lora=True).save_lora(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = load_file(file)
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    strange = (
+        ({"x": torch.zeros(1)}, "no LoRA weights"),
+        ({name.replace("blocks", "blox"): weight for name, weight in weights.items()}, "no counterpart"),
+        ({name: weight.repeat_interleave(2, dim=0) for name, weight in weights.items()}, "size mismatch"),
+    )
+    for contents, message in strange:
+        save_file(contents, file, metadata=metadata)
+        policy = make_policy(load_karlo(ModelSource(path=karlo_folder)))
+        capfd.readouterr()
+        with pytest.raises(ConfigError, match=message) as caught:
+            policy.load_lora(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert capfd.readouterr().err == ""
 
 
 def test_unknown_targets_are_one_line(karlo: Karlo) -> None:
