@@ -18,7 +18,7 @@ from trainer.scoring import Pictures, Scores
 from trainer.training import train_fold
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
-SHORT = ("iterations=16", "threads=1", "prompts.validation_limit=48")
+SHORT = ("iterations=16", "threads=1")
 
 
 class EngineScorer:
@@ -62,7 +62,7 @@ def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
 
 @pytest.mark.timeout(600)
 def test_the_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
-    found = gain(scorer)
+    found = gain(scorer, "iterations=26")
     assert found.composite.verdict == "rises"
     assert standard_errors(found.composite) > 3
 

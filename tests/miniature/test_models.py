@@ -55,13 +55,14 @@ def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardE
     assert max(map(abs, together.values())) < 0.9
 
 
-def test_the_generator_draws_what_it_is_asked_for_better_than_chance() -> None:
+def test_the_generator_paints_the_colours_sizes_and_textures_it_is_asked_for() -> None:
     trainer = load_trainer_config(CONFIG)
     prompts = read_splits(trainer.prompts)[1][:24]
     pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
     shown = evaluate.fidelity(MODELS / PROBE, asked, pictures)
-    assert shown["background"] > 0.5  # chance is 1 in 11
-    assert shown["shape"] > 0.25  # chance is 1 in 6
+    # Shapes are left out: without guidance the base hardly has them, which leaves the learner something.
+    assert min(shown["figure"], shown["background"]) > 0.8  # chance is 1 in 11
+    assert min(shown["size"], shown["texture"]) > 0.6  # chance is 1 in 2
 
 
 def test_all_weights_together_stay_below_20_mb() -> None:
