@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import PriorTransformer, UNet2DModel
+from diffusers import ModelMixin, PriorTransformer, UNet2DModel
 from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
@@ -98,25 +98,31 @@ def write_karlo_text(encoder: CLIPTextModelWithProjection, folder: Path) -> None
 
 def write_prior(prior: PriorTransformer, folder: Path) -> None:
     """The prior and its scheduler."""
-    prior.half().save_pretrained(folder / "prior")
-    prior.float()
+    _save(prior, folder / "prior")
     generator.prior_scheduler().save_pretrained(folder / "prior_scheduler")
 
 
 def write_decoder(model: generator.DecoderWithProjection, folder: Path) -> None:
     """The decoder, its text projection and its scheduler."""
-    model.half()
-    model.unet.save_pretrained(folder / "decoder")
-    model.text_proj.save_pretrained(folder / "text_proj")
-    model.float()
+    _save(model.unet, folder / "decoder")
+    _save(model.text_proj, folder / "text_proj")
     generator.decoder_scheduler().save_pretrained(folder / "decoder_scheduler")
 
 
 def write_super_resolution(first: UNet2DModel, last: UNet2DModel, folder: Path) -> None:
     """Both super-resolution UNets and their scheduler."""
-    first.half().save_pretrained(folder / "super_res_first")
-    last.half().save_pretrained(folder / "super_res_last")
+    _save(first, folder / "super_res_first")
+    _save(last, folder / "super_res_last")
     generator.super_resolution_scheduler().save_pretrained(folder / "super_res_scheduler")
+
+
+def _save(model: ModelMixin, folder: Path) -> None:
+    """Half precision, without the path that diffusers notes of where the model was loaded from."""
+    model.half().save_pretrained(folder)
+    model.float()
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described.pop("_name_or_path", None)
+    _write_json(folder / "config.json", described)
 
 
 def _write_json(path: Path, content: object) -> None:

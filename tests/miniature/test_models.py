@@ -70,6 +70,10 @@ def test_all_weights_together_stay_below_20_mb() -> None:
     assert size < 20e6
 
 
+def test_no_model_names_the_folder_it_was_made_in() -> None:
+    assert not [path for path in MODELS.rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
+
+
 def test_an_interrupted_build_goes_on_and_its_models_load(tmp_path: Path) -> None:
     work, models = tmp_path / "work", tmp_path / "models"
     work.mkdir()
@@ -80,4 +84,5 @@ def test_an_interrupted_build_goes_on_and_its_models_load(tmp_path: Path) -> Non
     write_judges(second, models)
     write_generator(second, models)
     assert (work / "clip" / "model.safetensors").read_bytes() == kept
+    assert not [path for path in models.rglob("*.json") if str(work) in path.read_text("utf-8")]
     assert load_karlo(ModelSource(path=models / "karlo")).decoder.config.sample_size == 16
