@@ -11,7 +11,6 @@ references compute with the very same tensors on the same pictures, alternating 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -22,8 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.commandline import positive, refuse, shown
-from benchmarks.measuring import Report, Say, machine, measure, write
+from benchmarks.measuring import EvaluatorReport, measure
 from benchmarks.models import build
+from benchmarks.reporting import Say, machine
 
 ACCELERATIONS = ("none", "compile", "graphs")
 
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = build(Path(folder), options.layers, device, dtype, max([options.images, *batches]))
         command = shlex.join(["python", "benchmarks/evaluators.py", *shown(arguments or sys.argv[1:])])
-        report = Report(machine(device, dtype, options.layers, command))
+        report = EvaluatorReport(machine(device, dtype, options.layers, command))
         measure(report, models, options, wanted, batches, say)
-    print(json.dumps(report.as_dict(), indent=2) if options.json else report.markdown())
+    print(report.json() if options.json else report.markdown())
     if options.output is not None:
-        write(report, options.output)
+        report.write(options.output)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import _matrix_peak, _timed
+from benchmarks.measuring import matrix_peak, timed
 from trainer.blueprint import Blueprint, draft
 from trainer.config import TrainerConfig
 from trainer.karlo import Condition
@@ -27,14 +27,14 @@ def measure_full(
     per_picture += (plan.flops["decoder"] + plan.flops["super-resolution"]) / plan.counts["pictures"]
     blueprint = draft(config, device)
     place, dtype = torch.device(device), blueprint.decoder.dtype
-    peak = _matrix_peak(place, dtype)
+    peak = matrix_peak(place, dtype)
     rows = []
     for batch in batches:
         say(f"batch of {batch}")
         stages = _stages(blueprint, config, batch)
         for work in stages.values():
             work()
-        times = {name: median(_timed(work, place) for _ in range(repeats)) for name, work in stages.items()}
+        times = {name: median(timed(work, place) for _ in range(repeats)) for name, work in stages.items()}
         rate = batch / sum(times.values())
         rows.append(
             {

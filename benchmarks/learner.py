@@ -11,7 +11,6 @@ thread each, so that waiting is for scores and not for the processor. Times are 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -21,11 +20,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -37,7 +36,7 @@ import trainer.drawing
 import trainer.updating
 from benchmarks.commandline import positive, refuse, shown
 from benchmarks.fullsize import measure_full
-from benchmarks.measuring import machine, table
+from benchmarks.reporting import Report, Rows, Say, machine
 from reward_service.settings import DEFAULT_CONFIG
 from trainer.config import Sharing, TrainerConfig, load_trainer_config
 from trainer.demo import _stop, _wait_for_address
@@ -51,39 +50,30 @@ from trainer.streams import PictureKey
 from trainer.training import train_fold
 from trainer.updating import improve, new_learner
 
-Say = Callable[[str], None]
 GROUP = 8
 SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
 
 
 @dataclass
-class Report:
-    """Everything measured, in one run."""
+class LearnerReport(Report):
+    """Everything measured of the learner, in one run."""
 
-    machine: dict[str, Any]
-    sampler: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[dict[str, Any]] = field(default_factory=list)
-    waiting: list[dict[str, Any]] = field(default_factory=list)
-    memory: list[dict[str, Any]] = field(default_factory=list)
-    full: list[dict[str, Any]] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """For people."""
-        titles = {
-            "machine": "# Learner benchmark\n",
-            "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and pictures, "
-            "alternating in one run; each ratio is the median of the ratios of neighbours.\n",
-            "parts": "\n## Parts of an iteration\n\nScoring goes on beside the others; what is left of it is "
-            "the waiting.\n",
-            "waiting": "\n## Waiting for scores\n\nExposed: with nothing else to do.\n",
-            "memory": "\n## Memory of the update\n\nMost bytes allocated at one time, beyond the weights.\n",
-            "full": "\n## Karlo's own size, random weights\n\nThe peak is that of a matrix product here.\n",
-        }
-        parts = []
-        for name, rows in asdict(self).items():
-            listed = [{"": key, " ": value} for key, value in rows.items()] if name == "machine" else rows
-            parts += [titles[name], table(listed)] if listed else []
-        return "\n".join(parts)
+    name = "learner"
+    titles: ClassVar = {
+        "machine": "# Learner benchmark\n",
+        "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and pictures, "
+        "alternating in one run; each ratio is the median of the ratios of neighbours.\n",
+        "parts": "\n## Parts of an iteration\n\nScoring goes on beside the others; what is left of it is "
+        "the waiting.\n",
+        "waiting": "\n## Waiting for scores\n\nExposed: with nothing else to do.\n",
+        "memory": "\n## Memory of the update\n\nMost bytes allocated at one time, beyond the weights.\n",
+        "full": "\n## Karlo's own size, random weights\n\nThe peak is that of a matrix product here.\n",
+    }
+    sampler: Rows = field(default_factory=list)
+    parts: Rows = field(default_factory=list)
+    waiting: Rows = field(default_factory=list)
+    memory: Rows = field(default_factory=list)
+    full: Rows = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,21 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if options.full else "cpu")
     dtype = torch.bfloat16 if options.full else torch.float32
     command = shlex.join(["python", "-m", "benchmarks.learner", *shown(arguments or sys.argv[1:])])
-    report = Report(machine(device, dtype, None, command))
+    report = LearnerReport(machine(device, dtype, None, command))
     if options.full:
         config = load_trainer_config(options.config, ["precision=bfloat16"])
         report.full = measure_full(config, "cuda", options.batches, options.repeats, say)
     else:
         measure(report, options, cores, say)
-    print(json.dumps(asdict(report), indent=2) if options.json else report.markdown())
+    print(report.json() if options.json else report.markdown())
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = options.output / f"learner-{device.type}"
-        name.with_suffix(".md").write_text(report.markdown() + "\n")
-        name.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        report.write(options.output)
 
 
-def measure(report: Report, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
+def measure(report: LearnerReport, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
     """Fill the report on the miniature."""
     config = load_trainer_config(options.config, ["threads=1", f"iterations={options.iterations}"])
     prompts = read_splits(config.prompts)[0]

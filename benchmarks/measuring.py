@@ -1,19 +1,14 @@
-"""The evaluator benchmark's measurements and what is written about them."""
+"""The evaluator benchmark's measurements."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,74 +18,35 @@ from torch import Tensor
 from benchmarks.models import Models
 from benchmarks.parity.cases import scene
 from benchmarks.references import Group
+from benchmarks.reporting import Report, Rows, Say
 from reward_service.pairs import Pair
 from reward_service.preprocess import Preprocessing
 
-Say = Callable[[str], None]
 _WORDS = ("a red fox on a mossy log", "an old harbour at dawn, oil on canvas", "a glass teapot", "two moons")
 # Rows and columns of the matrix product that shows what the hardware can do.
 _PEAK_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
-class Report:
-    """Everything measured, in one run."""
+class EvaluatorReport(Report):
+    """Everything measured of the evaluators, in one run."""
 
-    machine: dict[str, Any]
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    speed: list[dict[str, Any]] = field(default_factory=list)
-    ratios: list[dict[str, Any]] = field(default_factory=list)
-    throughput: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def markdown(self) -> str:
-        """For people."""
-        titles = {
-            "machine": "# Evaluator benchmark\n",
-            "scores": "\n## The same scores\n\nEngine against reference loop, same weights and pictures.\n",
-            "speed": "\n## Times\n",
-            "ratios": "\n## Ratios\n\nEach is the median of the ratios of neighbouring runs.\n",
-            "throughput": "\n## Throughput\n\nThe peak is that of a matrix product in this run.\n",
-        }
-        parts = []
-        for name, rows in self.as_dict().items():
-            listed = [{"": key, " ": value} for key, value in rows.items()] if name == "machine" else rows
-            parts += [titles[name], table(listed)] if listed else []
-        return "\n".join(parts)
-
-
-def write(report: Report, folder: Path) -> None:
-    """Write ``evaluators-DEVICE.md`` and ``.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"evaluators-{report.machine['device']}"
-    (folder / f"{name}.md").write_text(report.markdown() + "\n")
-    (folder / f"{name}.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-
-
-def machine(device: torch.device, dtype: torch.dtype, layers: int | None, command: str) -> dict[str, Any]:
-    """What it ran on."""
-    packages = ("torch", "open-clip-torch", "transformers", "torchvision", "pillow")
-    gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    return {
-        "command": command,
-        "device": device.type,
-        **gpu,
-        "CPU": _cpu_name(),
-        "CPU cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load before": round(os.getloadavg()[0], 1),
-        "trunk dtype": str(dtype).removeprefix("torch."),
-        "layers": "as published" if layers is None else layers,
-        **{name: version(name) for name in packages},
+    name = "evaluators"
+    titles: ClassVar = {
+        "machine": "# Evaluator benchmark\n",
+        "scores": "\n## The same scores\n\nEngine against reference loop, same weights and pictures.\n",
+        "speed": "\n## Times\n",
+        "ratios": "\n## Ratios\n\nEach is the median of the ratios of neighbouring runs.\n",
+        "throughput": "\n## Throughput\n\nThe peak is that of a matrix product in this run.\n",
     }
+    scores: Rows = field(default_factory=list)
+    speed: Rows = field(default_factory=list)
+    ratios: Rows = field(default_factory=list)
+    throughput: Rows = field(default_factory=list)
 
 
-@torch.inference_mode()
 def measure(
-    report: Report,
+    report: EvaluatorReport,
     models: Models,
     options: argparse.Namespace,
     accelerations: Sequence[str],
@@ -184,11 +140,12 @@ def _alternating(
             if name == "engine":
                 for tower in models.towers.values():
                     tower.forget_texts()
-            seconds[name].append(_timed(run, models.engine.device))
+            seconds[name].append(timed(run, models.engine.device))
     return seconds
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run, the device's work included."""
     _finish(device)
     start = time.perf_counter()
     run()
@@ -231,7 +188,7 @@ def _throughput(
 ) -> list[dict[str, Any]]:
     """Images a second by batch size: the three towers alone, and the engine with preparation and heads."""
     engine = models.engine
-    peak = _matrix_peak(engine.device, engine.dtype)
+    peak = matrix_peak(engine.device, engine.dtype)
     cost = sum(_flops(config["vision_cfg"]) for config in models.configs.values())
     rows = []
     for mode in accelerations:
@@ -264,14 +221,14 @@ def _embed(models: Models, pixels: Mapping[str, Tensor]) -> None:
 
 def _rate(run: Callable[[], object], batch: int, device: torch.device, repeats: int = 5) -> float:
     run()
-    return batch / median(_timed(run, device) for _ in range(repeats))
+    return batch / median(timed(run, device) for _ in range(repeats))
 
 
-def _matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of ten."""
     size = _PEAK_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(_timed(lambda: left @ right, device) for _ in range(10))
+    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
 
 
 def _flops(vision: Mapping[str, Any]) -> float:
@@ -280,18 +237,3 @@ def _flops(vision: Mapping[str, Any]) -> float:
     tokens, width = patches + 1, vision["width"]
     block = 24 * tokens * width**2 + 4 * tokens**2 * width
     return float(vision["layers"] * block + 6 * patches * width * vision["patch_size"] ** 2)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *[[str(row[key]) for key in head] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

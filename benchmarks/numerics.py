@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import pairs_of, table, workload
+from benchmarks.measuring import pairs_of, workload
 from benchmarks.models import EVALUATORS, build
 from benchmarks.parity.cases import scene
+from benchmarks.reporting import table
 from reward_service.engine import RewardEngine
 from reward_service.pairs import Pair
 

@@ -96,13 +96,17 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({one_line(error)}); name a YAML file") from None
     try:
-        # yaml.load with a SafeLoader subclass constructs plain values only.
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506
+        document = _parse(text)
     except _NOT_YAML as error:
         raise ConfigError(f"{path}: not valid YAML ({one_line(error)}); correct it") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected the sections {' and '.join(SECTIONS)} at the top")
     return document
+
+
+def _parse(text: str) -> Any:
+    """Plain values only: the loader is a SafeLoader."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader's subclass
 
 
 def _section(document: Mapping[str, Any], path: Path, section: str) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: write it as key.subkey=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = _parse(text)
     except _NOT_YAML:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     for key in keys[:-1]:
