@@ -62,7 +62,7 @@ def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, se
     rng = torch.Generator().manual_seed(90_000 + seed)
     engine = build_engine(service)
     studio = open_studio(trainer)
-    prompts = read_prompts(trainer.prompts.validation)
+    prompts = read_prompts(trainer.prompts.validation or trainer.prompts.train)
     pictures, asked = generate(studio, prompts, IMAGES_PER_PROMPT)
     raw = score(engine, asked, pictures, "scoring generated pictures")
     return Quality(

@@ -4,9 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from reward_service.settings import ConfigError, ConfigPath, Settings, load_section
+from reward_service.settings import ConfigError, ConfigPath, load_section
+from trainer.sections import (
+    CrossvalConfig,
+    EarlyStoppingConfig,
+    Fraction,
+    GuardConfig,
+    Proportion,
+    SearchConfig,
+    Section,
+    Weights,
+)
 
 __all__ = ["ConfigError", "ModelSource", "TrainerConfig", "load_trainer_config"]
 
@@ -18,18 +28,11 @@ Precision = Literal["float32", "bfloat16"]
 # After which stage pictures are looked at: the decoder's own (64 px with Karlo) or the final ones (256 px).
 PictureStage = Literal["decoder", "super_resolution"]
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=1)]  # guidance scale; 1 means no guidance
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
-
-
-class Section(Settings):
-    """Base of what is below. Numbers are finite: checkpoints keep them as JSON, which knows no other."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class ModelSource(Section):
@@ -63,12 +66,21 @@ class ServiceConfig(Section):
 
 
 class PromptsConfig(Section):
-    """Text files, one prompt a line."""
+    """Files of prompts: text (one a line), .csv or .jsonl (prompt, and where there are any user and cluster).
+
+    A prompt, its near-duplicates and the other prompts of its user are one group. Groups are never parted.
+    """
 
     train: ConfigPath
-    validation: ConfigPath
+    validation: ConfigPath | None = None  # null: `validation_share` of the training prompts' groups
+    test: ConfigPath | None = None  # of an experiment; null: `test_share` of the groups
     train_limit: PositiveInt | None = None  # use the first so many
     validation_limit: PositiveInt | None = None
+    test_limit: PositiveInt | None = None
+    validation_share: Proportion = 0.2
+    test_share: Proportion = 0.2
+    # Prompts are near-duplicates from this similarity on: Jaccard's, of their words and pairs of words.
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.77
 
 
 class SamplingConfig(Section):
@@ -127,7 +139,7 @@ class RolloutConfig(Section):
 class ObjectiveConfig(Section):
     """Advantages and the trust region."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]]  # per evaluator; what is not named is not trained on
+    weights: Weights  # per evaluator; what is not named is not trained on
     advantage_clip: PositiveFloat = 5.0
     deviation_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of the pooled within-group variance
     trust_region: Literal["kl", "clip"] = "kl"
@@ -193,6 +205,8 @@ class EvaluationConfig(Section):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: PositiveInt = 5000
     seed: int = 20_000  # of the pictures: fixed, whatever the training seed
+    # The composite that is reported, stopped and searched by; null: as objective.weights.
+    weights: Weights | None = None
     grid_prompts: PositiveInt = 8
     grid_images: PositiveInt = 4
 
@@ -251,6 +265,10 @@ class TrainerConfig(Section):
     objective: ObjectiveConfig
     update: UpdateConfig = UpdateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    guard: GuardConfig = GuardConfig()
+    crossval: CrossvalConfig = CrossvalConfig()
+    search: SearchConfig = SearchConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     processes: ProcessesConfig = ProcessesConfig()
@@ -260,6 +278,27 @@ class TrainerConfig(Section):
     def policy_precision(self) -> Precision:
         """Of the decoder."""
         return self.decoder_precision or self.precision
+
+    @property
+    def judged_by(self) -> Weights:
+        """Weights of the composite that is reported."""
+        return self.evaluation.weights or self.objective.weights
+
+    @model_validator(mode="after")
+    def _guard_is_not_trained_on(self) -> Self:
+        name = self.guard.evaluator
+        for section, weights in (("objective", self.objective.weights), ("evaluation", self.judged_by)):
+            if name is not None and weights.get(name, 0) > 0:
+                raise ValueError(
+                    f"guard.evaluator: {name} has a weight in {section}.weights, and a guard must not be "
+                    f"trained on; set {section}.weights.{name}=0 or name another guard"
+                )
+        if self.early_stopping.patience and not self.evaluation.every:
+            raise ValueError(
+                "early_stopping.patience: needs evaluations on the way; set evaluation.every to the "
+                "iterations between two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_exist(self) -> Self:

@@ -33,6 +33,8 @@ def clean(prompts: Iterable[str]) -> tuple[str, ...]:
 def read_splits(config: PromptsConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Train and validation prompts. Raises ConfigError where one is on both sides: a leak."""
     train = read_prompts(config.train, config.train_limit)
+    if config.validation is None:
+        raise ConfigError("trainer.prompts.validation: name a file of prompts to evaluate on")
     validation = read_prompts(config.validation, config.validation_limit)
     shared = sorted(set(map(str.casefold, train)) & set(map(str.casefold, validation)))
     if shared:
