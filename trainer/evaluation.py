@@ -6,7 +6,6 @@ independent, and a prompt is what a user will bring a new one of.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE
@@ -17,27 +16,26 @@ from trainer.config import EvaluationConfig
 from trainer.drawing import NOTHING_SHARED, Studio
 from trainer.errors import EvaluationError
 from trainer.judging import draw_and_score
+from trainer.measurements import Measurement
 from trainer.processes import ALONE, Processes
 from trainer.progress import progress
 from trainer.scoring import Floats, Pictures, Scorer, Scores, ScoringError, composite
 from trainer.streams import PictureKey
 
+__all__ = [
+    "COMPOSITE",
+    "Comparison",
+    "Gain",
+    "Measurement",
+    "compare",
+    "measure",
+    "prompt_interval",
+    "sentences",
+    "standard_errors",
+    "table",
+]
+
 COMPOSITE = "composite"
-
-
-class Measurement(NamedTuple):
-    """Pictures of P prompts, G each, and their scores by K evaluators."""
-
-    prompts: tuple[str, ...]
-    pictures: Pictures  # (P, G, H, W, 3)
-    raw: Floats  # (P, G, K)
-    z: Floats  # (P, G, K)
-
-    def first(self, prompts: int | None) -> "Measurement":
-        """That of the first so many prompts; None: of all."""
-        return Measurement(
-            self.prompts[:prompts], self.pictures[:prompts], self.raw[:prompts], self.z[:prompts]
-        )
 
 
 @dataclass(frozen=True)

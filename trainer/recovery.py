@@ -1,14 +1,10 @@
 """Bring a run that was ended back to where it was; keep what that needs while it runs."""
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -16,11 +12,12 @@ from trainer.checkpoints import Checkpoints, Stored, capture, decode, restore, v
 from trainer.config import ConfigError, TrainerConfig
 from trainer.drawing import Studio
 from trainer.errors import StorageError
-from trainer.evaluation import Measurement, measure
+from trainer.evaluation import measure
+from trainer.measurements import Measurement
 from trainer.processes import Processes
 from trainer.resuming import check_same
 from trainer.scoring import Scorer
-from trainer.storage import RunFolder, write_atomically, write_synced
+from trainer.storage import RunFolder
 from trainer.updating import Learner
 
 BASE_FILE = "base.npz"  # the base policy's measurement
@@ -104,19 +101,14 @@ def record(
         checkpoints.record(capture(learner, done, metrics_bytes=size, composite=composite(done)))
 
 
-def _kept_base(path: Path) -> bytes:
+def _kept_base(path: Path, prompts: Sequence[str]) -> bytes:
     """The file; nothing where there is none, or it is damaged: it can be measured again."""
     try:
         content = path.read_bytes()
-        _arrays(content)
-    except (FileNotFoundError, ValueError, LookupError, EOFError, BadZipFile):
+        Measurement.decode(content, prompts)
+    except (FileNotFoundError, ValueError):
         return b""
     return content
-
-
-def _arrays(content: bytes) -> list[NDArray[Any]]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return [arrays[name] for name in ("pictures", "raw", "z")]
 
 
 def measure_base(
@@ -129,13 +121,11 @@ def measure_base(
 ) -> Measurement:
     """The base policy's measurement: of this run when it began, else made and kept now."""
     path = run.path / BASE_FILE
-    before = processes.gather(_kept_base(path) if processes.main else b"")[0]
+    before = processes.gather(_kept_base(path, prompts) if processes.main else b"")[0]
     if before:
-        return Measurement(tuple(prompts), *_arrays(before))
+        return Measurement.decode(before, prompts)
     with studio.policy.base():
         measured = measure(studio, scorer, prompts, config.evaluation, "base", processes)
     if processes.main:
-        buffer = io.BytesIO()
-        np.savez(buffer, pictures=measured.pictures, raw=measured.raw, z=measured.z)
-        write_atomically(path, lambda target: write_synced(target, buffer.getvalue()))
+        measured.save(path)
     return measured
