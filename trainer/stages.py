@@ -13,10 +13,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 from scipy.stats import bootstrap, spearmanr
 
+from trainer.comparing import COMPOSITE, paired_interval
 from trainer.config import EvaluationConfig, TrainerConfig
 from trainer.drawing import Studio
 from trainer.errors import EvaluationError
-from trainer.evaluation import COMPOSITE, prompt_interval
 from trainer.judging import Judging
 from trainer.karlo import to_uint8
 from trainer.progress import track
@@ -144,7 +144,7 @@ def within_correlation(before: Floats, after: Floats, config: EvaluationConfig) 
     by_prompt = np.array([_spearman(x, y) for x, y in zip(before[varied], after[varied], strict=True)])
     if not len(by_prompt):
         return Correlation(np.nan, np.nan, np.nan)
-    low, high, _ = prompt_interval(by_prompt, config)
+    low, high, _ = paired_interval(by_prompt, config)
     return Correlation(float(by_prompt.mean()), low, high)
 
 
