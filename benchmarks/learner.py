@@ -42,7 +42,7 @@ from trainer.config import Sharing, TrainerConfig, load_trainer_config
 from trainer.demo import _stop, _wait_for_address
 from trainer.drawing import NOTHING_SHARED, Studio
 from trainer.policy import DecoderPolicy
-from trainer.prompts import read_splits
+from trainer.splits import read_splits
 from trainer.rollout import DropCount, collect, group_keys
 from trainer.runs import open_studio
 from trainer.scoring import ServiceScorer
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(report: LearnerReport, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
     """Fill the report on the miniature."""
     config = load_trainer_config(options.config, ["threads=1", f"iterations={options.iterations}"])
-    prompts = read_splits(config.prompts)[0]
+    prompts = read_splits(config.prompts).train
     say("our sampler and the pipeline")
     report.sampler = compare_samplers(config, prompts, options.repeats)
     say("starting a scoring service")

@@ -17,9 +17,10 @@ from trainer.demo import local_service
 from trainer.errors import DivergenceError, JobError, RunError, said
 from trainer.launching import first_of_job, launched_world, open_processes, second_on_its_machine
 from trainer.processes import Processes
-from trainer.prompts import clean, read_splits
+from trainer.prompts import clean
 from trainer.resuming import how_to_go_on, is_finished, pinned_prompts, resumed_config
 from trainer.scoring import ServiceScorer
+from trainer.splits import read_splits
 from trainer.stopping import Stop, heed_signals, leave
 from trainer.storage import RunFolder, newest_run
 
@@ -150,7 +151,7 @@ def variance(
     """Measure how much of the noise in the rewards rollout.share takes away, against a running service."""
     _refuse_several("variance")
     settings = _load(config, seed, set_, overrides)
-    train, _ = read_splits(settings.prompts)
+    train = read_splits(settings.prompts, settings.seed).train
     with ServiceScorer.connect(settings.service) as scorer:
         from trainer.runs import variance_run
 
@@ -169,7 +170,7 @@ def stages(
     """Measure whether pictures can be rewarded before super-resolution, against a running service."""
     _refuse_several("stages")
     settings = _load(config, seed, set_, overrides)
-    train, _ = read_splits(settings.prompts)
+    train = read_splits(settings.prompts, settings.seed).train
     if len(train) < 2:
         raise ConfigError("trainer.prompts.train: two prompts at least are needed to compare stages")
     with ServiceScorer.connect(settings.service) as scorer:
@@ -260,7 +261,9 @@ def _train(
             stack.enter_context(_saying_how_to_go_on(run))
         with processes.one_fate():
             prompts = (
-                pinned_prompts(RunFolder(run), settings) if run and resume else read_splits(settings.prompts)
+                pinned_prompts(RunFolder(run), settings)
+                if run and resume
+                else read_splits(settings.prompts, settings.seed)
             )
             scorer = stack.enter_context(ServiceScorer.connect(settings.service))
             from trainer.runs import check_evaluators, check_share, train_run

@@ -1,6 +1,7 @@
 """What can go wrong for a user of the learner. Every message is one line with the cause and the remedy.
 
 ConfigError (reward_service.settings)   the configuration, a path or an argument
+└── LeakError                               a prompt, or its like, on both sides of a split
 RunError                                a run cannot go on
 ├── RolloutError                            too few scores come back
 ├── DivergenceError                         the update is no number any more
@@ -12,7 +13,11 @@ RunError                                a run cannot go on
 
 import textwrap
 
-from reward_service.settings import one_line
+from reward_service.settings import ConfigError, one_line
+
+
+class LeakError(ConfigError):
+    """A prompt, a near-duplicate of it or its user is on both sides of a split."""
 
 
 class RunError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.errors import StorageError
 from trainer.processes import flat
-from trainer.prompts import read_splits
+from trainer.splits import Split, read_splits
 from trainer.storage import CONFIG_FILE, RunFolder
 
 PROMPTS_FILE = "prompts.json"
@@ -42,8 +42,6 @@ FREE = (
     "rollout.max_dropped",
     "update.gradient_checkpointing",
 )
-
-Splits = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def resumed_config(run: Path, config: Path | None, overrides: Sequence[str]) -> TrainerConfig:
@@ -86,18 +84,19 @@ def _shown(value: object) -> str:
 # ---------------------------------------------------------------------------------------------- pins
 
 
-def pin_prompts(run: RunFolder, prompts: tuple[Sequence[str], Sequence[str]]) -> None:
+def pin_prompts(run: RunFolder, prompts: Split) -> None:
     """Keep the run's prompts with it, where they are not kept yet."""
     if run.read_json(PROMPTS_FILE) is None:
-        run.write_json(PROMPTS_FILE, {"train": list(prompts[0]), "validation": list(prompts[1])})
+        run.write_json(PROMPTS_FILE, {name: list(values) for name, values in prompts._asdict().items()})
 
 
-def pinned_prompts(run: RunFolder, config: TrainerConfig) -> Splits:
+def pinned_prompts(run: RunFolder, config: TrainerConfig) -> Split:
     """The prompts that the run began with, whatever has become of the files; else those of the files."""
     kept = run.read_json(PROMPTS_FILE)
     if kept is None:
-        return read_splits(config.prompts)
-    return tuple(kept["train"]), tuple(kept["validation"])
+        return read_splits(config.prompts, config.seed)
+    groups = kept.get("groups", range(len(kept["validation"])))  # runs of before there were any: each its own
+    return Split(tuple(kept["train"]), tuple(kept["validation"]), tuple(groups))
 
 
 def pin_scorer(run: RunFolder, identity: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from reward_service.loading import build_engine
 from reward_service.pairs import Pair
 from trainer.config import load_trainer_config
 from trainer.evaluation import Comparison, compare, measure, standard_errors
-from trainer.prompts import read_splits
+from trainer.splits import read_splits
 from trainer.runs import open_studio
 from trainer.scoring import Pictures, Scores
 from trainer.training import train_fold
@@ -50,7 +50,7 @@ def scorer() -> EngineScorer:
 def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
     """Held-out comparison after a short training."""
     config = load_trainer_config(CONFIG, [*SHORT, *overrides])
-    train, validation = read_splits(config.prompts)
+    train, validation, _ = read_splits(config.prompts)
     studio = open_studio(config)
     studio.policy.add_lora(config.lora, seed=1)
     with studio.policy.base():

@@ -13,7 +13,7 @@ from reward_service.engine import RewardEngine
 from reward_service.loading import build_engine
 from trainer.config import ModelSource, load_trainer_config
 from trainer.karlo import load_karlo
-from trainer.prompts import read_splits
+from trainer.splits import read_splits
 from trainer.runs import open_studio
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_the_aesthetic_follows_its_stated_target(engine: RewardEngine) -> None:
 
 def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardEngine) -> None:
     trainer = load_trainer_config(CONFIG)
-    prompts = read_splits(trainer.prompts)[1][:24]
+    prompts = read_splits(trainer.prompts).validation[:24]
     pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
     together = evaluate.correlations(evaluate.score(engine, asked, pictures, "scoring"))
     assert len(together) == 6
@@ -58,7 +58,7 @@ def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardE
 
 def test_the_generator_paints_the_colours_sizes_and_textures_it_is_asked_for() -> None:
     trainer = load_trainer_config(CONFIG)
-    prompts = read_splits(trainer.prompts)[1][:24]
+    prompts = read_splits(trainer.prompts).validation[:24]
     pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
     shown = evaluate.fidelity(MODELS / PROBE, asked, pictures)
     # Shapes are left out: without guidance the base hardly has them, which leaves the learner something.
