@@ -102,14 +102,40 @@ def compare(
         raise ValueError(
             "base and tuned measured different prompts: they cannot be compared picture by picture"
         )
-    rows = tuple(
-        _gain(name, base.raw[..., k], tuned.raw[..., k], tuned.z[..., k] - base.z[..., k], config, groups)
-        for k, name in enumerate(evaluators)
-    )
-    before, after = (composite(measured.z, evaluators, weights) for measured in (base, tuned))
-    total = _gain(COMPOSITE, before, after, after - before, config, groups)
+    rows = tuple(evaluator_gain(name, base, tuned, evaluators, config, groups) for name in evaluators)
+    total = composite_gain(base, tuned, evaluators, weights, config, groups)
     prompts, images = base.raw.shape[:2]
     return Comparison(rows, total, prompts, images, config.confidence, clusters(prompts, groups))
+
+
+def evaluator_gain(
+    name: str,
+    base: Measurement,
+    tuned: Measurement,
+    evaluators: Sequence[str],
+    config: EvaluationConfig,
+    groups: Groups,
+    confidence: float | None = None,
+) -> Gain:
+    """Of one evaluator, in its raw scores; at the configured confidence or another."""
+    k = list(evaluators).index(name)
+    before, after = base.raw[..., k].mean(axis=1), tuned.raw[..., k].mean(axis=1)
+    row = change(name, before, after, config, groups, confidence)
+    return Gain(**asdict(row), deviations=float((tuned.z[..., k] - base.z[..., k]).mean()))
+
+
+def composite_gain(
+    base: Measurement,
+    tuned: Measurement,
+    evaluators: Sequence[str],
+    weights: Mapping[str, float],
+    config: EvaluationConfig,
+    groups: Groups,
+) -> Gain:
+    """Of the weighted mean of z."""
+    before, after = (composite(m.z, evaluators, weights).mean(axis=1) for m in (base, tuned))
+    row = change(COMPOSITE, before, after, config, groups)
+    return Gain(**asdict(row), deviations=row.difference)
 
 
 def pooled(
@@ -153,14 +179,6 @@ def _apart(parts: Sequence[tuple[int, Groups]]) -> list[int]:
     return numbered
 
 
-def _gain(
-    name: str, before: Floats, after: Floats, z_gain: Floats, config: EvaluationConfig, groups: Groups
-) -> Gain:
-    """Of scores (P, G)."""
-    row = change(name, before.mean(axis=1), after.mean(axis=1), config, groups)
-    return Gain(**asdict(row), deviations=float(z_gain.mean()))
-
-
 def change(
     name: str,
     before: Floats,
@@ -179,7 +197,7 @@ def paired_interval(
     differences: Floats, config: EvaluationConfig, groups: Groups = None, confidence: float | None = None
 ) -> Interval:
     """Interval of the mean of one difference for each prompt, (P,), as the configuration has it."""
-    confidence = confidence or config.confidence
+    confidence = config.confidence if confidence is None else confidence
     # A tail needs some resamples to be seen in.
     resamples = max(config.resamples, int(10 / (1 - confidence)))
     return interval(differences, groups, confidence=confidence, resamples=resamples, seed=config.seed)
