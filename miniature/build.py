@@ -5,7 +5,7 @@ Every stage has random streams of its own: leaving one out, or running them in a
 no other. Results repeat on one machine; another processor's rounding gives slightly different models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from miniature import generator, judges, layout, probe, tokenizer, world
 from miniature.fitting import Pool
 from miniature.world import Part
+from trainer.similarity import jaccard
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,6 +39,10 @@ STEPS = {
 }
 POOL = {Part.JUDGES: 40_000, Part.GENERATOR: 60_000}
 TRAIN_PROMPTS, VALIDATION_PROMPTS = 256, 96
+HEADER = "# Captions of the miniature world, one a line. Written by `python -m miniature build`. CC0 1.0."
+NEAR_DUPLICATE = 0.77  # similarity below which the test prompts stay with all others
+
+Content = tuple[int, ...]  # of a scene: shape, figure, background, size, texture
 
 
 @dataclass
@@ -233,25 +238,49 @@ def write_probe(build: Build, models: Path) -> None:
 
 
 def write_prompts(folder: Path, seed: int = 0) -> None:
-    """Training prompts of the generator's part of the world, validation prompts of the held-out part."""
+    """Training prompts of the generator's part of the world; validation and test prompts of the held-out."""
     rng = torch.Generator().manual_seed(1000 * seed + 31)
-    header = (
-        "# Captions of the miniature world, one a line; written by `python -m miniature build`. CC0 1.0.\n"
-    )
+    train = distinct_captions(Part.GENERATOR, TRAIN_PROMPTS, rng)
+    validation = distinct_captions(Part.HELD_OUT, VALIDATION_PROMPTS, rng)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part, count in (
-        ("train.txt", Part.GENERATOR, TRAIN_PROMPTS),
-        ("validation.txt", Part.HELD_OUT, VALIDATION_PROMPTS),
+    for name, captions in (
+        ("train.txt", train),
+        ("validation.txt", validation),
+        ("test.txt", unlike_captions(Part.HELD_OUT, validation, rng)),
     ):
-        (folder / name).write_text(header + "\n".join(distinct_captions(part, count, rng)) + "\n")
+        (folder / name).write_text("\n".join([HEADER, *captions.values()]) + "\n")
 
 
-def distinct_captions(part: Part, count: int, rng: torch.Generator) -> list[str]:
+def distinct_captions(part: Part, count: int, rng: torch.Generator) -> dict[Content, str]:
     """Captions of distinct content, most of them stating size and texture."""
-    found: dict[tuple[int, ...], str] = {}
+    found: dict[Content, str] = {}
     while len(found) < count:
-        scenes = world.sample_scenes(count, part, rng)
-        captions = world.describe(scenes, rng, drop=0.2)
-        for content, text in zip(scenes.content.tolist(), captions.text, strict=True):
-            found.setdefault(tuple(content), text)
-    return list(dict.fromkeys(found.values()))[:count]
+        for content, text in _captions(part, count, rng):
+            found.setdefault(content, text)
+    first: dict[str, Content] = {}
+    for content, text in found.items():
+        first.setdefault(text, content)
+    return {content: text for text, content in list(first.items())[:count]}
+
+
+def unlike_captions(part: Part, others: dict[Content, str], rng: torch.Generator) -> dict[Content, str]:
+    """A caption of each combination of shape and colours, none with the content or the wording of the others.
+
+    Size or texture is another one than the others state, and no two captions are near-duplicates.
+    """
+    found: dict[tuple[int, ...], tuple[Content, str]] = {}
+    known = list(others.values())
+    while len(found) < len(world.combinations(part)):
+        for content, text in _captions(part, 1, rng):
+            if content[:3] in found or content in others:
+                continue
+            if max(jaccard(text, other) for other in known) < NEAR_DUPLICATE:
+                found[content[:3]] = content, text
+                known.append(text)
+    return dict(found.values())
+
+
+def _captions(part: Part, count: int, rng: torch.Generator) -> Iterator[tuple[Content, str]]:
+    scenes = world.sample_scenes(count, part, rng)
+    captions = world.describe(scenes, rng, drop=0.2)
+    yield from zip(map(tuple, scenes.content.tolist()), captions.text, strict=True)
