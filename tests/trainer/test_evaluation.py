@@ -132,3 +132,58 @@ def test_nothing_is_paid_for_where_nothing_rises() -> None:
     said = " ".join(sentences(compare(base, tuned, NAMES, WEIGHTS, CONFIG)))
     assert "falls significantly" in said
     assert "paid for" not in said
+
+
+def test_equal_gains_in_every_prompt_are_said_to_be_equal() -> None:
+    """No standard error is no "+0.0 standard errors"; JSON says null for what is no number."""
+    base = np.random.default_rng(0).normal(size=(6, 2, 2))
+    comparison = compare(measured(base), measured(base + 0.3), NAMES, WEIGHTS, CONFIG)
+    assert comparison.composite.verdict == "rises"
+    assert sentences(comparison)[0] == (
+        "The composite rises significantly: +0.300 deviations, the same in every prompt."
+    )
+    assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["composite_standard_errors"] is None
+    fallen = compare(measured(base), measured(base - 0.3), NAMES, WEIGHTS, CONFIG)
+    assert standard_errors(fallen.composite) == -np.inf
+
+
+def test_nothing_changed_is_said_so() -> None:
+    """The same measurement twice: 0, and the same in every prompt."""
+    same = measured(np.random.default_rng(0).normal(size=(6, 2, 2)))
+    comparison = compare(same, same, NAMES, WEIGHTS, CONFIG)
+    assert "does not change clearly: +0.000 deviations, the same in every prompt" in sentences(comparison)[0]
+    assert standard_errors(comparison.composite) == 0
+
+
+def test_of_one_group_no_error_is_told() -> None:
+    """Five prompts of one user say as little of others as one prompt does."""
+    base = np.random.default_rng(0).normal(size=(5, 2, 2))
+    tuned = base + np.random.default_rng(1).normal(size=(5, 1, 1))
+    comparison = compare(measured(base), measured(tuned), NAMES, WEIGHTS, CONFIG, [3] * 5)
+    assert comparison.groups == 1
+    assert comparison.composite.verdict == "unclear"
+    assert "one group of prompts tells no error" in sentences(comparison)[0]
+    assert comparison.to_dict()["composite_standard_errors"] is None
+
+
+def test_groups_of_prompts_are_shown_and_make_the_interval_honest() -> None:
+    """Prompts of one user count once: wider, the same difference, and the table says how many groups."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(8), 5)
+    base = rng.normal(size=(40, 2, 2))
+    tuned = base + rng.normal(0.2, 0.5, 8)[groups][:, None, None] + rng.normal(0, 0.05, (40, 2, 2))
+    both = measured(base), measured(tuned)
+    alone, grouped = (compare(*both, NAMES, WEIGHTS, CONFIG, those).composite for those in (None, groups))
+    assert grouped.difference == alone.difference
+    assert grouped.standard_error > 1.5 * alone.standard_error
+    assert grouped.high - grouped.low > 1.5 * (alone.high - alone.low)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(compare(*both, NAMES, WEIGHTS, CONFIG, groups)))
+    assert "40 held-out prompts in 8 groups × 2 pictures" in console.file.getvalue()
+
+
+def test_other_prompts_are_not_compared() -> None:
+    """A pair is one prompt drawn twice."""
+    one = measured(np.zeros((3, 2, 2)))
+    with pytest.raises(ValueError, match="different prompts"):
+        compare(one, one._replace(prompts=("a", "b", "c")), NAMES, WEIGHTS, CONFIG)
