@@ -23,7 +23,8 @@ class Measurement(NamedTuple):
 
     def first(self, prompts: int | None) -> Self:
         """That of the first so many prompts; None: of all."""
-        return type(self)(*(field[:prompts] for field in self))
+        cut = slice(prompts)
+        return type(self)(self.prompts[cut], self.pictures[cut], self.raw[cut], self.z[cut])
 
     def encode(self) -> bytes:
         """All but the prompts, as the content of a .npz file."""
