@@ -70,22 +70,49 @@ _Loader.add_implicit_resolver(
 _NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
-def load_section(model: type[M], path: Path, section: str, overrides: Sequence[str] = ()) -> M:
+def load_section(
+    model: type[M], path: Path, section: str, overrides: Sequence[str] = (), presets: str | None = None
+) -> M:
     """Read one section of a configuration file.
 
     :param model: the pydantic model of the section
     :param path: the YAML file
     :param section: ``service`` or ``trainer``
     :param overrides: ``key.subkey=value`` strings, relative to the section; values are YAML
+    :param presets: ``key.subkey`` of a mapping in the file from such keys to values, which hold where no
+        override says otherwise
     :raises ConfigError: whatever is wrong, in one line
     """
     values = _section(_read(path), path, section)
+    for key, value in (_preset(values, presets) if presets else {}).items():
+        _put(values, str(key), value, f"{presets}: {key}")
     for override in overrides:
         _apply(values, override)
+    return _validated(model, values, section, f"{path}: ", {"folder": path.resolve().parent})
+
+
+def changed(settings: M, section: str, values: Mapping[str, Any], where: str = "") -> M:
+    """The same settings with some values, by their dotted keys. Raises ConfigError, beginning with `where`."""
+    dumped = settings.model_dump(mode="json")
+    for key, value in values.items():
+        _put(dumped, key, value, f"{where}{key}")
+    return _validated(type(settings), dumped, section, where, None)
+
+
+def _validated(
+    model: type[M], values: Mapping[str, Any], section: str, where: str, context: Mapping[str, Any] | None
+) -> M:
     try:
-        return model.model_validate(values, context={"folder": path.resolve().parent})
+        return model.model_validate(values, context=dict(context or {}))
     except ValidationError as error:
-        raise ConfigError(_describe(error, model, path, section)) from None
+        raise ConfigError(f"{where}{_describe(error, model, section)}") from None
+
+
+def _preset(values: Mapping[str, Any], dotted: str) -> Mapping[str, Any]:
+    found: Any = values
+    for key in dotted.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -130,22 +157,27 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = _parse(text)
     except _NOT_YAML:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    for key in keys[:-1]:
+    _put(values, dotted.strip(), value, f"override {override!r}")
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *keys, last = dotted.split(".")
+    for key in keys:
         inner = values.get(key)
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {key!r} holds a value, not keys")
+            raise ConfigError(f"{where}: {key!r} holds a value, not keys")
         values = inner
-    values[keys[-1]] = value
+    values[last] = value
 
 
-def _describe(error: ValidationError, model: type[BaseModel], path: Path, section: str) -> str:
+def _describe(error: ValidationError, model: type[BaseModel], section: str) -> str:
     details = error.errors(include_url=False, include_context=False)
     first = details[0]
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     key = ".".join((section, *map(str, first["loc"])))
-    return f"{path}: {key}: {_problem(first, model)}{more}"
+    return f"{key}: {_problem(first, model)}{more}"
 
 
 def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:

@@ -68,7 +68,7 @@ class Stored(NamedTuple):
 # ------------------------------------------------------------------------------------------- learner
 
 
-def capture(learner: Learner, done: int, **more: Any) -> Snapshot:
+def capture(learner: Learner, **more: Any) -> Snapshot:
     """The learner as it is now, on the CPU; `more` are further fields of the snapshot."""
     names = list(learner.policy.lora)
     tensors: dict[str, Tensor] = {
@@ -89,7 +89,7 @@ def capture(learner: Learner, done: int, **more: Any) -> Snapshot:
         key: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    return Snapshot(done, copies, values, **more)
+    return Snapshot(learner.done, copies, values, **more)
 
 
 @torch.no_grad()
@@ -105,6 +105,7 @@ def restore(learner: Learner, snapshot: Snapshot) -> None:
         learner.drops.asked = snapshot.learner["drops"]["asked"]
         learner.drops.dropped = snapshot.learner["drops"]["dropped"]
         _restore_optimizer(learner, snapshot)
+        learner.done = snapshot.done
     except (KeyError, ValueError, RuntimeError) as error:
         raise StorageError(f"a checkpoint does not fit this configuration's learner: {error}") from error
 
@@ -166,7 +167,7 @@ class Checkpoints:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, then remove those that are one too many. A full disk raises an OSError."""
-        path = self.folder / f"iteration-{snapshot.done:06d}"
+        path = self._path(snapshot.done)
         with naming(path):
             self.folder.mkdir(exist_ok=True)
             with staging(self.folder, path.name) as target:
@@ -194,6 +195,11 @@ class Checkpoints:
         except (FileNotFoundError, ValueError, LookupError, TypeError):  # damaged: the next one marks it anew
             return None
 
+    def best_stored(self) -> Stored | None:
+        """The checkpoint that the evaluation liked best. Raises StorageError where it is damaged."""
+        best = self.best()
+        return None if best is None else read_stored(self._path(best[0]))
+
     def latest(self, report: Callable[[str], object] = str) -> Stored | None:
         """The newest whole checkpoint; `report` hears of the others. Clears away what is half written."""
         if self.folder.is_dir():
@@ -204,6 +210,9 @@ class Checkpoints:
             except StorageError as error:
                 report(f"passed over: {error}")
         return None
+
+    def _path(self, done: int) -> Path:
+        return self.folder / f"iteration-{done:06d}"
 
     def paths(self) -> list[Path]:
         """The folders named as checkpoints, oldest first; each may be whole or not."""

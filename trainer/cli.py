@@ -12,9 +12,9 @@ from rich.console import Console
 
 from reward_service.client import RewardClientError
 from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
-from trainer.config import ConfigError, TrainerConfig, load_trainer_config
-from trainer.demo import local_service
-from trainer.errors import DivergenceError, JobError, RunError, said
+from trainer.config import ConfigError, TrainerConfig, load_experiment_config, load_trainer_config
+from trainer.errors import DivergenceError, GuardError, JobError, RunError, said
+from trainer.experimenting import cross_validate_command, fold_command, judged
 from trainer.launching import first_of_job, launched_world, open_processes, second_on_its_machine
 from trainer.processes import Processes
 from trainer.prompts import clean
@@ -86,10 +86,49 @@ def demo(
     _refuse_several("demo")
     settings = _load(config, seed, set_, overrides)
     folder = RunFolder.create(settings, run)
-    with local_service(config, folder.path / "service.log") as url:
-        # Loading the judge's models takes longer than answering does.
-        service = settings.service.model_copy(update={"url": url, "ready_timeout_s": 300.0})
-        _train(settings.model_copy(update={"service": service}), run, folder)
+    with judged(settings, config, folder.path / "service.log") as reached:
+        _train(reached, run, folder)
+
+
+ExperimentOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Folder of the experiment. [default: NAME-experiment in runs_dir]"),
+]
+JudgeOption = Annotated[
+    bool, typer.Option("--judge", help="Start a service of its own, as `demo` does, for as long as it takes.")
+]
+
+
+@app.command()
+def crossval(
+    config: ConfigOption = DEFAULT_CONFIG,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search settings first; train with the best.")
+    ] = False,
+    judge: JudgeOption = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Same as crossval.workers=N: folds side by side.")
+    ] = None,
+    seed: SeedOption = None,
+    run: ExperimentOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train k folds, fit on all of them, look at the test prompts once. The same command goes on with it."""
+    _refuse_several("crossval")
+    more = [] if workers is None else [f"crossval.workers={workers}"]
+    settings = load_experiment_config(config, [*_overrides(seed, set_, overrides), *more])
+    cross_validate_command(settings, run, config if judge else None, search=search, console=Console())
+
+
+@app.command(hidden=True)
+def fold(
+    number: Annotated[int, typer.Argument(help="Counted from 0.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")],
+    set_: SetOption = None,
+) -> None:
+    """Train one fold of an experiment; `crossval` starts these."""
+    fold_command(run, set_ or [], number)
 
 
 @app.command()
@@ -110,6 +149,21 @@ def plan(
     quiet_libraries()
     made = make_plan(settings, sum(weight > 0 for weight in settings.objective.weights.values()), processes)
     show(made, Console(), as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of an experiment.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Page to write. [default: report.html in RUN; compare.html here]"),
+    ] = None,
+) -> None:
+    """Write a page about a run, finished or not, from the files that it left; or compare runs."""
+    from trainer.reporting import report_command
+
+    report_command(runs, out, compare=compare, console=Console())
 
 
 @app.command()
@@ -189,7 +243,8 @@ def main() -> None:
         leave(_fail(_with_advice(stop), stop.code, quiet=not first_of_job()))
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
         message = error.format_message() if isinstance(error, USAGE_ERROR) else _with_advice(error)  # type: ignore[attr-defined]
-        code = _fail(message, 2, quiet=_said_elsewhere(error))
+        status = error.code if isinstance(error, RunError) else 2
+        code = _fail(message, status, quiet=_said_elsewhere(error))
     except OSError as error:  # a file that cannot be read or written; anything else is a fault of ours
         if error.filename is None:
             raise
@@ -275,7 +330,9 @@ def _train(
         # The main process holds on to its own: it is what keeps the run locked.
         path = Path(processes.from_main(str(folder.path) if folder else ""))
         with _saying_how_to_go_on(path):
-            train_run(settings, prompts, scorer, folder or RunFolder(path), Console(), processes)
+            result = train_run(settings, prompts, scorer, folder or RunFolder(path), Console(), processes)
+        if result.ending is not None and result.ending.by == "guard":
+            raise GuardError(f"{path}: the run was ended by its guard: {result.ending.reason}")
 
 
 @contextmanager

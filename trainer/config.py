@@ -1,12 +1,12 @@
 """The `trainer:` section of a configuration file: every number a run depends on, with unit and range."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from reward_service.settings import ConfigError, ConfigPath, load_section
+from reward_service.settings import ConfigError, ConfigPath, changed, load_section
 from trainer.sections import (
     CrossvalConfig,
     EarlyStoppingConfig,
@@ -314,3 +314,13 @@ class TrainerConfig(Section):
 def load_trainer_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
     """The `trainer:` section of `path`, with overrides; paths come out absolute. Raises ConfigError."""
     return load_section(TrainerConfig, path, "trainer", overrides)
+
+
+def load_experiment_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """The same for an experiment: what `crossval.settings` says holds where no override says otherwise."""
+    return load_section(TrainerConfig, path, "trainer", overrides, presets="crossval.settings")
+
+
+def with_values(config: TrainerConfig, values: Mapping[str, Any], where: str = "") -> TrainerConfig:
+    """The configuration with some settings by their dotted keys, checked. Raises ConfigError."""
+    return changed(config, "trainer", values, where)

@@ -1,8 +1,7 @@
-"""`reward-trainer demo`: a scoring service of its own as a child process, for as long as the run takes."""
+"""A scoring service of its own as a child process, for as long as a run takes."""
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.children import last_line, signals_wait, stop
 from trainer.errors import DemoError
 
 START_TIMEOUT_S = 120.0
@@ -28,7 +28,7 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     service = None
     try:
-        with log.open("wb") as output, _signals_wait():
+        with log.open("wb") as output, signals_wait():
             # A session of its own: Ctrl-C reaches this process only, which then stops the service in order.
             service = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -36,22 +36,7 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
         yield _wait_for_address(service, log)
     finally:
         if service is not None:
-            _stop(service)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals that end the program act after this block: a process begun within it is known by then."""
-    arrived: list[int] = []
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in ending}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for late in arrived:
-        signal.raise_signal(late)
+            stop(service, STOP_TIMEOUT_S)
 
 
 def _wait_for_address(service: "subprocess.Popen[bytes]", log: Path) -> str:
@@ -62,18 +47,7 @@ def _wait_for_address(service: "subprocess.Popen[bytes]", log: Path) -> str:
         if found and found[1] != "0":
             return found[0]
         if service.poll() is not None:
-            last = said.strip().splitlines()[-1:] or ["nothing was said"]
-            raise DemoError(
-                f"the scoring service ended with code {service.returncode}: {last[0]} (see {log})"
-            )
+            code = service.returncode
+            raise DemoError(f"the scoring service ended with code {code}: {last_line(log)} (see {log})")
         time.sleep(0.1)
     raise DemoError(f"the scoring service did not listen within {START_TIMEOUT_S:.0f} s; see {log}")
-
-
-def _stop(service: "subprocess.Popen[bytes]") -> None:
-    service.terminate()
-    try:
-        service.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        service.kill()
-        service.wait()

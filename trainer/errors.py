@@ -8,6 +8,7 @@ RunError                                a run cannot go on
 ├── EvaluationError                         the comparison cannot be finished
 ├── StorageError                            the run folder cannot be written, or is no run to go on with
 ├── JobError                                a process of the job cannot go on, or is gone
+├── GuardError                              the composite rose while the guard fell; exit code 3
 └── DemoError                               the demo's own service does not start
 """
 
@@ -22,6 +23,8 @@ class LeakError(ConfigError):
 
 class RunError(Exception):
     """A run cannot go on."""
+
+    code = 2  # the program's exit status
 
 
 class RolloutError(RunError):
@@ -38,6 +41,12 @@ class EvaluationError(RunError):
 
 class StorageError(RunError):
     """The run folder cannot be written, or is no run to go on with."""
+
+
+class GuardError(RunError):
+    """The composite rose while the evaluator that is not trained on fell: what was learned is a trick."""
+
+    code = 3
 
 
 class JobError(RunError):

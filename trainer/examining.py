@@ -5,10 +5,13 @@ import time
 from PIL import Image
 
 from trainer.config import TrainerConfig
+from trainer.deciding import Examination, Stoppers, examination
 from trainer.diagnostics import Record
 from trainer.drawing import Studio
-from trainer.evaluation import Comparison, Measurement, compare, measure
+from trainer.evaluation import measure
+from trainer.intervals import Groups
 from trainer.journal import Journal
+from trainer.measurements import Measurement
 from trainer.pictures import before_and_after
 from trainer.processes import ALONE, Processes
 from trainer.scoring import Scorer
@@ -16,33 +19,37 @@ from trainer.updating import Learner
 
 
 class Examiner:
-    """Evaluates every `evaluation.every` iterations, and remembers the newest result."""
+    """Evaluates every `evaluation.every` iterations, asks the stoppers, and remembers the newest result."""
 
     def __init__(
         self,
         studio: Studio,
         scorer: Scorer,
         base: Measurement,
+        groups: Groups,
         config: TrainerConfig,
         journal: Journal,
+        stoppers: Stoppers,
         processes: Processes = ALONE,
     ) -> None:
         """`base` is the base policy's measurement; the `journal` gets the grids."""
         self._studio = studio
         self._scorer = scorer
-        self._base = base.first(config.evaluation.every_limit)
+        limit = config.evaluation.every_limit
+        self._base = base.first(limit)
+        self._groups = None if groups is None else groups[:limit]
         self._config = config
         self._journal = journal
+        self._stoppers = stoppers
         self._processes = processes
-        self._done = 0
-        self._newest: tuple[Measurement, Comparison] | None = None
+        self._newest: Examination | None = None
 
-    def examine(self, learner: Learner, done: int) -> Record:
-        """After `done` iterations: what there is to add to their record, nothing where it is not their turn.
+    def examine(self, learner: Learner) -> Record:
+        """What there is to add to the record of the learner's last iteration: nothing out of turn.
 
         Raises EvaluationError.
         """
-        every = self._config.evaluation.every
+        every, done = self._config.evaluation.every, learner.done
         if every == 0 or done % every:
             return {}
         start = time.perf_counter()
@@ -55,21 +62,24 @@ class Examiner:
                 f"after {done}",
                 self._processes,
             )
-        weights = self._config.objective.weights
-        comparison = compare(self._base, now, self._scorer.evaluators, weights, self._config.evaluation)
-        self._done, self._newest = done, (now, comparison)
+        self._newest = examination(self._config, self._scorer, done, self._base, now, self._groups)
+        self._stoppers.heed(self._newest)
         self._journal.grid(comparison_grid(self._base, now, self._config), done)
-        return {"evaluation": comparison.rows() | {"seconds": time.perf_counter() - start}}
+        comparison = self._newest.comparison
+        record = {"evaluation": comparison.rows() | {"seconds": time.perf_counter() - start}}
+        return record | self._newest.watched()
 
     def composite(self, done: int) -> float | None:
         """Composite of the policy after `done` iterations, where it was evaluated then."""
-        return self._newest[1].composite.after if self._newest and self._done == done else None
+        if self._newest is None or self._newest.done != done:
+            return None
+        return self._newest.comparison.composite.after
 
     def whole(self, done: int, prompts: int) -> Measurement | None:
         """The measurement after `done` iterations, where it took in all of so many prompts."""
-        if self._newest and self._done == done and len(self._newest[0].prompts) == prompts:
-            return self._newest[0]
-        return None
+        if self._newest is None or self._newest.done != done or len(self._newest.tuned.prompts) != prompts:
+            return None
+        return self._newest.tuned
 
 
 def comparison_grid(before: Measurement, after: Measurement, config: TrainerConfig) -> Image.Image:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from trainer.checkpoints import Checkpoints, Stored, capture, decode, restore, versions
 from trainer.config import ConfigError, TrainerConfig
+from trainer.deciding import Stoppers
 from trainer.drawing import Studio
 from trainer.errors import StorageError
 from trainer.evaluation import measure
@@ -20,7 +21,7 @@ from trainer.scoring import Scorer
 from trainer.storage import RunFolder
 from trainer.updating import Learner
 
-BASE_FILE = "base.npz"  # the base policy's measurement
+BASE_FILE, TUNED_FILE = "base.npz", "tuned.npz"  # measurements of the base policy, and of the run's result
 
 
 def provenance(config: TrainerConfig, scorer: Scorer) -> dict[str, object]:
@@ -29,9 +30,14 @@ def provenance(config: TrainerConfig, scorer: Scorer) -> dict[str, object]:
 
 
 def go_on(
-    learner: Learner, checkpoints: Checkpoints, config: TrainerConfig, run: RunFolder, console: Console
-) -> int:
-    """Restore the learner from the newest whole checkpoint; returns how many iterations it has behind it.
+    learner: Learner,
+    stoppers: Stoppers,
+    checkpoints: Checkpoints,
+    config: TrainerConfig,
+    run: RunFolder,
+    console: Console,
+) -> None:
+    """Restore learner and stoppers from the newest whole checkpoint, where there is one.
 
     What was logged after that checkpoint is cut off, for it is going to be logged again. The main process
     reads; the others get what it read. Raises ConfigError where the configuration is not the checkpoint's.
@@ -39,21 +45,35 @@ def go_on(
     processes = learner.processes
     with processes.one_fate():
         stored = checkpoints.latest(console.print) if processes.main else None
-    stored = Stored(*(processes.gather(part)[0] for part in stored or Stored(b"", b"")))
+    stored = _from_main(stored, processes)
     if not stored.state:
         if processes.main:
             run.cut_metrics(0)
-        return 0
+        return
     snapshot, origin = decode(stored)
     _check_origin(origin, snapshot.done, config, run)
     restore(learner, snapshot)
+    stoppers.restore(dict(snapshot.stopper))
     if processes.main:
         run.cut_metrics(snapshot.metrics_bytes)
         checkpoints.compare_with_best(snapshot)
         console.print(f"Going on after {snapshot.done} of {config.iterations} iterations: {run.path}")
         if origin["versions"] != versions():
             console.print(f"It began with {origin['versions']}, now {versions()}: last digits may differ.")
-    return snapshot.done
+
+
+def go_back_to_best(learner: Learner, checkpoints: Checkpoints) -> None:
+    """Restore the learner from the checkpoint that the evaluations liked best. Raises StorageError."""
+    processes = learner.processes
+    with processes.one_fate():
+        stored = checkpoints.best_stored() if processes.main else None
+    stored = _from_main(stored, processes)
+    if stored.state:
+        restore(learner, decode(stored)[0])
+
+
+def _from_main(stored: Stored | None, processes: Processes) -> Stored:
+    return Stored(*(processes.gather(part)[0] for part in stored or Stored(b"", b"")))
 
 
 def _check_origin(origin: Mapping[str, Any], done: int, config: TrainerConfig, run: RunFolder) -> None:
@@ -89,16 +109,17 @@ def record(
     checkpoints: Checkpoints,
     run: RunFolder,
     composite: Callable[[int], float | None],
+    stoppers: Stoppers,
     learner: Learner,
-    done: int,
-) -> None:
-    """Have the learner saved where its turn has come, by the process that writes.
+) -> bool:
+    """Have the learner saved where its turn has come, by the process that writes; tells whether it is to end.
 
     `composite` tells that of the learner's evaluation, where it was evaluated after so many iterations.
     """
     if learner.processes.main:
-        size = run.metrics_bytes()
-        checkpoints.record(capture(learner, done, metrics_bytes=size, composite=composite(done)))
+        size, rated = run.metrics_bytes(), composite(learner.done)
+        checkpoints.record(capture(learner, metrics_bytes=size, composite=rated, stopper=stoppers.state()))
+    return stoppers.ending is not None
 
 
 def _kept_base(path: Path, prompts: Sequence[str]) -> bytes:

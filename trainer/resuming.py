@@ -57,11 +57,11 @@ def resumed_config(run: Path, config: Path | None, overrides: Sequence[str]) -> 
     return wanted.model_copy(update={"name": own.name, "runs_dir": own.runs_dir})
 
 
-def check_same(own: TrainerConfig, wanted: TrainerConfig, run: str) -> None:
+def check_same(own: TrainerConfig, wanted: TrainerConfig, run: str, free: Sequence[str] = FREE) -> None:
     """Raises ConfigError where `wanted` differs from the run's `own` in what decides the result."""
     before, now = (flat(config.model_dump(mode="json")) for config in (own, wanted))
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not _free(key):
+        if before.get(key) != now.get(key) and not _is_free(key, free):
             raise ConfigError(
                 f"trainer.{key}: {_shown(now.get(key))}, but {run} began with {_shown(before.get(key))}; "
                 "leave it as it was, or begin a new run"
@@ -73,8 +73,8 @@ def check_same(own: TrainerConfig, wanted: TrainerConfig, run: str) -> None:
         )
 
 
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE)
+def _is_free(key: str, free: Sequence[str]) -> bool:
+    return any(key == it or key.startswith(it + ".") for it in free)
 
 
 def _shown(value: object) -> str:
@@ -130,9 +130,12 @@ def _scorer_differences(kept: Mapping[str, str], now: Mapping[str, str]) -> list
 # ------------------------------------------------------------------------------------------- the end
 
 
-def mark_finished(run: RunFolder, iterations: int) -> None:
-    """Everything that a run of so many iterations leaves behind is there."""
-    run.write_json(FINISHED_FILE, {"iterations": iterations})
+def mark_finished(run: RunFolder, iterations: int, reached: int, done: int) -> None:
+    """Everything is there that a run of so many iterations leaves behind.
+
+    It has ended after those that it `reached`; what it shipped has `done` behind it.
+    """
+    run.write_json(FINISHED_FILE, {"iterations": iterations, "reached": reached, "done": done})
 
 
 def is_finished(run: RunFolder, iterations: int) -> bool:

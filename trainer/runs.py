@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -13,19 +14,23 @@ from rich.console import Console
 
 from trainer.activations import keep_few_activations
 from trainer.checkpoints import Checkpoints
+from trainer.comparing import sentences, table
 from trainer.config import ConfigError, TrainerConfig
+from trainer.deciding import Ending, Examination, Stopper, configured_stoppers, examination
 from trainer.drawing import Studio
-from trainer.evaluation import Comparison, Measurement, compare, measure, sentences, table
+from trainer.evaluation import measure
 from trainer.examining import Examiner, comparison_grid
 from trainer.journal import Journal
 from trainer.karlo import load_karlo
+from trainer.measurements import Measurement
 from trainer.pictures import grid
 from trainer.policy import DecoderPolicy
 from trainer.processes import ALONE, Processes, flat
-from trainer.recovery import go_on, kept, measure_base, provenance, record
+from trainer.recovery import TUNED_FILE, go_back_to_best, go_on, kept, measure_base, provenance, record
 from trainer.resuming import mark_finished, pin_prompts, pin_scorer
 from trainer.scoring import Scorer
 from trainer.sharing import SHARING_PROMPTS, measure_sharing, sharing_table
+from trainer.splits import Split
 from trainer.stages import compare_stages, stage_sentences, stage_table
 from trainer.storage import RunFolder, model_card
 from trainer.streams import PictureKey, stream_seed
@@ -33,74 +38,112 @@ from trainer.training import train_fold
 from trainer.updating import new_learner
 
 
+class Result(NamedTuple):
+    """What a run came to: its policy after `done` iterations against the base, on all validation prompts."""
+
+    examined: Examination
+    ending: Ending | None  # why it ended before its last iteration, if it did
+    reached: int  # iterations that were trained
+
+    @property
+    def done(self) -> int:
+        """Iterations behind the policy that is evaluated and shipped."""
+        return self.examined.done
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        ending = self.ending and self.ending._asdict()
+        return self.examined.comparison.to_dict() | self.examined.watched() | {"ending": ending}
+
+
 def train_run(
     config: TrainerConfig,
-    prompts: tuple[Sequence[str], Sequence[str]],
+    split: Split,
     scorer: Scorer,
     run: RunFolder,
     console: Console,
     processes: Processes = ALONE,
-) -> Comparison:
-    """Train on the first prompts, evaluate on the second, save LoRA, grids, metrics and the comparison.
+    *,
+    fold: int = 0,
+    last: int | None = None,
+    others: Sequence[Stopper] = (),
+) -> Result:
+    """Train on the split's training prompts, evaluate on the others; save LoRA, grids, metrics, comparison.
 
-    A run that was ended before, at whatever moment, goes on from its newest whole checkpoint. Of several
-    processes the main one writes and speaks.
+    A run that was ended before, at whatever moment, goes on from its newest whole checkpoint. It ends after
+    `last` iterations, by default all, or when a stopper says so: those of the configuration, and `others`.
+    With early stopping, what is evaluated in the end and saved is the best checkpoint. Of several processes
+    the main one writes and speaks.
     """
-    train, validation = prompts
     check_evaluators(config, scorer)
-    check_share(config, train, processes)
+    check_share(config, split.train, processes)
     with processes.one_fate():
         if processes.main:
             pin_scorer(run, scorer.identity)
-            pin_prompts(run, prompts)
+            pin_prompts(run, split)
         studio = open_studio(config, processes.device(config.device))
         studio.policy.add_lora(config.lora, seed=stream_seed(config.seed, "lora"))
     check_alike(config, scorer, studio.policy, processes)
     learner = new_learner(studio.policy, config, len(scorer.evaluators), processes)
+    stoppers = configured_stoppers(config, scorer.evaluators, *others)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoints, provenance(config, scorer))
-    first = go_on(learner, checkpoints, config, run, console)
+    go_on(learner, stoppers, checkpoints, config, run, console)
     if config.rollout.measure_sharing:
-        record_sharing(studio, scorer, train, config, run, processes)
+        record_sharing(studio, scorer, split.train, config, run, processes)
     with processes.one_fate():
-        journal = Journal.open(config, run, first) if processes.main else Journal()
+        journal = Journal.open(config, run, learner.done) if processes.main else Journal()
     with journal:
-        before = measure_base(studio, scorer, validation, config, run, processes)
-        examiner = Examiner(studio, scorer, before, config, journal, processes)
-        with kept(checkpoints):
-            train_fold(
-                studio,
-                scorer,
-                train,
-                config,
-                log=journal.record,
-                processes=processes,
-                learner=learner,
-                first=first,
-                examine=examiner.examine,
-                after=partial(record, checkpoints, run, examiner.composite),
-            )
+        before = measure_base(studio, scorer, split.validation, config, run, processes)
+        examiner = Examiner(studio, scorer, before, split.groups, config, journal, stoppers, processes)
+        if stoppers.ending is None:
+            with kept(checkpoints):
+                train_fold(
+                    studio,
+                    scorer,
+                    split.train,
+                    config,
+                    fold=fold,
+                    log=journal.record,
+                    processes=processes,
+                    learner=learner,
+                    last=last,
+                    examine=examiner.examine,
+                    after=partial(record, checkpoints, run, examiner.composite, stoppers),
+                )
+        reached = learner.done
+        if config.early_stopping.patience:
+            go_back_to_best(learner, checkpoints)
         with learner.average.applied():
-            examined = examiner.whole(config.iterations, len(validation))
-            after = examined or measure(studio, scorer, validation, config.evaluation, "tuned", processes)
-            weights = config.objective.weights
-            comparison = compare(before, after, scorer.evaluators, weights, config.evaluation)
+            known = examiner.whole(learner.done, len(split.validation))
+            after = known or measure(studio, scorer, split.validation, config.evaluation, "tuned", processes)
+            examined = examination(config, scorer, learner.done, before, after, split.groups)
+            result = Result(examined, stoppers.ending, reached)
             if processes.main:
-                card = model_card(config, scorer.identity, sentences(comparison))
+                card = model_card(config, learner.done, scorer.identity, sentences(examined.comparison))
                 run.save_lora(studio.policy.save_lora, card)
         if processes.main:
-            run.write_json("evaluation.json", comparison.to_dict())
-            _save_grids(run, before, after, config)
-            if examined is None:
-                journal.scalars({"evaluation": comparison.rows()}, config.iterations)
-                journal.grid(comparison_grid(before, after, config), config.iterations)
-            mark_finished(run, config.iterations)
-            _show(comparison, run, console)
-    return comparison
+            if known is None:
+                journal.scalars({"evaluation": examined.comparison.rows()}, learner.done)
+                journal.grid(comparison_grid(before, after, config), learner.done)
+            _leave(result, run, config)
+            _show(result, run, console)
+    return result
 
 
-def _show(comparison: Comparison, run: RunFolder, console: Console) -> None:
-    console.print(table(comparison))
-    for line in sentences(comparison):
+def _leave(result: Result, run: RunFolder, config: TrainerConfig) -> None:
+    """Write what the run came to; that it is finished last."""
+    before, after = result.examined.base, result.examined.tuned
+    after.save(run.path / TUNED_FILE)
+    run.write_json("evaluation.json", result.to_dict())
+    _save_grids(run, before, after, config)
+    mark_finished(run, config.iterations, result.reached, result.done)
+
+
+def _show(result: Result, run: RunFolder, console: Console) -> None:
+    console.print(table(result.examined.comparison))
+    if result.ending is not None:
+        console.print(f"Ended early ({result.ending.by}): {result.ending.reason}.")
+    for line in result.examined.sentences():
         console.print(line)
     console.print(f"Pictures: {run.path / 'before_after.png'}", soft_wrap=True)
     console.print(f"LoRA:     {run.lora}", soft_wrap=True)
@@ -159,11 +202,12 @@ def check_alike(config: TrainerConfig, scorer: Scorer, policy: DecoderPolicy, pr
 
 def check_evaluators(config: TrainerConfig, scorer: Scorer) -> None:
     """Raises ConfigError where a weight names an evaluator that the service does not have."""
-    unknown = sorted(set(config.objective.weights) - set(scorer.evaluators))
+    wanted = {*config.objective.weights, *config.judged_by, config.guard.evaluator} - {None}
+    unknown = sorted(map(str, wanted - set(scorer.evaluators)))
     if unknown:
         raise ConfigError(
-            f"trainer.objective.weights: the service has no evaluator {', '.join(unknown)}; "
-            f"it has {', '.join(scorer.evaluators)}"
+            f"trainer.objective.weights: the service has no evaluator {', '.join(unknown)} (named there, in "
+            f"evaluation.weights or as guard.evaluator); it has {', '.join(scorer.evaluators)}"
         )
 
 

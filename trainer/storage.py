@@ -92,10 +92,10 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def write_config(self, config: TrainerConfig) -> None:
+    def write_config(self, config: TrainerConfig, name: str = CONFIG_FILE) -> None:
         """Write what was resolved; a run is one from here on."""
         resolved = {"trainer": config.model_dump(mode="json")}
-        self.write_text(CONFIG_FILE, yaml.safe_dump(resolved, sort_keys=False))
+        self.write_text(name, yaml.safe_dump(resolved, sort_keys=False))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -274,8 +274,8 @@ def newest_run(config: TrainerConfig) -> Path:
     return max(runs, key=lambda path: (path / CONFIG_FILE).stat().st_mtime_ns)
 
 
-def model_card(config: TrainerConfig, identity: Mapping[str, str], summary: Sequence[str]) -> str:
-    """README.md of a LoRA: what it is for, how it was made, what it gained, how to load it."""
+def model_card(config: TrainerConfig, done: int, identity: Mapping[str, str], summary: Sequence[str]) -> str:
+    """README.md of a LoRA after `done` iterations: what it is for, how it was made, what it gained, how to load it."""
     source = config.karlo.repo or (config.karlo.path.name if config.karlo.path else "")
     judges = "\n".join(f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(identity.items()))
     return f"""---
@@ -284,7 +284,7 @@ tags: [lora, unclip, reinforcement-learning]
 ---
 # {config.name}
 
-A LoRA for the decoder of {source}, rank {config.lora.rank}, trained for {config.iterations} iterations by
+A LoRA for the decoder of {source}, rank {config.lora.rank}, trained for {done} iterations by
 policy gradient on the rewards of these evaluators (fingerprint/calibration):
 
 {judges}

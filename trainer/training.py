@@ -39,21 +39,23 @@ def train_fold(
     log: Callable[[Record], object] = dict,
     processes: Processes = ALONE,
     learner: Learner | None = None,
-    first: int = 0,
-    examine: Callable[[Learner, int], Record] = lambda _learner, _done: {},
-    after: Callable[[Learner, int], object] = lambda _learner, _done: None,
+    last: int | None = None,
+    examine: Callable[[Learner], Record] = lambda _learner: {},
+    after: Callable[[Learner], bool] = lambda _learner: False,
 ) -> Learner:
     """Train the studio's policy on `prompts`; `log` hears of every iteration. Deterministic on the CPU.
 
-    A resumed fold brings the `learner` as it was after `first` iterations. After each iteration, `examine`
-    and then `after` get the learner and how many are done; what `examine` returns is logged with the rest.
+    A resumed fold brings its `learner`; one that is to end before the schedule does names its `last`
+    iteration. After each, `examine` and then `after` get the learner; what `examine` returns is logged with
+    the rest, and where `after` says so the fold ends.
     All processes of a job call this alike; the main one's `log` is heard.
     Raises RolloutError where too few scores come back, DivergenceError where a gradient is not finite.
     """
     learner = learner or new_learner(studio.policy, config, len(scorer.evaluators), processes)
     batches = prompt_batches(prompts, config.rollout.prompts_per_iteration, config.seed, fold)
-    bar = progress(config.iterations, "training", "iteration", done=first, shown=processes.main)
-    for iteration, batch in zip(range(first, config.iterations), islice(batches, first, None), strict=False):
+    remaining = range(learner.done, config.iterations if last is None else last)
+    bar = progress(remaining.stop, "training", "iteration", done=learner.done, shown=processes.main)
+    for iteration, batch in zip(remaining, islice(batches, learner.done, None), strict=False):
         start = time.perf_counter()
         keys = group_keys(
             processes.share(batch),
@@ -68,18 +70,21 @@ def train_fold(
             )
         with processes.one_fate(), studio.resting():
             record = improve(learner, rollout, scorer.evaluators, config, fold=fold, iteration=iteration)
+        learner.done = iteration + 1
         seconds = time.perf_counter() - start
         record |= {
             "iteration": iteration,
             "seconds": seconds,
             "exposed_wait_share": rollout.times.exposed_wait_s / seconds,
-            **examine(learner, iteration + 1),
+            **examine(learner),
         }
         if processes.main:
             log(record)
-        after(learner, iteration + 1)
+        ended = after(learner)
         bar.set_postfix_str(f"composite {record['composite']:+.2f}", refresh=False)
         bar.update()
+        if ended:
+            break
     bar.close()
     return learner
 

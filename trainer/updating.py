@@ -57,6 +57,7 @@ class Learner:
     deviations: Deviations
     drops: DropCount
     processes: Processes = ALONE
+    done: int = 0  # iterations behind it
 
 
 def new_learner(

@@ -188,3 +188,13 @@ class FakeScorer:
         mean = pictures.astype(np.float64).mean(axis=(1, 2)) / 255
         raw = np.stack([-mean.mean(axis=1), mean[:, 0] - mean[:, 1:].mean(axis=1)], axis=1)
         return Scores(raw, 10 * raw)
+
+
+@pytest.fixture(scope="session")
+def painter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Karlo that can paint, and so can learn."""
+    from tests.trainer.painter import build_painter
+
+    folder = tmp_path_factory.mktemp("painter")
+    build_painter(folder)
+    return folder

@@ -14,6 +14,7 @@ from trainer.checkpoints import Checkpoints, decode
 from trainer.config import LORA_FILE, CheckpointsConfig, TrainerConfig
 from trainer.runs import train_run
 from trainer.scoring import Scorer
+from trainer.splits import Split
 from trainer.storage import METRICS_FILE, RunFolder
 
 HELD_OUT = ("a held out one", "another held out one")
@@ -50,7 +51,7 @@ def short_config(folder: Path, karlo: Path, **changes: Any) -> TrainerConfig:
 def train(config: TrainerConfig, run: RunFolder, scorer: Scorer | None = None) -> None:
     """Begin the run, or go on with it."""
     console = Console(quiet=True)
-    train_run(config, (PROMPTS, HELD_OUT), scorer or FakeScorer(), run, console)
+    train_run(config, Split(PROMPTS, HELD_OUT, (0, 1)), scorer or FakeScorer(), run, console)
 
 
 def newest(run: Path) -> dict[str, torch.Tensor]:

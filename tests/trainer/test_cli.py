@@ -21,6 +21,7 @@ from trainer.cli import main
 from trainer.config import TrainerConfig, load_trainer_config
 from trainer.demo import local_service
 from trainer.errors import DemoError
+from trainer.splits import Split
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -126,10 +127,11 @@ def test_a_run_leaves_its_results_and_generate_draws_with_them(
         config_file, ["iterations=2", "evaluation.images_per_prompt=2", "lora.ema_decay=0"]
     )
     folder = RunFolder.create(config)
-    comparison = train_run(config, (PROMPTS, ["held out", "other"]), FakeScorer(), folder, Console())
+    split = Split(PROMPTS, ("held out", "other"), (0, 1))
+    result = train_run(config, split, FakeScorer(), folder, Console())
     assert "red" in capfd.readouterr().out
     saved = json.loads((folder.path / "evaluation.json").read_text())
-    assert saved["rows"]["composite"]["difference"] == comparison.composite.difference
+    assert saved["rows"]["composite"]["difference"] == result.examined.comparison.composite.difference
     assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 2
     for name in ("before.png", "after.png", "before_after.png"):
         Image.open(folder.path / name).verify()

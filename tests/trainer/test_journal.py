@@ -22,6 +22,7 @@ from trainer.journal import Journal, flat_numbers
 from trainer.progress import progress, track
 from trainer.runs import train_run
 from trainer.scoring import ScoringError
+from trainer.splits import Split
 from trainer.storage import RunFolder
 
 PICTURE = Image.fromarray(np.full((6, 9, 3), 128, np.uint8))
@@ -37,7 +38,7 @@ def told(config: TrainerConfig, iterations: int = 4, **changes: Any) -> RunFolde
     """A whole run, with what it tells."""
     config = with_changes(config, iterations=iterations, evaluation__images_per_prompt=2, **changes)
     run = RunFolder.create(config)
-    train_run(config, (PROMPTS, ["held out", "other", "third"]), FakeScorer(), run, _silent())
+    train_run(config, Split(PROMPTS, ("held out", "other", "third"), (0, 1, 2)), FakeScorer(), run, _silent())
     run.close()
     return run
 
@@ -105,7 +106,7 @@ def test_a_failed_evaluation_ends_the_run_and_keeps_what_was_learned(trainer_con
             raise ScoringError("gone", retryable=False)
 
     with pytest.raises(EvaluationError, match="gone"):
-        train_run(config, (PROMPTS, ["held out"]), FakeScorer(fault), run, _silent())
+        train_run(config, Split(PROMPTS, ("held out",), (0,)), FakeScorer(fault), run, _silent())
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["iteration-000001"]
 
 

@@ -1,0 +1,188 @@
+"""`reward-trainer crossval`: folds, each trained from the base; a final fit on all; one look at the test.
+
+    for each fold k:
+        train from the base on the others' prompts, stop early on its own, keep the best checkpoint
+    iterations of the final fit: the median of the folds' best
+    train from the base on all folds for so many iterations
+    measure it on the test prompts, which nothing before has looked at
+
+A fold's gain is that of its best checkpoint on the prompts by which that was chosen, so it flatters; the test
+gain does not.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from trainer.children import Job, run_side_by_side
+from trainer.comparing import pooled
+from trainer.config import ConfigError, TrainerConfig, with_values
+from trainer.errors import GuardError
+from trainer.experiments import Experiment
+from trainer.guards import ROTATE, with_guard
+from trainer.measurements import Measurement
+from trainer.recovery import BASE_FILE, TUNED_FILE
+from trainer.resuming import is_finished
+from trainer.runs import train_run
+from trainer.scoring import Scorer
+from trainer.splits import Split
+from trainer.storage import RunFolder
+
+CROSSVAL_FILE, TEST_FILE = "crossval.json", "test.json"
+FOLDS, FINAL = "folds", "final"
+
+Row = dict[str, Any]
+
+
+def cross_validate(
+    experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, command: Sequence[str]
+) -> None:
+    """Train the folds, then the final fit; measure that on the test prompts. Goes on where it was ended.
+
+    `config` is the experiment's, or with a search's winner in it. `command` is how a process of its own
+    trains one fold, where several are trained side by side: it gets the fold's number.
+    Raises GuardError where a fold's guard has tripped: there is no final fit then.
+    """
+    experiment.pin(scorer)
+    train_folds(experiment, config, scorer, console, command)
+    summary = summarize(experiment, config)
+    experiment.folder.write_json(CROSSVAL_FILE, summary)
+    console.print(fold_table(summary))
+    _refuse_hacked(summary)
+    fit(experiment, config, scorer, console, summary["chosen_iterations"])
+
+
+def train_folds(
+    experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, command: Sequence[str]
+) -> None:
+    """Train every fold that is not finished, one after the other or side by side."""
+    waiting = [fold for fold in range(config.crossval.folds) if not _finished(experiment, config, fold)]
+    if config.crossval.workers == 1:
+        for fold in waiting:
+            train_one_fold(experiment, config, scorer, console, fold)
+        return
+    jobs = [
+        Job(f"fold {fold}", [*command, str(fold)], experiment.path / FOLDS / f"{fold}.log")
+        for fold in waiting
+    ]
+    run_side_by_side(jobs, config.crossval.workers, console)
+
+
+def train_one_fold(
+    experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, fold: int
+) -> None:
+    """Train one fold from the base, in its own run folder."""
+    if not 0 <= fold < config.crossval.folds:
+        raise ConfigError(f"fold {fold}: there are {config.crossval.folds}, counted from 0")
+    placed, run = experiment.run(with_guard(config, fold), FOLDS, str(fold))
+    try:
+        if not is_finished(run, placed.iterations):
+            console.print(f"Fold {fold + 1} of {config.crossval.folds}")
+            train_run(placed, experiment.splits.fold(fold), scorer, run, console, fold=fold)
+    finally:
+        run.close()
+
+
+def _finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bool:
+    return is_finished(RunFolder(experiment.path / FOLDS / str(fold)), config.iterations)
+
+
+# ----------------------------------------------------------------------------------------- the folds
+
+
+def summarize(experiment: Experiment, config: TrainerConfig) -> Row:
+    """crossval.json: a row for each fold, all of them together, and how long the final fit is to be."""
+    rows, parts = [], []
+    for fold in range(config.crossval.folds):
+        split = experiment.splits.fold(fold)
+        run = RunFolder(experiment.path / FOLDS / str(fold))
+        rows.append(_fold_row(fold, split, run))
+        base, tuned = (
+            Measurement.load(run.path / name, split.validation) for name in (BASE_FILE, TUNED_FILE)
+        )
+        parts.append((base, tuned, split.groups))
+    together = pooled(parts, experiment.evaluators, config.judged_by, config.evaluation)
+    chosen = max(1, round(statistics.median(row["best"] for row in rows)))
+    return {"folds": rows, "pooled": together.to_dict(), "chosen_iterations": chosen}
+
+
+def _fold_row(fold: int, split: Split, run: RunFolder) -> Row:
+    evaluation, finished = run.read_json("evaluation.json"), run.read_json("finished.json")
+    return {
+        "fold": fold,
+        "train": len(split.train),
+        "prompts": len(split.validation),
+        "iterations": finished["reached"],
+        "best": finished["done"],
+        "stopped": evaluation["ending"],
+        "rows": evaluation["rows"],
+        "guard": evaluation["guard"],
+        "drift": evaluation["drift"],
+    }
+
+
+def _refuse_hacked(summary: Mapping[str, Any]) -> None:
+    tripped = [row for row in summary["folds"] if row["guard"] and row["guard"]["tripped"]]
+    if tripped:
+        which = ", ".join(str(row["fold"]) for row in tripped)
+        raise GuardError(
+            f"no final fit: the guard tripped in fold {which}: {tripped[0]['guard']['sentence']}; give its "
+            "evaluator a weight and guard with another, or lower update.learning_rate"
+        )
+
+
+def fold_table(summary: Mapping[str, Any]) -> Table:
+    """The folds' composite gains, and that of all of them together."""
+    shown = Table(title="Cross-validation: gain of the composite", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("fold", "prompts", "iterations", "best at", "gain", "95% interval", "ended by", "guard"):
+        shown.add_column(column, justify="left" if column in ("ended by", "guard") else "right", no_wrap=True)
+    confidence = summary["pooled"]["confidence"]
+    shown.columns[5].header = f"{confidence:.0%} interval"
+    for row in summary["folds"]:
+        ended = row["stopped"]["by"] if row["stopped"] else ""
+        guard = _guard_cell(row["guard"])
+        counts = [str(row[key]) for key in ("fold", "prompts", "iterations", "best")]
+        shown.add_row(*counts, *_gain_cells(row["rows"]["composite"]), ended, guard)
+    shown.add_section()
+    total = summary["pooled"]
+    shown.add_row("all", str(total["prompts"]), "", "", *_gain_cells(total["rows"]["composite"]), "", "")
+    return shown
+
+
+def _guard_cell(guard: Mapping[str, Any] | None) -> str:
+    if guard is None:
+        return ""
+    return f"{guard['name']} {'TRIPPED' if guard['tripped'] else guard['gain']['verdict']}"
+
+
+def _gain_cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    ends = ("no interval",) if row["low"] is None else (f"{row['low']:+.3f} {row['high']:+.3f}",)
+    return f"{row['difference']:+.3f}", ends[0]
+
+
+# ------------------------------------------------------------------------------------- the final fit
+
+
+def fit(
+    experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, iterations: int
+) -> None:
+    """Train on all folds for so many iterations of the schedule; measure on the test prompts, once.
+
+    Nothing looks at the test prompts on the way: no evaluation, no early stopping.
+    """
+    blind = with_values(config, {"early_stopping.patience": 0, "evaluation.every": 0})
+    if config.guard.evaluator == ROTATE:  # each has had its turn; the final fit learns from all
+        blind = with_values(blind, {"guard.evaluator": None})
+    placed, run = experiment.run(blind, FINAL)
+    try:
+        if not is_finished(run, placed.iterations):
+            console.print(f"Final fit on all folds, {iterations} iterations; then the test prompts, once")
+            last, fold = iterations, config.crossval.folds
+            train_run(placed, experiment.splits.final(), scorer, run, console, fold=fold, last=last)
+        experiment.folder.write_json(TEST_FILE, run.read_json("evaluation.json"))
+    finally:
+        run.close()
