@@ -31,11 +31,12 @@ def interval(
 ) -> Interval:
     """Cluster-bootstrap interval of the mean of values (P,); the prompts of a group are resampled together.
 
-    The mean is taken as the ratio of the groups' sums to their sizes. Bootstrap-t with the linearised
-    standard error (Efron and Tibshirani 1993, ch. 12) at Hesterberg's level for few groups (2015, Am. Stat.
-    69:371), and never narrower than Student's interval with C−1 degrees of freedom: the first answers to
-    skewness, the second to heavy tails. Without limits where there is but one group; of no width where the
-    standard error is 0. Raises ValueError for a value that is not finite.
+    The mean is the ratio of the groups' sums to their sizes. Bootstrap-t with its linearised standard error
+    (Efron and Tibshirani 1993, ch. 12), and never narrower than Student's interval with C−1 degrees of
+    freedom: the first answers to skewness, the second to heavy tails. For few groups the level is expanded as
+    Hesterberg expands percentiles (2015, Am. Stat. 69:371), with 2(C−1) degrees of freedom for his C−1, chosen
+    by simulation. Without limits where there is but one group; of no width where the standard error is 0.
+    Raises ValueError for a value that is not finite.
     """
     totals, sizes = _residuals(values, groups)
     mean, error = float(np.mean(values)), standard_error(values, groups)
@@ -44,7 +45,7 @@ def interval(
     count = len(totals)
     tail = (1 - confidence) / 2
     least = student.isf(tail, count - 1)
-    tail = norm.sf(norm.isf(tail) * np.sqrt(count / (count - 1)))
+    tail = norm.sf(student.isf(tail, 2 * (count - 1)) * np.sqrt(count / (count - 1)))
     drawn = np.concatenate(list(_studentized(totals, sizes, resamples, seed)))
     below, above = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (0.0, 0.0)
     low = mean - error * np.clip(above, least, WIDEST * least)

@@ -29,7 +29,8 @@ def of(values: object, groups: Groups = None, confidence: float = 0.95) -> Inter
         (HEAVY, ALONE, 50),
         (SKEWED, CORRELATED, 12),
         (SKEWED, UNEQUAL, 20),
-        (VERY_SKEWED, UNEQUAL, 50),
+        (VERY_SKEWED, CORRELATED, 20),
+        (VERY_SKEWED, ALONE, 8),
     ],
 )
 def test_of_500_null_experiments_at_most_75_in_1000_are_missed(
