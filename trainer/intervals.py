@@ -34,8 +34,8 @@ def interval(
     The mean is the ratio of the groups' sums to their sizes. Bootstrap-t with its linearised standard error
     (Efron and Tibshirani 1993, ch. 12), and never narrower than Student's interval with C−1 degrees of
     freedom: the first answers to skewness, the second to heavy tails. For few groups the level is expanded as
-    Hesterberg expands percentiles (2015, Am. Stat. 69:371), with 2(C−1) degrees of freedom for his C−1, chosen
-    by simulation. Without limits where there is but one group; of no width where the standard error is 0.
+    Hesterberg expands percentiles (2015, Am. Stat. 69:371), with 2(C−1) degrees of freedom for his C−1, as
+    simulation chose. Without limits where there is but one group; of no width where the error is 0.
     Raises ValueError for a value that is not finite.
     """
     totals, sizes = _residuals(values, groups)
