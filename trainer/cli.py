@@ -14,7 +14,13 @@ from reward_service.client import RewardClientError
 from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
 from trainer.config import ConfigError, TrainerConfig, load_experiment_config, load_trainer_config
 from trainer.errors import DivergenceError, GuardError, JobError, RunError, said
-from trainer.experimenting import cross_validate_command, fold_command, judged
+from trainer.experimenting import (
+    cross_validate_command,
+    fold_command,
+    judged,
+    search_command,
+    trials_command,
+)
 from trainer.launching import first_of_job, launched_world, open_processes, second_on_its_machine
 from trainer.processes import Processes
 from trainer.prompts import clean
@@ -121,6 +127,35 @@ def crossval(
     cross_validate_command(settings, run, config if judge else None, search=search, console=Console())
 
 
+@app.command()
+def search(
+    config: ConfigOption = DEFAULT_CONFIG,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Same as search.trials=N.")] = None,
+    judge: JudgeOption = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Same as search.workers=N: trials side by side.")
+    ] = None,
+    seed: SeedOption = None,
+    run: ExperimentOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Try settings from search.space; measure the best again. The same command goes on with it, or joins in."""
+    _refuse_several("search")
+    counts = {"search.trials": trials, "search.workers": workers}
+    more = [f"{key}={count}" for key, count in counts.items() if count is not None]
+    settings = load_experiment_config(config, [*_overrides(seed, set_, overrides), *more])
+    search_command(settings, run, config if judge else None, Console())
+
+
+@app.command(hidden=True)
+def trials(
+    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")], set_: SetOption = None
+) -> None:
+    """Run trials of an experiment's search; `search` starts these."""
+    trials_command(run, set_ or [])
+
+
 @app.command(hidden=True)
 def fold(
     number: Annotated[int, typer.Argument(help="Counted from 0.")],
@@ -153,7 +188,9 @@ def plan(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of an experiment.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of an experiment.")
+    ],
     compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
     out: Annotated[
         Path | None,

@@ -13,7 +13,7 @@ from trainer.demo import local_service
 from trainer.experiments import Experiment
 from trainer.scoring import ServiceScorer
 
-FOLDS_CONFIG = "folds/config.yaml"
+FOLDS_CONFIG, TRIALS_CONFIG = "folds/config.yaml", "search/config.yaml"
 JUDGE_LOG = "judge.log"
 
 
@@ -58,6 +58,32 @@ def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str
     if config.threads is not None:
         command += ["--set", f"threads={max(1, config.threads // config.crossval.workers)}"]
     return command
+
+
+def search_command(config: TrainerConfig, path: Path | None, judge: Path | None, console: Console) -> None:
+    """Begin or go on with the experiment's search, beside whoever else is at it."""
+    experiment = Experiment.open(config, path)
+    with ExitStack() as stack:
+        reached = stack.enter_context(judged(config, judge, experiment.path / JUDGE_LOG))
+        scorer = stack.enter_context(ServiceScorer.connect(reached.service))
+        from trainer.report import write_report
+        from trainer.search import search
+
+        try:
+            search(experiment, reached, scorer, console)
+        finally:
+            console.print(f"Report:   {write_report(experiment.path)}", soft_wrap=True)
+
+
+def trials_command(path: Path, overrides: Sequence[str]) -> None:
+    """Run trials of an experiment, and no longer than whoever asked for it lives."""
+    end_with_parent()
+    config = load_trainer_config(path / TRIALS_CONFIG, overrides)
+    experiment = Experiment.load(path)
+    with ServiceScorer.connect(config.service) as scorer:
+        from trainer.search import work
+
+        work(experiment, config, scorer, Console())
 
 
 def fold_command(path: Path, overrides: Sequence[str], fold: int) -> None:

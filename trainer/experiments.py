@@ -26,7 +26,10 @@ SPLITS_FILE = "splits.json"
 LOCK_WAIT_S = 60.0  # for a trainer that was told to stop to save what it has
 
 # What may differ when an experiment goes on, beside what may when a run does.
-EXPERIMENT_FREE = (*FREE, "crossval.workers", "crossval.settings", "search.trials", "search.storage")
+EXPERIMENT_FREE = (
+    *(*FREE, "crossval.workers", "crossval.settings"),
+    *("search.trials", "search.workers", "search.storage"),
+)
 
 
 class Experiment:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from reward_service.settings import Settings
+from trainer.addresses import without_password
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
@@ -43,13 +44,18 @@ class CrossvalConfig(Section):
 
 
 class SpaceConfig(Section):
-    """Values of one setting that a search draws from: `choices`, or numbers from `low` to `high`."""
+    """Values of one setting that a search draws from: `choices`, or numbers from `low` to `high`.
+
+    What is drawn may be a multiple of another setting (`times`), or a product that is shared with one (`over`).
+    """
 
     choices: tuple[Any, ...] | None = None
     low: float | None = None
     high: float | None = None
     log: bool = False  # evenly in the logarithm
     integer: bool = False
+    times: str | None = None  # a setting: the value is what is drawn, times that setting's value
+    over: str | None = None  # a setting: the value is what is drawn, divided by that setting's value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -60,21 +66,30 @@ class SpaceConfig(Section):
             raise ValueError("low and high: both are needed, and low must be below high")
         if self.log and (self.low is None or self.low <= 0):
             raise ValueError("log: low must be above 0")
+        if self.integer and (self.choices or any(end is not None and end % 1 for end in ends)):
+            raise ValueError("integer: low and high must be whole numbers; choices are what they are")
+        if self.times is not None and self.over is not None:
+            raise ValueError("give times or over, not both")
         return self
 
 
 class SearchConfig(Section):
-    """Random search (Optuna) on the first fold's training and validation prompts."""
+    """Search (Optuna) over settings, on the first fold's training and validation prompts."""
 
-    trials: PositiveInt = 20
+    trials: PositiveInt = 20  # drawn from the space; the null trial comes on top
     iterations: PositiveInt | None = None  # of a trial; null: as `iterations`
-    # Keys are settings of this section, such as update.learning_rate or objective.weights.clip.
+    workers: PositiveInt = 1  # trials that are trained side by side, each a process
+    # Keys are settings below lora, rollout, objective and update, such as objective.weights.clip.
     space: dict[str, SpaceConfig] = Field(default_factory=dict)
     sampler: Literal["random", "tpe", "qmc"] = "random"
+    # Ends a trial after an evaluation that is worse than the others' at that iteration (median), or not among
+    # the best `reduction`-th of theirs (halving). Evaluations: evaluation.every, or four in a trial.
     pruner: Literal["none", "median", "halving"] = "median"
-    warmup_trials: Annotated[int, Field(ge=0)] = 2  # median: trials that are not pruned
-    storage: str | None = (
-        None  # an SQLAlchemy address such as postgresql+psycopg://...; null: SQLite in the run
-    )
-    study: str | None = None  # its name in the storage; null: the run's
-    null_trial: bool = True  # also try what does nothing: the gain that the procedure sees in no change
+    warmup_trials: Annotated[int, Field(ge=0)] = 2  # median: trials that must be complete first
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0  # of each trial, in which it is not pruned
+    reduction: Annotated[int, Field(ge=2)] = 3  # halving: one in so many goes on
+    # An SQLAlchemy address such as postgresql+psycopg://me@host/database; null: SQLite in the experiment's
+    # folder. A password in it is used and written nowhere; PGPASSWORD and ~/.pgpass are heeded too.
+    storage: Annotated[str, AfterValidator(without_password)] | None = None
+    study: str | None = None  # its name in the storage; null: the experiment's
+    null_trial: bool = True  # also try what does nothing, as number 0: what the procedure sees in no change
