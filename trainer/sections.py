@@ -29,7 +29,9 @@ class EarlyStoppingConfig(Section):
 class GuardConfig(Section):
     """An evaluator that is not trained on: where it falls while the composite rises, rewards are hacked."""
 
-    evaluator: str | None = None  # its weight in objective.weights and evaluation.weights must be 0
+    # Its weight in objective.weights and evaluation.weights must be 0. rotate: each fold holds out another
+    # one of those that have a weight.
+    evaluator: str | None = None
     confidence: Proportion = 0.95  # that an honest run is not stopped, over all its evaluations together
     stop: bool = True  # end the run when it trips; false: only say so
 
