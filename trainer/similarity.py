@@ -12,6 +12,7 @@ from 12 words on, and never words in another order. docs/prompts.md shows exampl
 
 import re
 import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -98,37 +99,53 @@ def _kind(character: str) -> str:
 # --------------------------------------------------------------------------------------------- sets
 
 
-class Vocabulary:
-    """Numbers words in the order in which they come."""
+class Features:
+    """The features of many texts, in some five bytes a word.
 
-    END = 1  # what stands before the first word of a text and after its last
+    A text is kept as the numbers of its words, in the order in which words first came, between ENDs.
+    """
 
-    def __init__(self) -> None:
-        self._ids: dict[str, int] = {}
+    END = 1
 
-    def encode(self, texts: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Features of all texts one after the other, repetitions included, and where those of each begin.
-
-        (F,) and (N + 1,). A word is its number, below 2³²; a pair has its first word's number in the upper 32
-        bits and its second's in the lower, so no two features are the same.
-        """
-        ids = self._ids
-        flat, sizes = [self.END], [0]
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._number: dict[str, int] = {}
+        self._line = array("I", [self.END])
+        self._starts = array("q", [0])
         for text in texts:
-            found = words(text)
-            flat += [ids.setdefault(word, len(ids) + 2) for word in found]
-            flat.append(self.END)
-            sizes.append(2 * len(found) + 1)
-        line = np.array(flat, dtype=np.uint64)
-        pairs = (line[:-1] << np.uint64(32)) | line[1:]
-        both = np.stack([pairs, line[1:]], axis=1).reshape(-1)  # each pair, then the word that ends it
-        return both[both != self.END], np.cumsum(sizes)
+            self.add(words(text))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def add(self, found: Sequence[str]) -> None:
+        """The next text, as its words."""
+        number = self._number
+        self._line.extend([number.setdefault(word, len(number) + 2) for word in found])
+        self._line.append(self.END)
+        self._starts.append(len(self._line) - 1)
+
+    def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Features of some texts, repetitions included, and the place in `rows` of each one's text; both (F,).
+
+        A word is its number, below 2³²; a pair has its first word's number in the upper 32 bits and its
+        second's in the lower, so no two features are the same.
+        """
+        line = np.frombuffer(self._line, dtype=np.uint32)
+        starts = np.frombuffer(self._starts, dtype=np.int64)
+        begins, counts = starts[rows], starts[rows + 1] - starts[rows]
+        owners = np.repeat(np.arange(len(rows)), counts)
+        place = np.arange(len(owners)) + np.repeat(begins - np.cumsum(counts) + counts, counts)
+        ends = line[place + 1].astype(np.uint64)
+        pairs = (line[place].astype(np.uint64) << np.uint64(32)) | ends
+        both = np.stack([pairs, ends], axis=1).reshape(-1)  # each pair, then the word that ends it
+        kept = both != self.END
+        return both[kept], np.repeat(owners, 2)[kept]
 
 
 def jaccard(first: str, second: str) -> float:
     """Similarity of two prompts, from 0 to 1."""
-    codes, starts = Vocabulary().encode([first, second])
-    one, two = set(codes[: starts[1]].tolist()), set(codes[starts[1] :].tolist())
+    codes, owners = Features([first, second]).of(np.arange(2))
+    one, two = set(codes[owners == 0].tolist()), set(codes[owners == 1].tolist())
     return len(one & two) / len(one | two)
 
 
@@ -160,11 +177,10 @@ def _incidence(texts: Sequence[str]) -> "sparse.csr_array":
     """(N, F) 1 where a text has a feature; columns in order of rarity."""
     from scipy import sparse
 
-    codes, starts = Vocabulary().encode(texts)
+    codes, owners = Features(texts).of(np.arange(len(texts)))
     features, columns = np.unique(codes, return_inverse=True)
     shape = (len(texts), len(features))
-    sets = sparse.csr_array((np.ones(len(codes), dtype=np.int32), columns, starts), shape=shape)
-    sets.sum_duplicates()
+    sets = sparse.coo_array((np.ones(len(codes), dtype=np.int32), (owners, columns)), shape=shape).tocsr()
     by_rarity = np.argsort(np.bincount(sets.indices, minlength=len(features)), kind="stable")
     rank = np.empty_like(by_rarity)
     rank[by_rarity] = np.arange(len(features))
