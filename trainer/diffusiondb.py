@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from html.entities import html5
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,9 +174,15 @@ def _take(
 def tidied(prompt: str) -> str:
     """In NFC with single spaces, without HTML entities and control characters, whatever the language."""
     if not (prompt.isascii() and prompt.isprintable() and "&" not in prompt):
-        prompt = ENTITY.sub(lambda entity: html.unescape(entity[0]), prompt)
+        prompt = ENTITY.sub(_meant, prompt)
         prompt = "".join(" " if unicodedata.category(c) in INVISIBLE else c for c in prompt)
     return cleaned(prompt)
+
+
+def _meant(entity: re.Match[str]) -> str:
+    """A character for its entity; what is none stays (html.unescape would take &notes; for ¬es;)."""
+    named = not entity[0].startswith("&#")
+    return html5.get(entity[0][1:], entity[0]) if named else html.unescape(entity[0])
 
 
 def read_rows(source: Path) -> Iterator[tuple[str | None, str | None, float | None]]:
@@ -183,6 +190,8 @@ def read_rows(source: Path) -> Iterator[tuple[str | None, str | None, float | No
     import pyarrow as pa
     from pyarrow import parquet
 
+    if source.is_dir():
+        raise ConfigError(f"{source}: is a folder; name the {METADATA} in it")
     try:
         with parquet.ParquetFile(source, memory_map=False, pre_buffer=False) as file:
             _check_schema(source, file.schema_arrow)
@@ -190,8 +199,6 @@ def read_rows(source: Path) -> Iterator[tuple[str | None, str | None, float | No
                 yield from zip(*map(_values, map(batch.column, COLUMNS)), strict=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{source}: no such file; name DiffusionDB's {METADATA} with --metadata") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{source}: is a folder; name the {METADATA} in it") from error
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"{source}: no whole Parquet file ({reason(error)}); fetch it again from {REPOSITORY}"
