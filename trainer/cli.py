@@ -22,6 +22,7 @@ from trainer.experimenting import (
     trials_command,
 )
 from trainer.launching import first_of_job, launched_world, open_processes, second_on_its_machine
+from trainer.preparing import prompts_app
 from trainer.processes import Processes
 from trainer.prompts import clean
 from trainer.resuming import how_to_go_on, is_finished, pinned_prompts, resumed_config
@@ -35,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Improve a LoRA on Karlo's decoder with the rewards of the scoring service.",
 )
+
+app.add_typer(prompts_app, name="prompts")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; its trainer section is read.")]
 SetOption = Annotated[
