@@ -24,14 +24,17 @@ Json = Mapping[str, Any]
 
 # Any of these makes a folder one that there is something to say about.
 SIGNS = (METRICS_FILE, "evaluation.json", "crossval.json", "search.json", "test.json", "splits.json")
-SHARED_OUT = re.compile(r"(?<=://)([^:/@\s]*):[^@/\s]+(?=@)")  # user:password@ of an address
+SHARED_OUT = re.compile(r"(?<=://)([^:/@\s]*):\S*(?=@)")  # user:password@ of an address
 
 
 def number(value: object) -> float | None:
     """A finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 def whole(value: object) -> int | None:

@@ -1,5 +1,6 @@
 """Rows of gains as files hold them, and what they mean in words."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]  # type: ignore[index]
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if math.isfinite(value) else "not a number"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value)) or "none"
     return str(value)

@@ -93,6 +93,11 @@ def read_search(found: Json, space: Json) -> Search:
         state: sum(it.state == state for it in trials) for state in dict.fromkeys(it.state for it in trials)
     }
     remarks: list[str] = []
+    try:
+        made = _charts(trials, settings, space, remarks) | _curse_chart(winner)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        made = {}
+        remarks.append(f"The charts are left out: the trials are not as expected ({error}).")
     return Search(
         trials=trials,
         settings=settings,
@@ -102,7 +107,7 @@ def read_search(found: Json, space: Json) -> Search:
         winner=winner,
         sampler=str(found.get("sampler") or "random"),
         pruner=str(found.get("pruner") or "none"),
-        charts=_charts(trials, settings, space, remarks) | _curse_chart(winner),
+        charts=made,
         remarks=tuple(remarks),
     )
 
