@@ -5,9 +5,10 @@ similarity of two prompts is Jaccard's of these sets, |A ∩ B| / |A ∪ B|. Wit
 
     one word appended or dropped    2n / (2n + 4)
     one word exchanged              (2n − 2) / (2n + 4)
+    two words change places         (2n − 3) / (2n + 5)
 
 so that a threshold of 0.77 takes a prompt with a word more for the same from 7 words on, with another word
-from 12 words on, and never words in another order. docs/prompts.md shows examples and measurements.
+from 12, and with two in each other's place from 15. docs/prompts.md shows examples and measurements.
 """
 
 import re
@@ -125,7 +126,7 @@ class Features:
         self._starts.append(len(self._line) - 1)
 
     def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Features of some texts, repetitions included, and the place in `rows` of each one's text; both (F,).
+        """Features of some texts, repetitions included, and the place in `rows` of the text of each, (F,).
 
         A word is its number, below 2³²; a pair has its first word's number in the upper 32 bits and its
         second's in the lower, so no two features are the same.
