@@ -22,7 +22,7 @@ from trainer.similarity import Features, components
 
 BANDS, ROWS = 24, 6
 SEED = 20_231
-CROWD = 100  # texts that share a band
+CROWD = 30  # texts that share a band
 MAX_ROUNDS = 100  # in a bucket: more texts that share a band and yet differ are not compared
 CHUNK = 20_000  # texts whose signatures are made at once
 PAIRS = 60_000  # pairs that are verified at once; fits 16 bits
@@ -43,19 +43,19 @@ def distinct(features: Features, threshold: float) -> Distinct:
     """
     keys = band_keys(features)
     kept = np.ones(len(features), dtype=np.bool_)
-    known_by = np.full(len(features), -1)  # the kept text that a dropped one is a near-duplicate of
+    cluster = np.arange(len(features))
     links = [np.empty((0, 2), dtype=np.int64)]
     for band in range(BANDS):
         for leaders, others in _rounds(_parted(keys[:, band], keys[:, (band + 1) % BANDS]), kept):
-            new = known_by[others] != leaders
+            # Of a dropped text all that is asked is which kept ones it joins: once is enough.
+            new = kept[others] | (cluster[others] != cluster[leaders])
             leaders, others = leaders[new], others[new]
             alike = similarity(features, leaders, others) >= threshold
             leaders, others = leaders[alike], others[alike]
             links.append(np.stack([leaders, others], axis=1))
-            dropped = kept[others]
-            known_by[others[dropped]] = leaders[dropped]
             kept[others] = False
-    return Distinct(kept, components(len(features), np.concatenate(links)))
+        cluster = components(len(features), np.concatenate(links))
+    return Distinct(kept, cluster)
 
 
 def _parted(keys: NDArray[np.uint32], following: NDArray[np.uint32]) -> NDArray[np.uint64]:
