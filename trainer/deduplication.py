@@ -5,8 +5,8 @@ is their similarity s. Texts that share all numbers of some band are candidates,
 
     1 − (1 − s^ROWS)^BANDS        0.996 at s = 0.77, 0.9999 at 0.85, 0.6 % at 0.25
 
-Millions of prompts end in the same phrases, and where all numbers of a band stem from such a phrase, thousands
-share it. Such a crowd says little: there, texts must share the next band as well to be candidates.
+Millions of prompts end in the same phrases, and where all numbers of a band stem from such a phrase,
+thousands share it. Such a crowd says little: there, texts must share the next band as well to be candidates.
 
 trainer.similarity finds all near-duplicates of some ten thousand prompts, without any chance.
 """
