@@ -12,7 +12,7 @@ from trainer.sections import SpaceConfig
 
 # What decides how it is learned. The rest decides what is compared, and must be the same in all trials.
 SEARCHABLE = ("lora", "rollout", "objective", "update")
-EVALUATIONS = 4  # of a trial that is to be pruned, where evaluation.every does not say
+EVALUATIONS = 3  # of a trial that may be pruned, at least: with few, little can be saved
 
 Drawn = Mapping[str, Any]  # what the sampler drew, by key of the space
 Settings = dict[str, Any]  # dotted keys of the configuration to values
@@ -71,11 +71,11 @@ def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
 
 
 def _every(config: TrainerConfig, iterations: int) -> int:
-    """Iterations between a trial's evaluations. A pruner needs some before the end."""
-    every = config.evaluation.every
-    if config.search.pruner == "none" or 0 < every < iterations:
+    """Iterations between a trial's evaluations."""
+    every, most = config.evaluation.every, max(1, iterations // EVALUATIONS)
+    if config.search.pruner == "none":
         return every
-    return max(1, iterations // EVALUATIONS)
+    return min(every, most) if every else most
 
 
 # -------------------------------------------------------------------------------------------- checks

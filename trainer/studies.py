@@ -72,6 +72,7 @@ class TrialsStudy:
                 if held is None:
                     continue
                 if self._claim(trial):
+                    self.study.get_trials(deepcopy=False)  # for Optuna's cache to hear of it
                     return Taken(Trial(self.study, trial._trial_id), self._storage, held)
                 held.close()
         return None
