@@ -48,7 +48,7 @@ class CrossvalConfig(Section):
 class SpaceConfig(Section):
     """Values of one setting that a search draws from: `choices`, or numbers from `low` to `high`.
 
-    What is drawn may be a multiple of another setting (`times`), or a product that is shared with one (`over`).
+    What is drawn may be taken `times` another setting, or be divided by it (`over`).
     """
 
     choices: tuple[Any, ...] | None = None
