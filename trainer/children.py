@@ -1,8 +1,13 @@
-"""Processes that this one starts and that do not outlive it: a judge of its own, folds side by side."""
+"""Processes that this one starts and that do not outlive it: a judge of its own, folds side by side.
+
+`python -m trainer.children MODULE ARGUMENT...` is `python -m MODULE ARGUMENT...` on such a leash.
+"""
 
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -112,3 +117,9 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
     for late in arrived:
         signal.raise_signal(late)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

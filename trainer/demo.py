@@ -23,7 +23,7 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
 
     Its output goes to `log`. Raises DemoError where it ends or says nothing within two minutes.
     """
-    command = [sys.executable, "-m", "reward_service", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "trainer.children", "reward_service", "serve", "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     service = None
@@ -31,7 +31,12 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
         with log.open("wb") as output, signals_wait():
             # A session of its own: Ctrl-C reaches this process only, which then stops the service in order.
             service = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,  # ends when this process does, and with it the service
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
             )
         yield _wait_for_address(service, log)
     finally:
