@@ -2,6 +2,7 @@
 #
 #   make demo                 train the miniature for a few minutes and show the gain
 #   make demo SEED=7          the same with another seed; ARGS="--set key=value" passes anything else on
+#   make crossval             search settings, cross-validate, fit, test, report (goes on where it was ended)
 #   make test                 the tests (TESTS="tests/trainer -k ratio" narrows them)
 #   make check                lint, format, types and the walls between the packages
 #   make parity               our scores against the references' own code (PARITY=--quick takes a minute)
@@ -17,7 +18,7 @@ WORKERS ?= 2
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-docker kill-test check parity format lock compose-test clean
+.PHONY: help venv demo crossval test test-docker kill-test check parity format lock compose-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -35,6 +36,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## train on the miniature, print the gain, save pictures and LoRA
 	$(BIN)/reward-trainer demo --config $(CONFIG) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+crossval: $(STAMP)  ## search, three folds, a final fit and the test prompts on the miniature; report.html
+	$(BIN)/reward-trainer crossval --config $(CONFIG) --judge --search $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: $(STAMP)  ## run the tests, except those that need a container engine
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not docker" $(TESTS)

@@ -371,6 +371,10 @@ def _train(
         path = Path(processes.from_main(str(folder.path) if folder else ""))
         with _saying_how_to_go_on(path):
             result = train_run(settings, prompts, scorer, folder or RunFolder(path), Console(), processes)
+            if processes.main:
+                from trainer.report import write_report
+
+                Console().print(f"Report:   {write_report(path)}", soft_wrap=True)
         if result.ending is not None and result.ending.by == "guard":
             raise GuardError(f"{path}: the run was ended by its guard: {result.ending.reason}")
 
