@@ -237,6 +237,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 def _svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an <svg> element whose ids no other chart of the page has."""
     buffer = io.StringIO()
+    # Laid out once; savefig would draw everything a second time to do it again.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()

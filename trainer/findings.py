@@ -93,6 +93,7 @@ def attempt(notes: list[str], what: str, add: Callable[..., T], *given: Any) -> 
     try:
         return add(*given)
     except (
+        RuntimeError,
         LookupError,
         TypeError,
         ValueError,

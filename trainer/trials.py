@@ -74,7 +74,7 @@ class Search:
         )
         if old > 0 and new < old:
             share = min(1.0, (old - new) / old)
-            return f"{said} {share:.0%} of that gain was the luck of the choice (the winner's curse)."
+            return f"{said} {share:.0%} of the first was the luck of the choice (the winner's curse)."
         return f"{said} The choice did not flatter it."
 
 
