@@ -48,6 +48,7 @@ def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> Non
             for job, process in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
+                    stop(process, 0)
                     _check(job, process.returncode)
                     console.print(f"{job.name} is done")
             time.sleep(POLL_S)
@@ -102,6 +103,8 @@ def stop(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 @contextmanager
