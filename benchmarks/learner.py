@@ -38,14 +38,15 @@ from benchmarks.commandline import positive, refuse, shown
 from benchmarks.fullsize import measure_full
 from benchmarks.reporting import Report, Rows, Say, machine
 from reward_service.settings import DEFAULT_CONFIG
+from trainer.children import stop
 from trainer.config import Sharing, TrainerConfig, load_trainer_config
-from trainer.demo import _stop, _wait_for_address
+from trainer.demo import STOP_TIMEOUT_S, _wait_for_address
 from trainer.drawing import NOTHING_SHARED, Studio
 from trainer.policy import DecoderPolicy
-from trainer.splits import read_splits
 from trainer.rollout import DropCount, collect, group_keys
 from trainer.runs import open_studio
 from trainer.scoring import ServiceScorer
+from trainer.splits import read_splits
 from trainer.streams import PictureKey
 from trainer.training import train_fold
 from trainer.updating import improve, new_learner
@@ -328,7 +329,7 @@ def service(config: Path, core: int) -> Iterator[str]:
         try:
             yield _wait_for_address(process, log)
         finally:
-            _stop(process)
+            stop(process, STOP_TIMEOUT_S)
 
 
 # ---------------------------------------------------------------------------------------- command line

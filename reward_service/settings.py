@@ -92,7 +92,7 @@ def load_section(
 
 
 def changed(settings: M, section: str, values: Mapping[str, Any], where: str = "") -> M:
-    """The same settings with some values, by their dotted keys. Raises ConfigError, beginning with `where`."""
+    """The same settings with some values, by dotted keys. Raises ConfigError that begins with `where`."""
     dumped = settings.model_dump(mode="json")
     for key, value in values.items():
         _put(dumped, key, value, f"{where}{key}")

@@ -28,7 +28,7 @@ INK, QUIET, BACKGROUND, FAINT = "#1f2328", "#57606a", "#a9b2bc", "#d8dee4"
 VERDICT = {"rises": (BLUE, "o"), "falls": (VERMILLION, "D"), "unclear": (QUIET, "s")}
 
 WIDTH, HEIGHT = 4.2, 2.6  # inches of 72 px
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # measured with; the page's own is narrower
     "font.size": 9.5,
@@ -127,9 +127,8 @@ def _line(axes: Axes, index: int, line: Line, *, alone: bool) -> None:
     points = sorted(line.points)
     bounded = [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
     if bounded:
-        axes.fill_between(
-            *zip(*bounded, strict=True), color=colour, alpha=0.18 if alone else 0.1, linewidth=0
-        )
+        x, low, high = zip(*bounded, strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18 if alone else 0.1, linewidth=0)
     axes.plot(
         [p.x for p in points],
         [p.y for p in points],
@@ -238,7 +237,9 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an <svg> element whose ids no other chart of the page has."""
     buffer = io.StringIO()
     # Laid out once; savefig would draw everything a second time to do it again.
-    figure.get_layout_engine().execute(figure)
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
     figure.set_layout_engine("none")
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

@@ -12,16 +12,11 @@ from rich.console import Console
 
 from reward_service.client import RewardClientError
 from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
-from trainer.config import ConfigError, TrainerConfig, load_experiment_config, load_trainer_config
+from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.errors import DivergenceError, GuardError, JobError, RunError, said
-from trainer.experimenting import (
-    cross_validate_command,
-    fold_command,
-    judged,
-    search_command,
-    trials_command,
-)
-from trainer.launching import first_of_job, launched_world, open_processes, second_on_its_machine
+from trainer.experimenting import commands, judged
+from trainer.launching import first_of_job, open_processes, second_on_its_machine
+from trainer.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, given, refuse_several
 from trainer.preparing import prompts_app
 from trainer.processes import Processes
 from trainer.prompts import clean
@@ -37,21 +32,8 @@ app = typer.Typer(
     help="Improve a LoRA on Karlo's decoder with the rewards of the scoring service.",
 )
 
+app.add_typer(commands)
 app.add_typer(prompts_app, name="prompts")
-
-ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; its trainer section is read.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override, such as update.learning_rate=1e-4."),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The same without --set.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Same as seed=N.")]
-RunOption = Annotated[
-    Path | None, typer.Option("--run", help="Run folder; by default the next free in runs_dir.")
-]
-
 
 ResumeOption = Annotated[
     bool,
@@ -78,7 +60,7 @@ def train(
         if overrides and "=" not in overrides[0] and run is None:  # --resume RUN
             run, overrides = Path(overrides[0]), overrides[1:]
         run = run or newest_run(_load(config or DEFAULT_CONFIG, seed, set_, overrides))
-        _train(resumed_config(run, config, _overrides(seed, set_, overrides)), run, resume=True)
+        _train(resumed_config(run, config, given(seed, set_, overrides)), run, resume=True)
     else:
         _train(_load(config or DEFAULT_CONFIG, seed, set_, overrides), run)
 
@@ -92,81 +74,11 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Start a service of its own, train against it, show the gain, stop the service."""
-    _refuse_several("demo")
+    refuse_several("demo")
     settings = _load(config, seed, set_, overrides)
     folder = RunFolder.create(settings, run)
     with judged(settings, config, folder.path / "service.log") as reached:
         _train(reached, run, folder)
-
-
-ExperimentOption = Annotated[
-    Path | None,
-    typer.Option("--run", help="Folder of the experiment. [default: NAME-experiment in runs_dir]"),
-]
-JudgeOption = Annotated[
-    bool, typer.Option("--judge", help="Start a service of its own, as `demo` does, for as long as it takes.")
-]
-
-
-@app.command()
-def crossval(
-    config: ConfigOption = DEFAULT_CONFIG,
-    search: Annotated[
-        bool, typer.Option("--search", help="Search settings first; train with the best.")
-    ] = False,
-    judge: JudgeOption = False,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Same as crossval.workers=N: folds side by side.")
-    ] = None,
-    seed: SeedOption = None,
-    run: ExperimentOption = None,
-    set_: SetOption = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train k folds, fit on all of them, look at the test prompts once. The same command goes on with it."""
-    _refuse_several("crossval")
-    more = [] if workers is None else [f"crossval.workers={workers}"]
-    settings = load_experiment_config(config, [*_overrides(seed, set_, overrides), *more])
-    cross_validate_command(settings, run, config if judge else None, search=search, console=Console())
-
-
-@app.command()
-def search(
-    config: ConfigOption = DEFAULT_CONFIG,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Same as search.trials=N.")] = None,
-    judge: JudgeOption = False,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Same as search.workers=N: trials side by side.")
-    ] = None,
-    seed: SeedOption = None,
-    run: ExperimentOption = None,
-    set_: SetOption = None,
-    overrides: Overrides = None,
-) -> None:
-    """Try settings from search.space; measure the best again. The same command goes on with it, or joins in."""
-    _refuse_several("search")
-    counts = {"search.trials": trials, "search.workers": workers}
-    more = [f"{key}={count}" for key, count in counts.items() if count is not None]
-    settings = load_experiment_config(config, [*_overrides(seed, set_, overrides), *more])
-    search_command(settings, run, config if judge else None, Console())
-
-
-@app.command(hidden=True)
-def trials(
-    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")], set_: SetOption = None
-) -> None:
-    """Run trials of an experiment's search; `search` starts these."""
-    trials_command(run, set_ or [])
-
-
-@app.command(hidden=True)
-def fold(
-    number: Annotated[int, typer.Argument(help="Counted from 0.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")],
-    set_: SetOption = None,
-) -> None:
-    """Train one fold of an experiment; `crossval` starts these."""
-    fold_command(run, set_ or [], number)
 
 
 @app.command()
@@ -190,23 +102,6 @@ def plan(
 
 
 @app.command()
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of an experiment.")
-    ],
-    compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Page to write. [default: report.html in RUN; compare.html here]"),
-    ] = None,
-) -> None:
-    """Write a page about a run, finished or not, from the files that it left; or compare runs."""
-    from trainer.reporting import report_command
-
-    report_command(runs, out, compare=compare, console=Console())
-
-
-@app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
     lora: Annotated[
@@ -220,7 +115,7 @@ def generate(
     overrides: Overrides = None,
 ) -> None:
     """Draw pictures with the result of a run."""
-    _refuse_several("generate")
+    refuse_several("generate")
     settings = _load(config, seed, set_, overrides)
     prompts = clean(prompt)
     if not prompts:
@@ -243,7 +138,7 @@ def variance(
     overrides: Overrides = None,
 ) -> None:
     """Measure how much of the noise in the rewards rollout.share takes away, against a running service."""
-    _refuse_several("variance")
+    refuse_several("variance")
     settings = _load(config, seed, set_, overrides)
     train = read_splits(settings.prompts, settings.seed).train
     with ServiceScorer.connect(settings.service) as scorer:
@@ -262,7 +157,7 @@ def stages(
     overrides: Overrides = None,
 ) -> None:
     """Measure whether pictures can be rewarded before super-resolution, against a running service."""
-    _refuse_several("stages")
+    refuse_several("stages")
     settings = _load(config, seed, set_, overrides)
     train = read_splits(settings.prompts, settings.seed).train
     if len(train) < 2:
@@ -333,11 +228,7 @@ def _check_writable(out: Path) -> None:
 def _load(
     config: Path, seed: int | None, set_: list[str] | None, overrides: list[str] | None
 ) -> TrainerConfig:
-    return load_trainer_config(config, _overrides(seed, set_, overrides))
-
-
-def _overrides(seed: int | None, set_: list[str] | None, overrides: list[str] | None) -> list[str]:
-    return [*(set_ or []), *(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    return load_trainer_config(config, given(seed, set_, overrides))
 
 
 def _train(
@@ -399,8 +290,3 @@ def _say_finished(run: Path | None, iterations: int, processes: Processes) -> No
             "or have it do more with iterations=N",
             soft_wrap=True,
         )
-
-
-def _refuse_several(command: str) -> None:
-    if launched_world() > 1:
-        raise ConfigError(f"{command} runs in one process; start it without a launcher")

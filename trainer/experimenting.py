@@ -1,20 +1,115 @@
-"""The commands `crossval` and `search`: open the experiment, have a judge, do the work, leave a report."""
+"""The commands `crossval`, `search` and `report`: open the experiment, have a judge, leave a report."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
+from reward_service.settings import DEFAULT_CONFIG
 from trainer.children import end_with_parent
-from trainer.config import TrainerConfig, load_trainer_config, with_values
+from trainer.config import TrainerConfig, load_experiment_config, load_trainer_config, with_values
 from trainer.demo import local_service
 from trainer.experiments import Experiment
+from trainer.options import ConfigOption, Overrides, SeedOption, SetOption, given, refuse_several
 from trainer.scoring import ServiceScorer
 
 FOLDS_CONFIG, TRIALS_CONFIG = "folds/config.yaml", "search/config.yaml"
 JUDGE_LOG = "judge.log"
+
+commands = typer.Typer()
+
+ExperimentOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Folder of the experiment. [default: NAME-experiment in runs_dir]"),
+]
+JudgeOption = Annotated[
+    bool, typer.Option("--judge", help="Start a service of its own, as `demo` does, for as long as it takes.")
+]
+
+
+@commands.command()
+def crossval(
+    config: ConfigOption = DEFAULT_CONFIG,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search settings first; train with the best.")
+    ] = False,
+    judge: JudgeOption = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Same as crossval.workers=N: folds side by side.")
+    ] = None,
+    seed: SeedOption = None,
+    run: ExperimentOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train k folds, fit on all of them, look at the test prompts once. The same command goes on with it."""
+    refuse_several("crossval")
+    more = [] if workers is None else [f"crossval.workers={workers}"]
+    settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
+    cross_validate_command(settings, run, config if judge else None, search=search, console=Console())
+
+
+@commands.command()
+def search(
+    config: ConfigOption = DEFAULT_CONFIG,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Same as search.trials=N.")] = None,
+    judge: JudgeOption = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Same as search.workers=N: trials side by side.")
+    ] = None,
+    seed: SeedOption = None,
+    run: ExperimentOption = None,
+    set_: SetOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Try settings from search.space; measure the best again. The same command goes on, or joins in."""
+    refuse_several("search")
+    counts = {"search.trials": trials, "search.workers": workers}
+    more = [f"{key}={count}" for key, count in counts.items() if count is not None]
+    settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
+    search_command(settings, run, config if judge else None, Console())
+
+
+@commands.command(hidden=True)
+def trials(
+    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")], set_: SetOption = None
+) -> None:
+    """Run trials of an experiment's search; `search` starts these."""
+    trials_command(run, set_ or [])
+
+
+@commands.command(hidden=True)
+def fold(
+    number: Annotated[int, typer.Argument(help="Counted from 0.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the experiment.")],
+    set_: SetOption = None,
+) -> None:
+    """Train one fold of an experiment; `crossval` starts these."""
+    fold_command(run, set_ or [], number)
+
+
+@commands.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run or of an experiment.")
+    ],
+    compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Page to write. [default: report.html in RUN; compare.html here]"),
+    ] = None,
+) -> None:
+    """Write a page about a run, finished or not, from the files that it left; or compare runs."""
+    from trainer.reporting import report_command
+
+    report_command(runs, out, compare=compare, console=Console())
+
+
+# ------------------------------------------------------------------------------------------- doing
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def interval(low: float | None, high: float | None, digits: int = 3) -> str:
 def shown(value: object) -> str:
     """A setting's value, short."""
     if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]  # type: ignore[index]
+        return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "not a number"
     if isinstance(value, (list, tuple)):

@@ -275,7 +275,7 @@ def newest_run(config: TrainerConfig) -> Path:
 
 
 def model_card(config: TrainerConfig, done: int, identity: Mapping[str, str], summary: Sequence[str]) -> str:
-    """README.md of a LoRA after `done` iterations: what it is for, how it was made, what it gained, how to load it."""
+    """README.md of a LoRA after `done` iterations: what for, how made, what gained, how to load."""
     source = config.karlo.repo or (config.karlo.path.name if config.karlo.path else "")
     judges = "\n".join(f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(identity.items()))
     return f"""---

@@ -13,9 +13,9 @@ from reward_service.loading import build_engine
 from reward_service.pairs import Pair
 from trainer.config import load_trainer_config
 from trainer.evaluation import Comparison, compare, measure, standard_errors
-from trainer.splits import read_splits
 from trainer.runs import open_studio
 from trainer.scoring import Pictures, Scores
+from trainer.splits import read_splits
 from trainer.training import train_fold
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"

@@ -13,8 +13,8 @@ from reward_service.engine import RewardEngine
 from reward_service.loading import build_engine
 from trainer.config import ModelSource, load_trainer_config
 from trainer.karlo import load_karlo
-from trainer.splits import read_splits
 from trainer.runs import open_studio
+from trainer.splits import read_splits
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "miniature.yaml"
