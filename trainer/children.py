@@ -1,14 +1,7 @@
-"""Processes that this one starts and that do not outlive it: a judge of its own, folds side by side.
+"""Processes that this one starts and that do not outlive it: a judge of its own, folds side by side."""
 
-`python -m trainer.children MODULE ARGUMENT...` is `python -m MODULE ARGUMENT...` on such a leash.
-"""
-
-import os
-import runpy
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,7 +27,7 @@ class Job:
 
 
 def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> None:
-    """Run all jobs, so many at a time; each must heed `end_with_parent`.
+    """Run all jobs, so many at a time; each must heed `trainer.leash`.
 
     Raises JobError where one fails; the others are stopped first, in order, so that they can go on later.
     """
@@ -78,17 +71,6 @@ def _check(job: Job, code: int) -> None:
         raise JobError(f"{job.name} ended with code {code}: {last_line(job.log)} (see {job.log})")
 
 
-def end_with_parent() -> None:
-    """Have this process told to stop (SIGTERM) when its standard input ends: whoever began it is gone."""
-
-    def watch() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def last_line(log: Path) -> str:
     """What was said last."""
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -120,9 +102,3 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
     for late in arrived:
         signal.raise_signal(late)
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -266,8 +266,9 @@ def _train(
                 from trainer.report import write_report
 
                 Console().print(f"Report:   {write_report(path)}", soft_wrap=True)
-        if result.ending is not None and result.ending.by == "guard":
-            raise GuardError(f"{path}: the run was ended by its guard: {result.ending.reason}")
+        found = result.gamed
+        if found is not None and settings.guard.stop:
+            raise GuardError(f"{path}: the gain is not to be trusted: {found}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from rich.table import Table
 from trainer.children import Job, run_side_by_side
 from trainer.comparing import pooled
 from trainer.config import ConfigError, TrainerConfig, with_values
+from trainer.deciding import gamed
 from trainer.errors import GuardError
 from trainer.experiments import Experiment
 from trainer.guards import ROTATE, with_guard
@@ -45,15 +46,19 @@ def cross_validate(
 
     `config` is the experiment's, or with a search's winner in it. `command` is how a process of its own
     trains one fold, where several are trained side by side: it gets the fold's number.
-    Raises GuardError where a fold's guard has tripped: there is no final fit then.
+    Raises GuardError where a guard has tripped; where it was a fold's, there is no final fit.
     """
     experiment.pin(scorer)
     train_folds(experiment, config, scorer, console, command)
     summary = summarize(experiment, config)
     experiment.folder.write_json(CROSSVAL_FILE, summary)
     console.print(fold_table(summary))
-    _refuse_hacked(summary)
-    fit(experiment, config, scorer, console, summary["chosen_iterations"])
+    if config.guard.stop:
+        _refuse_gamed(summary)
+    test = fit(experiment, config, scorer, console, summary["chosen_iterations"])
+    found = gamed(test)
+    if found is not None and config.guard.stop:
+        raise GuardError(f"the final fit is not to be trusted: on the test prompts, {found}")
 
 
 def train_folds(
@@ -120,18 +125,19 @@ def _fold_row(fold: int, split: Split, run: RunFolder) -> Row:
         "best": finished["done"],
         "stopped": evaluation["ending"],
         "rows": evaluation["rows"],
+        "gamed": gamed(evaluation),
         "guard": evaluation["guard"],
         "drift": evaluation["drift"],
     }
 
 
-def _refuse_hacked(summary: Mapping[str, Any]) -> None:
-    tripped = [row for row in summary["folds"] if row["guard"] and row["guard"]["tripped"]]
-    if tripped:
-        which = ", ".join(str(row["fold"]) for row in tripped)
+def _refuse_gamed(summary: Mapping[str, Any]) -> None:
+    found = {row["fold"]: row["gamed"] for row in summary["folds"] if row["gamed"] is not None}
+    if found:
+        which, why = ", ".join(map(str, found)), next(iter(found.values()))
         raise GuardError(
-            f"no final fit: the guard tripped in fold {which}: {tripped[0]['guard']['sentence']}; give its "
-            "evaluator a weight and guard with another, or lower update.learning_rate"
+            f"no final fit: the guard tripped in fold {which}: {why}; give its evaluator a weight and guard "
+            "with another, or lower update.learning_rate"
         )
 
 
@@ -169,7 +175,7 @@ def _gain_cells(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def fit(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, iterations: int
-) -> None:
+) -> Row:
     """Train on all folds for so many iterations of the schedule; measure on the test prompts, once.
 
     Nothing looks at the test prompts on the way: no evaluation, no early stopping.
@@ -183,6 +189,8 @@ def fit(
             console.print(f"Final fit on all folds, {iterations} iterations; then the test prompts, once")
             last, fold = iterations, config.crossval.folds
             train_run(placed, experiment.splits.final(), scorer, run, console, fold=fold, last=last)
-        experiment.folder.write_json(TEST_FILE, run.read_json("evaluation.json"))
+        test: Row = run.read_json("evaluation.json")
+        experiment.folder.write_json(TEST_FILE, test)
+        return test
     finally:
         run.close()

@@ -3,7 +3,7 @@
 A decision is a function of the evaluations so far, so a fold that is resumed ends where it would have ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from trainer.comparing import Comparison, compare, sentences
@@ -141,6 +141,14 @@ class GuardStopper:
 
     def restore(self, state: State) -> None:
         """See `state`."""
+
+
+def gamed(evaluation: Mapping[str, Any]) -> str | None:
+    """Why a run's gain is not to be believed, by its evaluation.json: its guard has tripped, or ended it."""
+    ending, guard = evaluation["ending"], evaluation["guard"]
+    if ending is not None and ending["by"] == GuardStopper.name:
+        return str(ending["reason"])
+    return str(guard["sentence"]) if guard is not None and guard["tripped"] else None
 
 
 def configured_stoppers(config: TrainerConfig, evaluators: Sequence[str], *others: Stopper) -> Stoppers:

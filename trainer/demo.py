@@ -23,7 +23,7 @@ def local_service(config: Path, log: Path) -> Iterator[str]:
 
     Its output goes to `log`. Raises DemoError where it ends or says nothing within two minutes.
     """
-    command = [sys.executable, "-m", "trainer.children", "reward_service", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "trainer.leash", "reward_service", "serve", "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     service = None

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from reward_service.settings import DEFAULT_CONFIG
-from trainer.children import end_with_parent
 from trainer.config import TrainerConfig, load_experiment_config, load_trainer_config, with_values
 from trainer.demo import local_service
 from trainer.experiments import Experiment
+from trainer.leash import end_with_parent
 from trainer.options import ConfigOption, Overrides, SeedOption, SetOption, given, refuse_several
 from trainer.scoring import ServiceScorer
 

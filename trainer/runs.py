@@ -16,7 +16,7 @@ from trainer.activations import keep_few_activations
 from trainer.checkpoints import Checkpoints
 from trainer.comparing import sentences, table
 from trainer.config import ConfigError, TrainerConfig
-from trainer.deciding import Ending, Examination, Stopper, configured_stoppers, examination
+from trainer.deciding import Ending, Examination, Stopper, configured_stoppers, examination, gamed
 from trainer.drawing import Studio
 from trainer.evaluation import measure
 from trainer.examining import Examiner, comparison_grid
@@ -49,6 +49,11 @@ class Result(NamedTuple):
     def done(self) -> int:
         """Iterations behind the policy that is evaluated and shipped."""
         return self.examined.done
+
+    @property
+    def gamed(self) -> str | None:
+        """Why the gain is not to be believed, if so."""
+        return gamed(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

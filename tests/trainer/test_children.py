@@ -70,7 +70,7 @@ def test_a_child_is_told_to_stop_when_its_parent_is_killed(tmp_path: Path) -> No
     )
     parent = (
         "import subprocess, sys, time\n"
-        "command = [sys.executable, '-m', 'trainer.children', 'child']\n"
+        "command = [sys.executable, '-m', 'trainer.leash', 'child']\n"
         "kept = subprocess.Popen(command, stdin=subprocess.PIPE)\n"
         "time.sleep(60)\n"
     )

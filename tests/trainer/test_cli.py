@@ -158,7 +158,7 @@ def test_going_on_needs_a_run_that_is_not_finished(
     folder.close()
     assert run([*command, "seed=5"], monkeypatch) == 2
     assert f"trainer.seed: 5, but {folder.path} began with 0" in capfd.readouterr().err
-    mark_finished(folder, 40)
+    mark_finished(folder, 40, 2, 2)
     assert run(command, monkeypatch) == 0
     assert f"{folder.path} is finished: its 40 iterations are done" in capfd.readouterr().out
 

@@ -171,7 +171,11 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
     config: TrainerConfig, painter_folder: Path, tmp_path: Path
 ) -> None:
     """Not its last: the LoRA and the evaluation are those of the checkpoint at the peak."""
-    patient = learning(config, painter_folder, {"evaluation.every": 1, "early_stopping.patience": 3})
+    patient = learning(
+        config,
+        painter_folder,
+        {"evaluation.every": 1, "early_stopping.patience": 3, "early_stopping.min_delta": 0},
+    )
     scorer = Overfitting(TEST, most=-0.1)
     run = RunFolder.create(patient, tmp_path / "run")
     split = Split(POOL, TEST, tuple(range(len(TEST))))
