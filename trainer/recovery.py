@@ -45,6 +45,11 @@ def go_on(
     processes = learner.processes
     with processes.one_fate():
         stored = checkpoints.latest(console.print) if processes.main else None
+        if processes.main and stored is None and checkpoints.paths():
+            raise StorageError(
+                f"{run.checkpoints}: none of its {len(checkpoints.paths())} checkpoints is whole; begin a new "
+                "run, or remove that folder to have this one begin again"
+            )
     stored = _from_main(stored, processes)
     if not stored.state:
         if processes.main:

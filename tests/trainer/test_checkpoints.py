@@ -138,4 +138,5 @@ def test_nothing_that_changes_is_forgotten() -> None:
         "optimizer",
         "deviations",
         "drops",
+        "done",
     }

@@ -165,6 +165,19 @@ def test_what_can_be_made_again_may_be_damaged(
 # ------------------------------------------------------------------------------------------ refusals
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_in_silence(
+    config: TrainerConfig,
+) -> None:
+    """What was logged stays, and the remedies are named."""
+    path = end_in(config, FOURTH)
+    for file in (path / "checkpoints").glob("*/tensors.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    logged = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(StorageError, match=r"none of its \d checkpoints is whole; begin a new run, or remove"):
+        go_on(path, config)
+    assert (path / "metrics.jsonl").read_bytes() == logged
+
+
 def test_what_decides_the_result_cannot_change(config: TrainerConfig) -> None:
     """Refused by name with both values; what decides nothing may change."""
     run = RunFolder.create(config)
@@ -260,7 +273,8 @@ def test_what_was_being_written_is_cleared_away(config: TrainerConfig) -> None:
 def test_finished_says_so(uninterrupted: tuple[Path, dict[str, object]]) -> None:
     """Everything there, and known to be."""
     assert is_finished(RunFolder(uninterrupted[0]), 4)
-    assert json.loads((uninterrupted[0] / "finished.json").read_text()) == {"iterations": 4}
+    finished = json.loads((uninterrupted[0] / "finished.json").read_text())
+    assert finished == {"iterations": 4, "reached": 4, "done": 4}
 
 
 @pytest.mark.slow
