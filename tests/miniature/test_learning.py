@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from reward_service.calibration import Calibration, load_calibration
 from reward_service.config import load_config
@@ -13,9 +14,10 @@ from reward_service.loading import build_engine
 from reward_service.pairs import Pair
 from trainer.config import load_trainer_config
 from trainer.evaluation import Comparison, compare, measure, standard_errors
-from trainer.runs import open_studio
+from trainer.runs import Result, open_studio, train_run
 from trainer.scoring import Pictures, Scores
 from trainer.splits import read_splits
+from trainer.storage import RunFolder
 from trainer.training import train_fold
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
@@ -72,3 +74,33 @@ def test_the_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
 def test_with_rewards_shuffled_across_pictures_the_composite_does_not_rise(scorer: EngineScorer) -> None:
     # Shuffled rewards make the policy wander, and a single evaluator may drift a little either way.
     assert gain(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
+
+
+def guarded(scorer: EngineScorer, folder: Path, *overrides: str) -> Result:
+    """A short run with a guard, looked at twice."""
+    short = ["iterations=12", "threads=1", "evaluation.every=6", "prompts.validation_limit=40"]
+    config = load_trainer_config(CONFIG, [*short, *overrides])
+    run = RunFolder.create(config, folder)
+    return train_run(config, read_splits(config.prompts), scorer, run, Console(quiet=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_games_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
+    """The aesthetic alone is paid for with everything else: what is asked for is drawn no more."""
+    alone = "objective.weights={aesthetic: 1.0}"
+    result = guarded(scorer, tmp_path / "run", alone, "guard.evaluator=clip")
+    assert result.ending is not None
+    assert (result.ending.by, result.reached) == ("guard", 6)
+    assert result.gamed is not None
+    assert "Guard clip falls significantly" in result.gamed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_honest_run_does_not_trip_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
+    """The settings of `crossval`: three evaluators in balance, the fourth on guard."""
+    result = guarded(scorer, tmp_path / "run", "objective.weights.hpsv2=0", "guard.evaluator=hpsv2")
+    assert (result.ending, result.reached) == (None, 12)
+    assert result.gamed is None
+    assert result.examined.guard is not None
