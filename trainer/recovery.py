@@ -47,8 +47,8 @@ def go_on(
         stored = checkpoints.latest(console.print) if processes.main else None
         if processes.main and stored is None and checkpoints.paths():
             raise StorageError(
-                f"{run.checkpoints}: none of its {len(checkpoints.paths())} checkpoints is whole; begin a new "
-                "run, or remove that folder to have this one begin again"
+                f"{run.checkpoints}: none of its {len(checkpoints.paths())} checkpoints is whole; begin a "
+                "new run, or remove that folder to have this one begin again"
             )
     stored = _from_main(stored, processes)
     if not stored.state:
