@@ -173,9 +173,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_in_silence(
     for file in (path / "checkpoints").glob("*/tensors.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     logged = (path / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        StorageError, match=r"none of its \d checkpoints is whole; begin a new run"
-    ):
+    with pytest.raises(StorageError, match=r"none of its \d checkpoints is whole; begin a new run"):
         go_on(path, config)
     assert (path / "metrics.jsonl").read_bytes() == logged
 
