@@ -144,18 +144,17 @@ def _refuse_gamed(summary: Mapping[str, Any]) -> None:
 def fold_table(summary: Mapping[str, Any]) -> Table:
     """The folds' composite gains, and that of all of them together."""
     shown = Table(title="Cross-validation: gain of the composite", box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("fold", "prompts", "iterations", "best at", "gain", "95% interval", "ended by", "guard"):
+    total = summary["pooled"]
+    interval = f"{total['confidence']:.0%} interval"
+    for column in ("fold", "prompts", "best of", "gain", interval, "ended by", "guard"):
         shown.add_column(column, justify="left" if column in ("ended by", "guard") else "right", no_wrap=True)
-    confidence = summary["pooled"]["confidence"]
-    shown.columns[5].header = f"{confidence:.0%} interval"
     for row in summary["folds"]:
         ended = row["stopped"]["by"] if row["stopped"] else ""
-        guard = _guard_cell(row["guard"])
-        counts = [str(row[key]) for key in ("fold", "prompts", "iterations", "best")]
-        shown.add_row(*counts, *_gain_cells(row["rows"]["composite"]), ended, guard)
+        best = f"{row['best']} of {row['iterations']}"
+        gain = _gain_cells(row["rows"]["composite"])
+        shown.add_row(str(row["fold"]), str(row["prompts"]), best, *gain, ended, _guard_cell(row["guard"]))
     shown.add_section()
-    total = summary["pooled"]
-    shown.add_row("all", str(total["prompts"]), "", "", *_gain_cells(total["rows"]["composite"]), "", "")
+    shown.add_row("all", str(total["prompts"]), "", *_gain_cells(total["rows"]["composite"]), "", "")
     return shown
 
 
