@@ -93,7 +93,9 @@ def train_one_fold(
 
 
 def _finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bool:
-    return is_finished(RunFolder(experiment.path / FOLDS / str(fold)), config.iterations)
+    """Raises ConfigError where the fold is there with other settings, as with and without a search."""
+    placed = experiment.placed(with_guard(config, fold), FOLDS, str(fold))
+    return is_finished(RunFolder(experiment.path / FOLDS / str(fold)), placed.iterations)
 
 
 # ----------------------------------------------------------------------------------------- the folds

@@ -25,9 +25,12 @@ from trainer.storage import CONFIG_FILE, LOCK_FILE, RunFolder
 SPLITS_FILE = "splits.json"
 LOCK_WAIT_S = 60.0  # for a trainer that was told to stop to save what it has
 
+# How long folds are and when they are looked at decides which iteration each ships, and so the final fit.
+DECIDING = ("iterations", "evaluation.every")
 # What may differ when an experiment goes on, beside what may when a run does.
 EXPERIMENT_FREE = (
-    *(*FREE, "crossval.workers", "crossval.settings"),
+    *(setting for setting in FREE if setting not in DECIDING),
+    *("crossval.workers", "crossval.settings"),
     *("search.trials", "search.workers", "search.storage"),
 )
 
@@ -95,12 +98,19 @@ class Experiment:
     def run(self, config: TrainerConfig, *names: str) -> tuple[TrainerConfig, RunFolder]:
         """One of its runs, locked: begun, or gone on with; and its configuration, placed there."""
         path = self.path.joinpath(*names)
-        placed = with_values(config, {"name": path.name, "runs_dir": str(path.parent)})
+        placed = self.placed(config, *names)
         if not (path / CONFIG_FILE).exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             return placed, RunFolder.create(placed, path)
-        check_same(load_trainer_config(path / CONFIG_FILE), placed, str(path))
         return placed, resume_when_free(path)
+
+    def placed(self, config: TrainerConfig, *names: str) -> TrainerConfig:
+        """The configuration of one of its runs. Raises ConfigError where that began with other settings."""
+        path = self.path.joinpath(*names)
+        placed = with_values(config, {"name": path.name, "runs_dir": str(path.parent)})
+        if (path / CONFIG_FILE).exists():
+            check_same(load_trainer_config(path / CONFIG_FILE), placed, str(path))
+        return placed
 
 
 def resume_when_free(path: Path) -> RunFolder:

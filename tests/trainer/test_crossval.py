@@ -145,6 +145,27 @@ def test_an_experiment_of_other_settings_is_not_gone_on_with(config: TrainerConf
     ):
         Experiment.open(other)
     Experiment.open(with_values(config, {"crossval.workers": 2, "service.url": "http://127.0.0.1:1"}))
+    for longer in ({"iterations": 6}, {"evaluation.every": 1}):  # a run may; folds would be of two kinds
+        with pytest.raises(ConfigError, match=next(iter(longer))):
+            Experiment.open(with_values(config, longer))
+
+
+def test_folds_of_other_settings_are_not_fitted_on(config: TrainerConfig) -> None:
+    """With and without a search's winner are two things: where folds have the one, the other is refused."""
+    cut = with_values(config, {"update.learning_rate": 1e-3})  # as a search's winner has it
+
+    def fault(prompts: Sequence[str]) -> None:
+        if set(prompts) & set(TEST):
+            raise KeyboardInterrupt
+
+    experiment = Experiment.open(config)
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(experiment, cut, FakeScorer(fault), Console(quiet=True), ())
+    (experiment.path / "final" / "config.yaml").unlink()  # as if killed before the final fit began
+    scorer = Listening()
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.005, but .*folds/0 began with 0\.001"):
+        crossval(config, scorer)
+    assert scorer.asked == []
 
 
 # ------------------------------------------------------------------------------------ early stopping
