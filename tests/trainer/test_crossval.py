@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from tests.trainer.conftest import SAMPLING, FakeScorer
 from tests.trainer.painter import PLANTED
 from trainer.checkpoints import decode, read_stored
-from trainer.config import LORA_FILE, TrainerConfig, with_values
+from trainer.config import LORA_FILE, ConfigError, TrainerConfig, with_values
 from trainer.crossval import cross_validate
 from trainer.errors import GuardError
 from trainer.experiments import Experiment
-from trainer.resuming import ConfigError
 from trainer.runs import train_run
 from trainer.scoring import Pictures, Scores
 from trainer.splits import Split
