@@ -27,7 +27,7 @@ from trainer.experiments import Experiment
 from trainer.guards import ROTATE, with_guard
 from trainer.measurements import Measurement
 from trainer.recovery import BASE_FILE, TUNED_FILE
-from trainer.resuming import is_finished
+from trainer.resuming import is_finished, pin_prompts
 from trainer.runs import train_run
 from trainer.scoring import Scorer
 from trainer.splits import Split
@@ -93,9 +93,13 @@ def train_one_fold(
 
 
 def _finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bool:
-    """Raises ConfigError where the fold is there with other settings, as with and without a search."""
+    """Raises ConfigError where the fold is there with other prompts, or settings (as without a search)."""
     placed = experiment.placed(with_guard(config, fold), FOLDS, str(fold))
-    return is_finished(RunFolder(experiment.path / FOLDS / str(fold)), placed.iterations)
+    run = RunFolder(experiment.path / FOLDS / str(fold))
+    finished = is_finished(run, placed.iterations)
+    if finished:
+        pin_prompts(run, experiment.splits.fold(fold))
+    return finished
 
 
 # ----------------------------------------------------------------------------------------- the folds

@@ -214,6 +214,9 @@ def _check_schema(source: Path, schema: Any) -> None:
             f"{source}: no column {', '.join(missing)} (there are {', '.join(schema.names)[:120]}); "
             f"give DiffusionDB's own {METADATA}"
         )
+    twice = next((name for name in COLUMNS if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{source}: several columns {twice}; give DiffusionDB's own {METADATA}")
     for name in COLUMNS:
         kind = schema.field(name).type
         inner = kind.value_type if types.is_dictionary(kind) else kind

@@ -19,7 +19,7 @@ from trainer.config import ConfigError, TrainerConfig, load_trainer_config, with
 from trainer.errors import StorageError
 from trainer.resuming import FREE, SCORER_FILE, check_same, pin_scorer
 from trainer.scoring import Scorer
-from trainer.splits import ExperimentSplits, experiment_splits
+from trainer.splits import REMEDY, ExperimentSplits, experiment_splits
 from trainer.storage import CONFIG_FILE, LOCK_FILE, RunFolder
 
 SPLITS_FILE = "splits.json"
@@ -71,7 +71,13 @@ class Experiment:
         if not (path / CONFIG_FILE).exists():
             raise ConfigError(f"{path}: no experiment (no {CONFIG_FILE}); name its folder with --run")
         config = load_trainer_config(path / CONFIG_FILE)
-        return cls(path, config, ExperimentSplits.load(path / SPLITS_FILE, config.prompts))
+        splits = ExperimentSplits.load(path / SPLITS_FILE, config.prompts)
+        found, wanted = len(splits.folds), config.crossval.folds
+        if found != wanted:
+            raise ConfigError(
+                f"{path / SPLITS_FILE}: has {found} folds for crossval.folds={wanted}; {REMEDY}"
+            )
+        return cls(path, config, splits)
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:

@@ -85,9 +85,16 @@ def _shown(value: object) -> str:
 
 
 def pin_prompts(run: RunFolder, prompts: Split) -> None:
-    """Keep the run's prompts with it, where they are not kept yet."""
-    if run.read_json(PROMPTS_FILE) is None:
-        run.write_json(PROMPTS_FILE, {name: list(values) for name, values in prompts._asdict().items()})
+    """Keep the run's prompts with it, or check them. Raises ConfigError where they are others."""
+    now = {name: list(values) for name, values in prompts._asdict().items()}
+    kept = run.read_json(PROMPTS_FILE)
+    if kept is None:
+        run.write_json(PROMPTS_FILE, now)
+    elif any(kept[name] != now[name] for name in ("train", "validation")):
+        raise ConfigError(
+            f"{run.path}: began with other prompts than the experiment's splits.json has now; restore that "
+            "file, or begin a new experiment"
+        )
 
 
 def pinned_prompts(run: RunFolder, config: TrainerConfig) -> Split:

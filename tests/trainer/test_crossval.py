@@ -167,6 +167,22 @@ def test_folds_of_other_settings_are_not_fitted_on(config: TrainerConfig) -> Non
     assert scorer.asked == []
 
 
+def test_splits_edited_after_a_fold_are_refused(config: TrainerConfig) -> None:
+    """What fold 0 has trained on cannot become what it is validated on, nor a fold come or go."""
+    path = crossval(config)
+    text = (path / "splits.json").read_text()
+    edited = json.loads(text)
+    first, second = edited["folds"][0], edited["folds"][1]
+    first[0], second[0] = second[0], first[0]
+    (path / "splits.json").write_text(json.dumps(edited))
+    with pytest.raises(ConfigError, match=r"folds/0: began with other prompts .* splits\.json"):
+        crossval(config)
+    edited["folds"].append([edited["folds"][0].pop()])
+    (path / "splits.json").write_text(json.dumps(edited))
+    with pytest.raises(ConfigError, match=r"splits\.json: has 4 folds for crossval\.folds=3"):
+        crossval(config)
+
+
 # ------------------------------------------------------------------------------------ early stopping
 
 

@@ -202,12 +202,20 @@ def without(folder: Path) -> Path:
     return path
 
 
+def twice(folder: Path) -> Path:
+    path = metadata(folder, ROWS)
+    table = parquet.read_table(path)
+    parquet.write_table(table.append_column("prompt", table.column("prompt")), path)
+    return path
+
+
 MALFORMED: list[tuple[Callable[[Path], Path], str]] = [
     (lambda folder: folder / "absent.parquet", "no such file"),
     (lambda folder: folder, "is a folder"),
     (text, "no whole Parquet file"),
     (truncated, "no whole Parquet file"),
     (spoilt, "no whole Parquet file"),
+    (twice, "several columns prompt"),
     (without, r"no column user_name, prompt_nsfw \(there are prompt\)"),
     (
         lambda folder: metadata(folder, [(3, "ann", 0.1)], prompt=pa.int64()),
