@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,31 @@ class RunFolder:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, then put it in place in one step."""
+    """Have `write` make a file beside `path`, then put it in place in one step.
+
+    Several processes may write the same file: one after the other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL}")
+    with _one_writer(path.parent):
+        try:
+            with naming(path):
+                write(partial)
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock a folder: a lock that leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with naming(path):
-            write(partial)
-            partial.replace(path)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -26,6 +27,22 @@ def test_a_second_run_gets_a_folder_of_its_own(trainer_config: TrainerConfig) ->
     assert first.path != second.path
     with pytest.raises(ConfigError, match=r"not empty.*--run"):
         RunFolder.create(trainer_config, first.path)
+
+
+def test_two_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """As two searches of one experiment do with its report: the one waits for the other."""
+    target = tmp_path / "report.html"
+    second = Thread(target=write_atomically, args=(target, lambda path: path.write_text("second")))
+
+    def slowly(path: Path) -> None:
+        path.write_text("fir")
+        second.start()
+        second.join(0.2)
+        path.write_text("first")
+
+    write_atomically(target, slowly)
+    second.join()
+    assert target.read_text() == "second"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
