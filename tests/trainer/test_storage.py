@@ -90,7 +90,11 @@ def test_a_saved_lora_replaces_the_older_one_whole(trainer_config: TrainerConfig
     """The lora folder holds one save, never a mixture of two; others may read it."""
     run = RunFolder.create(trainer_config)
     for content in ("one", "two"):
-        run.save_lora(lambda folder, c=content: (folder / f"{c}.txt").write_text(c), f"card {content}")
+
+        def save(folder: Path, content: str = content) -> None:
+            (folder / f"{content}.txt").write_text(content)
+
+        run.save_lora(save, f"card {content}")
     assert sorted(path.name for path in run.lora.iterdir()) == ["README.md", "two.txt"]
     assert (run.lora / "README.md").read_text() == "card two"
     assert run.lora.stat().st_mode & 0o055 == 0o055
@@ -98,7 +102,8 @@ def test_a_saved_lora_replaces_the_older_one_whole(trainer_config: TrainerConfig
 
 def test_the_model_card_says_what_judged_and_what_was_gained(trainer_config: TrainerConfig) -> None:
     """A LoRA that is passed on carries its provenance."""
-    card = model_card(trainer_config, {"clip": "abc/def"}, ["The composite rises significantly."])
+    card = model_card(trainer_config, 7, {"clip": "abc/def"}, ["The composite rises significantly."])
+    assert "trained for 7 iterations" in card
     assert "clip: `abc/def`" in card
     assert "The composite rises significantly." in card
     assert "load_lora_adapter" in card
