@@ -47,7 +47,7 @@ ResumeOption = Annotated[
 def train(
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML file; its trainer section is read. [default: the miniature's]"),
+        typer.Option("--config", help="YAML file; its trainer section is read. \\[default: the miniature's]"),
     ] = None,
     seed: SeedOption = None,
     run: RunOption = None,

@@ -24,7 +24,7 @@ commands = typer.Typer()
 
 ExperimentOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Folder of the experiment. [default: NAME-experiment in runs_dir]"),
+    typer.Option("--run", help="Folder of the experiment. \\[default: NAME-experiment in runs_dir]"),
 ]
 JudgeOption = Annotated[
     bool, typer.Option("--judge", help="Start a service of its own, as `demo` does, for as long as it takes.")
@@ -100,7 +100,7 @@ def report(
     compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Page to write. [default: report.html in RUN; compare.html here]"),
+        typer.Option("--out", help="Page to write. \\[default: report.html in RUN; compare.html here]"),
     ] = None,
 ) -> None:
     """Write a page about a run, finished or not, from the files that it left; or compare runs."""

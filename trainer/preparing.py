@@ -28,7 +28,7 @@ def diffusiondb(
         Path | None, typer.Option("--metadata", help=f"{METADATA}; without it the hub's is fetched.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help=f"Of {REPOSITORY} on the hub.  [default: main]")
+        str | None, typer.Option("--revision", help=f"Of {REPOSITORY} on the hub.  \\[default: main]")
     ] = None,
     sample: Annotated[int | None, typer.Option("--sample", min=1, help="Take so many.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of order and sample.")] = 0,
@@ -49,7 +49,7 @@ def diffusiondb(
     anonymous: Annotated[bool, typer.Option("--anonymous", help="Take those of unknown users too.")] = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Folder of Karlo's tokenizer.  [default: open_clip's copy]"),
+        typer.Option("--tokenizer", help="Folder of Karlo's tokenizer.  \\[default: open_clip's copy]"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Take the tokenizer of the Karlo configured here.")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tests.trainer.conftest import PROMPTS, SAMPLING, FakeScorer
 from trainer import demo
-from trainer.cli import main
+from trainer.cli import app, main
 from trainer.config import TrainerConfig, load_trainer_config
 from trainer.demo import local_service
 from trainer.errors import DemoError
@@ -161,6 +161,16 @@ def test_going_on_needs_a_run_that_is_not_finished(
     mark_finished(folder, 40, 2, 2)
     assert run(command, monkeypatch) == 0
     assert f"{folder.path} is finished: its 40 iterations are done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("crossval", "NAME-experiment"), ("search", "NAME-experiment"), ("report", "compare.html here")],
+)
+def test_help_says_where_things_go(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are markup where they are not escaped, and vanish."""
+    app([command, "--help"], standalone_mode=False)
+    assert default in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_the_published_configurations_are_valid() -> None:
