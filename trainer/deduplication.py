@@ -1,12 +1,13 @@
 """Near-duplicates among millions of prompts: MinHash finds candidates, Jaccard's similarity decides.
 
 MinHash (Broder 1997) gives a text BANDS × ROWS numbers, each of which two texts share with a probability that
-is their similarity s. Texts that share all numbers of some band are candidates, with probability
+is their similarity s. They share all numbers of a band with p = s^ROWS, and are candidates if they share two:
 
-    1 − (1 − s^ROWS)^BANDS        0.996 at s = 0.77, 0.9999 at 0.85, 0.6 % at 0.25
+    1 − (1 − p)^BANDS − BANDS p (1 − p)^(BANDS − 1)        0.995 at s = 0.77, 0.9999 at 0.85, 0.2 % at 0.35
 
 Millions of prompts end in the same phrases, and where all numbers of a band stem from such a phrase,
-thousands share it. Such a crowd says little: there, texts must share the next band as well to be candidates.
+thousands share it. Such a crowd says little: there, the next band must be one of the two. And where most
+prompts are made of the same phrases, there would be so much to compare that only part of it is (`distinct`).
 
 trainer.similarity finds all near-duplicates of some ten thousand prompts, without any chance.
 """
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 from trainer.similarity import Features, components
 
-BANDS, ROWS = 24, 6
+BANDS, ROWS = 32, 6
 SEED = 20_231
 CROWD = 30  # texts that share a band
 MAX_ROUNDS = 100  # in a bucket: more texts that share a band and yet differ are not compared
 CHUNK = 20_000  # texts whose signatures are made at once
+MATCHES = 2  # bands that candidates share
+CHECKS, VERIFIED = 40, 4  # pairs looked at, and of those compared, for each text; at most
+PORTION = 8  # a band may take one in so many of what is left of either
 PAIRS = 60_000  # pairs that are verified at once; fits 16 bits
 HASH_BITS = 48  # of a feature, while sets of two texts are compared: what is left of 64
 
@@ -34,28 +38,42 @@ class Distinct(NamedTuple):
 
     kept: NDArray[np.bool_]
     cluster: NDArray[np.int64]
+    complete: bool  # whether all candidates were compared
 
 
 def distinct(features: Features, threshold: float) -> Distinct:
     """Keep a text unless it is a near-duplicate of one before it that is kept.
 
-    Kept texts that have a near-duplicate in common are one cluster, and it is of the cluster too.
+    Kept texts that have a near-duplicate in common are one cluster, and it is of the cluster too. The work
+    is bounded: a band that has taken its portion of it is left, its largest crowds unfinished; `complete` is
+    false then.
     """
     keys = band_keys(features)
     kept = np.ones(len(features), dtype=np.bool_)
+    complete = True
+    left = np.array([CHECKS, VERIFIED]) * len(features)
     cluster = np.arange(len(features))
     links = [np.empty((0, 2), dtype=np.int64)]
     for band in range(BANDS):
+        taken = np.zeros(2)
         for leaders, others in _rounds(_parted(keys[:, band], keys[:, (band + 1) % BANDS]), kept):
+            if (taken > left / PORTION).any():
+                complete = False
+                break
+            looked_at = len(others)
             # Of a dropped text all that is asked is which kept ones it joins: once is enough.
             new = kept[others] | (cluster[others] != cluster[leaders])
             leaders, others = leaders[new], others[new]
+            close = (keys[leaders] == keys[others]).sum(axis=1) >= MATCHES
+            leaders, others = leaders[close], others[close]
+            taken += looked_at, len(others)
             alike = similarity(features, leaders, others) >= threshold
             leaders, others = leaders[alike], others[alike]
             links.append(np.stack([leaders, others], axis=1))
             kept[others] = False
+        left = left - taken
         cluster = components(len(features), np.concatenate(links))
-    return Distinct(kept, cluster)
+    return Distinct(kept, cluster, complete)
 
 
 def _parted(keys: NDArray[np.uint32], following: NDArray[np.uint32]) -> NDArray[np.uint64]:

@@ -83,12 +83,19 @@ class Harvest:
         return np.fromiter(self.texts.values(), np.int64, len(self.texts))
 
 
+ALL_COMPARED = "all candidates were compared"
+PART_COMPARED = (
+    "so many prompts share their phrases that only part of the candidates were compared: some may be left"
+)
+
+
 class Taken(NamedTuple):
     """What is written."""
 
     harvest: Harvest
     chosen: NDArray[np.int64]  # (M,) places in the harvest
     cluster: NDArray[np.int64]  # (M,)
+    complete: bool  # whether all candidates for near-duplicates were compared
 
     def prompts(self) -> Iterator[Prompt]:
         """In the order in which they are written; the cluster is told where it holds several of them."""
@@ -267,7 +274,7 @@ def choose(harvest: Harvest, filters: Filters) -> Taken:
     if filters.sample is not None:
         harvest.refused[UNSAMPLED] += max(0, len(order) - filters.sample)
         order = order[: filters.sample]
-    return Taken(harvest, order, found.cluster[order])
+    return Taken(harvest, order, found.cluster[order], found.complete)
 
 
 def _repeats(values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -315,6 +322,7 @@ def card_of(taken: Taken, out: Path, digest: str, source: Path, settings: dict[s
         "licence": LICENCE,
         "source": {"dataset": REPOSITORY, "file": source.name, "sha256": read, "rows": harvest.rows},
         "settings": settings,
+        "near-duplicates": ALL_COMPARED if taken.complete else PART_COMPARED,
         "left out": {name: harvest.refused[name] for name in REFUSALS},
         "versions": {name: version(name) for name in ("karlo-reward-lab", "numpy", "pyarrow", "rensa")},
     }
@@ -327,7 +335,8 @@ def markdown(card: dict[str, Any]) -> str:
         lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         return f"## {title}\n\n| | |\n|---|---|\n{lines}\n"
 
-    head = {name: card[name] for name in ("file", "sha256", "prompts", "users", "clusters", "licence")}
+    named = ("file", "sha256", "prompts", "users", "clusters", "near-duplicates", "licence")
+    head = {name: card[name] for name in named}
     return "\n".join(
         [
             f"# {card['prompts']} prompts of DiffusionDB\n",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import ConfigError, load_trainer_config
-from trainer.diffusiondb import METADATA, REPOSITORY, Filters, prepare
+from trainer.diffusiondb import ALL_COMPARED, METADATA, REPOSITORY, Filters, prepare
 from trainer.hub import fetch
 from trainer.tokens import TokenCounter
 
@@ -78,6 +78,8 @@ def diffusiondb(
     card = prepare(source, out, filters, counter, commit)
     _show(card["left out"], Console())
     print(f"{card['prompts']} prompts of {card['users']} users: {out}, {out.with_suffix('.card.md')}")
+    if card["near-duplicates"] != ALL_COMPARED:
+        print(f"Near-duplicates: {card['near-duplicates']}.")
     if counter is None:
         print("Lengths in tokens were not looked at: name a tokenizer with --tokenizer or --config.")
 
