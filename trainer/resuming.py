@@ -14,6 +14,7 @@ from trainer.storage import CONFIG_FILE, RunFolder
 PROMPTS_FILE = "prompts.json"
 SCORER_FILE = "scorer.json"
 FINISHED_FILE = "finished.json"
+RESULT_FILES = ("evaluation.json", "tuned.npz")
 
 # Settings that may differ when a run goes on, and all below them: none decides what is learned. `name` and
 # `runs_dir` only say where the run is, and that is known; `iterations` may grow.
@@ -146,9 +147,10 @@ def mark_finished(run: RunFolder, iterations: int, reached: int, done: int) -> N
 
 
 def is_finished(run: RunFolder, iterations: int) -> bool:
-    """Whether the run has nothing left to do for so many iterations."""
+    """Whether the run has nothing left to do for so many iterations; what is missing is redone."""
     finished: Any = run.read_json(FINISHED_FILE)
-    return finished is not None and finished["iterations"] == iterations
+    whole = all((run.path / name).exists() for name in RESULT_FILES)
+    return whole and finished is not None and finished["iterations"] == iterations
 
 
 def how_to_go_on(run: Path) -> str:

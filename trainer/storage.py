@@ -112,7 +112,10 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StorageError(f"{self.path / name}: not what was written there ({error})") from error
+            raise StorageError(
+                f"{self.path / name}: not what was written there ({error}); delete it and run the same "
+                "command again"
+            ) from error
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl, on the disk before a checkpoint that counts on it."""

@@ -148,7 +148,7 @@ def test_going_on_needs_a_run_that_is_not_finished(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No run, another result, nothing left to do: each is one line, and none asks the service."""
-    from trainer.resuming import mark_finished
+    from trainer.resuming import RESULT_FILES, mark_finished
     from trainer.storage import RunFolder
 
     command = ["train", "--config", str(config_file), "--resume"]
@@ -158,6 +158,8 @@ def test_going_on_needs_a_run_that_is_not_finished(
     folder.close()
     assert run([*command, "seed=5"], monkeypatch) == 2
     assert f"trainer.seed: 5, but {folder.path} began with 0" in capfd.readouterr().err
+    for name in RESULT_FILES:
+        (folder.path / name).write_text("{}")
     mark_finished(folder, 40, 2, 2)
     assert run(command, monkeypatch) == 0
     assert f"{folder.path} is finished: its 40 iterations are done" in capfd.readouterr().out

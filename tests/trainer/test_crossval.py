@@ -112,6 +112,15 @@ def test_a_finished_experiment_is_not_done_again(config: TrainerConfig) -> None:
     assert scorer.asked == []
 
 
+def test_what_is_deleted_of_a_fold_is_made_again(config: TrainerConfig) -> None:
+    """As the message about a damaged file advises; from the checkpoints, with the same numbers."""
+    path = crossval(config)
+    first = outcome(path)
+    for name in ("tuned.npz", "evaluation.json"):
+        (path / "folds" / "1" / name).unlink()
+        assert outcome(crossval(config)) == first
+
+
 def test_an_interrupted_experiment_ends_with_the_same_numbers(config: TrainerConfig, tmp_path: Path) -> None:
     """However often it was ended: in the first fold, in a later one, and in the final fit."""
 
