@@ -92,6 +92,8 @@ def _side_by_side(experiment: Experiment, config: TrainerConfig, console: Consol
     if password is not None:
         os.environ["PGPASSWORD"] = password  # theirs too, and on no command line
     command = [sys.executable, "-m", "trainer", "trials", "--run", str(experiment.path)]
+    # Another search beside this one writes the same file, and has a judge of its own that ends with it.
+    command += ["--set", f"service.url={config.service.url}"]
     if config.threads is not None:
         command += ["--set", f"threads={max(1, config.threads // config.search.workers)}"]
     workers = min(config.search.workers, config.search.trials + config.search.null_trial)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tests.trainer.conftest import FakeScorer
 from tests.trainer.searching import POOL, TEST, found_in, search_config, searched
+from trainer.children import Job
 from trainer.config import ConfigError, TrainerConfig
 from trainer.errors import DivergenceError, EvaluationError, RolloutError
 from trainer.experiments import Experiment
@@ -278,6 +279,16 @@ def test_relations_keep_the_scale_of_the_adapter_and_the_pictures_of_an_iteratio
         assert tried["lora.alpha"] == 2 * tried["lora.rank"]
         assert tried["rollout.prompts_per_iteration"] * tried["rollout.images_per_prompt"] == 8
         assert isinstance(tried["rollout.prompts_per_iteration"], int)
+
+
+def test_workers_ask_the_judge_of_their_own_search(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever search beside it was the last to write the file that workers read."""
+    jobs: list[Job] = []
+    monkeypatch.setattr("trainer.search.run_side_by_side", lambda some, *_: jobs.extend(some))
+    config = make(search={"workers": 2, "trials": 1}, service={"url": "http://127.0.0.1:7001"})
+    searched(config)
+    assert len(jobs) == 2
+    assert all("service.url=http://127.0.0.1:7001" in job.command for job in jobs)
 
 
 def test_a_trial_that_was_trained_but_not_told_is_told(make: Make) -> None:
