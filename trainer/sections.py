@@ -84,8 +84,9 @@ class SearchConfig(Section):
     # Keys are settings below lora, rollout, objective and update, such as objective.weights.clip.
     space: dict[str, SpaceConfig] = Field(default_factory=dict)
     sampler: Literal["random", "tpe", "qmc"] = "random"
-    # Ends a trial whose best evaluation so far is worse than the others' at that iteration (median), or that is
-    # not among the best `reduction`-th of theirs (halving). Evaluations: evaluation.every, at least three in a trial.
+    # Ends a trial whose best evaluation so far is worse than the others' at that iteration (median), or whose
+    # newest is not among the best `reduction`-th of theirs (halving). Evaluations: evaluation.every, at least
+    # three in a trial.
     pruner: Literal["none", "median", "halving"] = "median"
     warmup_trials: Annotated[int, Field(ge=0)] = 2  # median: trials that must be complete first
     warmup_iterations: Annotated[int, Field(ge=0)] = 0  # of each trial, in which it is not pruned
