@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from reward_service.settings import DEFAULT_CONFIG
 from trainer.config import TrainerConfig, load_experiment_config, load_trainer_config, with_values
 from trainer.demo import local_service
+from trainer.errors import RunError
 from trainer.experiments import Experiment
 from trainer.leash import end_with_parent
 from trainer.options import ConfigOption, Overrides, SeedOption, SetOption, given, refuse_several
@@ -133,9 +134,8 @@ def cross_validate_command(
         reached = stack.enter_context(judged(config, judge, experiment.path / JUDGE_LOG))
         scorer = stack.enter_context(ServiceScorer.connect(reached.service))
         from trainer.crossval import cross_validate
-        from trainer.report import write_report
 
-        try:
+        with _leaving_a_report(experiment.path, console):
             if search:
                 from trainer.search import search_winner
 
@@ -143,8 +143,20 @@ def cross_validate_command(
                 reached = with_values(reached, winner, "search: ")
             experiment.folder.write_config(reached, FOLDS_CONFIG)
             cross_validate(experiment, reached, scorer, console, _fold_command(experiment, reached))
-        finally:
-            console.print(f"Report:   {write_report(experiment.path)}", soft_wrap=True)
+
+
+@contextmanager
+def _leaving_a_report(path: Path, console: Console) -> Iterator[None]:
+    """However this block ends: its own error is the one that is told."""
+    from trainer.report import write_report
+
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, RunError):
+            console.print(f"Report:   {write_report(path)}", soft_wrap=True)
+        raise
+    console.print(f"Report:   {write_report(path)}", soft_wrap=True)
 
 
 def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str]:
@@ -161,13 +173,10 @@ def search_command(config: TrainerConfig, path: Path | None, judge: Path | None,
     with ExitStack() as stack:
         reached = stack.enter_context(judged(config, judge, experiment.path / JUDGE_LOG))
         scorer = stack.enter_context(ServiceScorer.connect(reached.service))
-        from trainer.report import write_report
         from trainer.search import search
 
-        try:
+        with _leaving_a_report(experiment.path, console):
             search(experiment, reached, scorer, console)
-        finally:
-            console.print(f"Report:   {write_report(experiment.path)}", soft_wrap=True)
 
 
 def trials_command(path: Path, overrides: Sequence[str]) -> None:

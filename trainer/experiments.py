@@ -56,7 +56,10 @@ class Experiment:
         with _opening(path):
             if (path / CONFIG_FILE).exists():
                 begun = cls.load(path)
-                check_same(begun.config, config, str(path), EXPERIMENT_FREE)
+                try:
+                    check_same(begun.config, config, str(path), EXPERIMENT_FREE)
+                except ConfigError as error:
+                    raise ConfigError(f"{error} with another --run, or delete this folder") from error
                 return cls(path, config, begun.splits)
             if any(not file.name.startswith(".") for file in path.iterdir() if file.name != SPLITS_FILE):
                 raise ConfigError(f"{path}: this folder holds no experiment; name another with --run")
