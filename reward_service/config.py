@@ -113,6 +113,37 @@ class Auth(Settings):
     allow_anonymous: bool = False
 
 
+class Watch(Settings):
+    """When the judge doubts itself.
+
+    ``canary_every_s``: pause between two scorings of the canary pair. ``stuck_s``: a batch that takes longer
+    hangs, and the process ends. ``breaker_failures``: different pairs in a row that an evaluator fails on
+    before it is taken out of service. ``breaker_pause_s``: until it is tried again, doubled each time it
+    fails, up to ``breaker_longest_pause_s``.
+    """
+
+    canary_every_s: PositiveFloat = 60.0
+    stuck_s: PositiveFloat = 120.0
+    breaker_failures: PositiveInt = 5
+    breaker_pause_s: PositiveFloat = 5.0
+    breaker_longest_pause_s: PositiveFloat = 300.0
+
+
+class Tracing(Settings):
+    """Where OpenTelemetry spans go: an OTLP/HTTP collector's address, such as http://collector:4318.
+
+    None is the environment's OTEL_EXPORTER_OTLP_ENDPOINT; without either nothing is traced.
+    """
+
+    endpoint: str | None = None
+
+
+class Logs(Settings):
+    """The log on stderr: ``json``, ``text``, or ``auto``, which is text on a terminal and JSON elsewhere."""
+
+    format: Literal["auto", "json", "text"] = "auto"
+
+
 def _no_float16(dtype: object) -> object:
     if dtype in ("float16", "fp16", "half"):
         raise ValueError(
@@ -123,11 +154,16 @@ def _no_float16(dtype: object) -> object:
 
 
 class ServiceConfig(Settings):
-    """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32."""
+    """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32.
+
+    ``canary`` is a file of golden scores that ``reward-service canary --write`` makes; without one the
+    scores of the start are what later ones are held against.
+    """
 
     towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
     evaluators: Annotated[dict[str, EvaluatorConfig], Field(min_length=1)]
     calibration: ConfigPath
+    canary: ConfigPath | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     device: str = "auto"
@@ -139,6 +175,9 @@ class ServiceConfig(Settings):
     text_cache_entries: Annotated[int, Field(ge=0)] = 4096
     drain_s: PositiveFloat = 20.0
     limits: Limits = Limits()
+    watch: Watch = Watch()
+    tracing: Tracing = Tracing()
+    logs: Logs = Logs()
     auth: Auth = Auth()
 
     @model_validator(mode="after")
