@@ -34,15 +34,14 @@ class RewardEngine:
     :param batch_pairs: most pairs of one forward pass
     """
 
-    #: Told after each batch how many seconds each tower took.
-    on_forward: Callable[[str, float], None] = staticmethod(lambda tower, seconds: None)
-
     def __init__(
         self, evaluators: Mapping[str, Evaluator], batch_pairs: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.evaluators = dict(evaluators)
         self.device, self.dtype = device, dtype
         self._batch_pairs = batch_pairs
+        #: Told after each batch how many seconds each tower took.
+        self.on_forward: Callable[[str, float], None] = _tell_nobody
         # Preparing pictures takes milliseconds each, which a GPU would wait for.
         workers = min(_MOST_WORKERS, os.cpu_count() or 1)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
@@ -75,10 +74,8 @@ class RewardEngine:
 
     def forget(self, prompt: str) -> None:
         """Compute a prompt anew the next time."""
-        for tower in {
-            id(evaluator.tower): evaluator.tower for evaluator in self.evaluators.values()
-        }.values():
-            tower.forget_text(prompt)
+        for evaluator in self.evaluators.values():
+            evaluator.tower.forget_text(prompt)
 
     def warm_up(self) -> None:
         """Score one grey picture, so that the first request finds everything allocated.
@@ -168,6 +165,10 @@ def device_fault(error: BaseException) -> OutOfMemoryError | FatalDeviceError | 
     if isinstance(error, torch.AcceleratorError) or _says(error, _BROKEN):
         return FatalDeviceError(message)
     return None
+
+
+def _tell_nobody(_tower: str, _seconds: float) -> None:
+    pass
 
 
 def _says(error: BaseException, phrases: Sequence[str]) -> bool:
