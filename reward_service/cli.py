@@ -193,6 +193,29 @@ def download(
     run(loaded, tuple(loaded.evaluators if everything else loaded.enabled), _note, _say)
 
 
+@app.command()
+def canary(
+    config: ConfigOption = DEFAULT_CONFIG,
+    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    write: Annotated[bool, typer.Option("--write", help="Take the scores of now as golden.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, for `canary:` to name; else the one it names.")
+    ] = None,
+) -> None:
+    """Score the canary pair and compare it with its golden scores, or write those."""
+    from reward_service import goldens
+
+    loaded = load_config(config, settings)
+    if not write:
+        if failure := goldens.compare(loaded, _note, _say):
+            raise UserError(failure)
+        return
+    if (path := output or loaded.canary) is None:
+        raise UserError("no file to write to; name one with --output, or as service.canary")
+    goldens.write(loaded, path, _note)
+    _say(f"canary: {path}; serve with --set canary={path.resolve()}")
+
+
 def _names(listed: str | None) -> tuple[str, ...] | None:
     """``a,b`` as names; None for all."""
     if listed is None:
