@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 from reward_service.images import MAX_PIXELS
-from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS
+from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS, MAX_PROMPT_CHARS
 from reward_service.settings import DEFAULT_CONFIG, ConfigPath, Settings, load_section
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -99,18 +99,41 @@ class EvaluatorConfig(Settings):
 
 
 class Limits(Settings):
-    """What a request may cost."""
+    """What a request, a client and all of them together may cost.
+
+    A client is a key, or, without keys, an ``X-Client-Id``. Pairs and bytes count from before a body is read
+    until its answer; ``decoded`` are the pixels of the pictures, 3 bytes each. A client with nothing else
+    under way may exceed its pairs with one request, never its bytes. The last eighth of each sum is kept
+    for clients who hold less than a sixteenth of it.
+    """
 
     max_body_bytes: PositiveInt = MAX_BODY_BYTES
     max_pairs: Annotated[int, Field(ge=1, le=MAX_PAIRS)] = MAX_PAIRS
     max_image_pixels: PositiveInt = MAX_PIXELS
+    max_prompt_chars: Annotated[int, Field(ge=1, le=MAX_PROMPT_CHARS)] = MAX_PROMPT_CHARS
     max_queued_pairs: PositiveInt = 4096
+    max_client_pairs: PositiveInt = 2048
+    max_inflight_bytes: PositiveInt = 8 * MAX_BODY_BYTES
+    max_client_bytes: PositiveInt = 4 * MAX_BODY_BYTES
+    max_decoded_bytes: PositiveInt = 2 * 2**30
+    max_client_decoded_bytes: PositiveInt = 2**30
+    max_connections: PositiveInt = 4096
+    header_timeout_s: PositiveFloat = 15.0
+    body_timeout_s: PositiveFloat = 60.0
+    keep_alive_s: PositiveFloat = 75.0
 
 
 class Auth(Settings):
-    """Who may ask. The service has no keys yet: beyond loopback it must be opened to everybody by name."""
+    """Who may ask.
 
+    ``keys``: the file that ``reward-service keys new`` writes; with one, a request needs a key, wherever the
+    service listens. Without one it listens on loopback only, unless ``allow_anonymous``, which lets
+    everybody in who can reach it. ``open_metrics``: /metrics needs no key.
+    """
+
+    keys: ConfigPath | None = None
     allow_anonymous: bool = False
+    open_metrics: bool = False
 
 
 class Watch(Settings):
