@@ -85,9 +85,11 @@ class Backlog(Generic[Work, Result]):
     """The open requests and what of them is queued.
 
     :param quantum: pairs of one client before the next one's turn
+    :param max_queued_pairs: most pairs that wait
     """
 
-    def __init__(self, batch_pairs: int, quantum: int) -> None:
+    def __init__(self, batch_pairs: int, quantum: int, max_queued_pairs: int) -> None:
+        self._max_queued = max_queued_pairs
         self._queue: FairQueue[Request[Work, Result]] = FairQueue(quantum, batch_pairs)
         self._open: dict[Request[Work, Result], Future[Completed[Result]]] = {}
         self._deadlines: list[tuple[float, int, Request[Work, Result]]] = []
@@ -107,6 +109,10 @@ class Backlog(Generic[Work, Result]):
 
     def __contains__(self, request: Request[Work, Result]) -> bool:
         return request in self._open
+
+    def has_room(self, pairs: int) -> bool:
+        """Whether so many more may wait. An empty queue takes any request, however large."""
+        return not self._queue.pairs or self._queue.pairs + pairs <= self._max_queued
 
     def add(self, request: Request[Work, Result]) -> Future[Completed[Result]]:
         """Admit a request."""

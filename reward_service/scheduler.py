@@ -83,10 +83,9 @@ class Scheduler(Generic[Work, Result]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._clock, self._observer = run, clock, observer or Unobserved()
-        self._batch_pairs, self._max_queued = batch_pairs, max_queued_pairs
         self._hang_s, self._on_stuck = hang_s, on_stuck
         quantum = quantum_pairs or max(1, batch_pairs // _QUANTA_PER_BATCH)
-        self._backlog: Backlog[Work, Result] = Backlog(batch_pairs, quantum)
+        self._backlog: Backlog[Work, Result] = Backlog(batch_pairs, quantum, max_queued_pairs)
         self._sizes, self._times = BatchSize(batch_pairs), BatchTime(_FIRST_GUESS_S_PER_PAIR)
         # Nothing is refused for its deadline on a guess.
         self._lane_times: defaultdict[Hashable, BatchTime] = defaultdict(lambda: BatchTime(0.0))
@@ -188,8 +187,7 @@ class Scheduler(Generic[Work, Result]):
 
     def _refuse_if_full(self, pairs: int) -> None:
         """Lock held."""
-        queued = self._backlog.queued_pairs
-        if queued and queued + pairs > self._max_queued:
+        if not self._backlog.has_room(pairs):
             raise QueueFullError(self._retry_after_s())
 
     def _refuse_if_late(self, request: Request[Work, Result]) -> None:
