@@ -16,16 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_service import payload
 from reward_service.client import (
     AsyncRewardClient,
+    IdentityChangedError,
     InputError,
     NotReadyError,
     OverloadedError,
     ProtocolError,
     RejectedError,
     RewardClient,
-    RewardClientError,
     UnreachableError,
 )
 from reward_service.images import decode
@@ -132,26 +131,24 @@ def test_every_kind_of_picture_arrives_unchanged(tmp_path: Path) -> None:
 
 def test_problems_are_told_by_the_callers_own_index() -> None:
     """A batch that goes out in several requests: the second one's pair 3 is the caller's 1,027."""
-    images = [PIXELS] * (payload.MAX_PAIRS + 6)
+    images = [PIXELS] * 1030
 
     def refuse_the_second(request: httpx.Request) -> httpx.Response:
         asked = decode_request(request.content, MSGPACK)
         return answer(response_to(asked)) if len(asked.items) > 6 else problem(422, retryable=False)
 
     with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
-        client(refuse_the_second).score(["x"] * len(images), images)
+        client(refuse_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
     assert caught.value.problem is not None
-    assert caught.value.problem.errors[0].index == payload.MAX_PAIRS + 3
+    assert caught.value.problem.errors[0].index == 1027
 
 
-@pytest.mark.parametrize(
-    ("prompt", "weights"), [("\ud800", None), ("x", {"clip": np.float32(1)}), (object(), None)]
-)
-def test_what_cannot_be_encoded_is_an_input_error(prompt: Any, weights: Any) -> None:
+@pytest.mark.parametrize("prompt", ["\ud800", object(), None, 3, b"bytes"])
+def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
     """Not a codec's own exception, and nothing is sent."""
     service = Service()
-    with pytest.raises(InputError, match="cannot be sent"):
-        client(service).score([prompt], [PIXELS], weights=weights)
+    with pytest.raises(InputError, match="prompt 0 cannot be sent"):
+        client(service).score([prompt], [PIXELS])
     assert service.requests == []
 
 
@@ -202,27 +199,25 @@ def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words
         client(Service()).score(prompts, images)
 
 
-def test_large_batches_are_split_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_split_and_merged() -> None:
     """Chunks by count and by bytes; results renumbered as if it had been one request."""
-    monkeypatch.setattr(payload, "MAX_PAIRS", 4)
-    monkeypatch.setattr(payload, "CHUNK_BYTES", 3 * PIXELS.nbytes)
     service = Service()
-    response = client(service).score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
+    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 100), in_flight=1)
+    response = judge.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
     assert [len(request.items) for request in service.requests] == [3, 4, 1]
     assert [result.index for result in response.results] == list(range(8))
     assert response.timing_ms == {"total": 3.0}
 
 
-def test_a_scorer_that_changes_between_chunks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_changes_between_chunks_is_an_error() -> None:
     """Scores of two different models are never mixed in one response."""
-    monkeypatch.setattr(payload, "MAX_PAIRS", 1)
     prints = iter("ab")
 
     def handler(request: httpx.Request) -> httpx.Response:
         return answer(response_to(decode_request(request.content, MSGPACK), next(prints)))
 
-    with pytest.raises(RewardClientError, match="changed"):
-        client(handler).score(["x", "y"], [PIXELS] * 2)
+    with pytest.raises(IdentityChangedError, match="clip has another fingerprint"):
+        client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
 
 
 def test_what_is_retryable_is_retried() -> None:
