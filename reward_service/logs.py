@@ -1,0 +1,130 @@
+"""The log on stderr: a line of JSON for each event, or plain text on a terminal.
+
+What can be logged is what is passed by name; prompts, pictures and keys never are. A thread of its own
+writes: a full disk, a closed stderr or a reader that has stopped costs lines, which are counted, and nothing
+else. No torch, no web.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import structlog
+
+Log: TypeAlias = structlog.typing.FilteringBoundLogger
+Format: TypeAlias = Literal["auto", "json", "text"]
+
+_MOST_WAITING = 10_000
+
+
+def write_stderr(line: bytes) -> None:
+    """Write to the process's stderr, unbuffered: nothing is left to fail at the exit.
+
+    :raises OSError: it is full or closed
+    """
+    while line:
+        line = line[os.write(2, line) :]
+
+
+class Sink:
+    """Takes lines from any thread without waiting, and writes them on its own."""
+
+    def __init__(self, write: Callable[[bytes], object] = write_stderr, most: int = _MOST_WAITING) -> None:
+        self._write = write
+        self._lines: queue.Queue[str] = queue.Queue(most)
+        self.lost = 0
+        threading.Thread(target=self._drain, name="log", daemon=True).start()
+
+    def __call__(self, line: str) -> None:
+        """Have a line written, or count it as lost if too many wait."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self.lost += 1
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything is written; whether it was."""
+        with self._lines.all_tasks_done:
+            return self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, timeout_s)
+
+    def _drain(self) -> None:
+        while True:
+            line = self._lines.get()
+            try:
+                self._write(f"{line}\n".encode(errors="backslashreplace"))
+            except (OSError, ValueError):
+                self.lost += 1
+            finally:
+                self._lines.task_done()
+
+
+def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
+    """A log that writes to a sink.
+
+    :param form: ``auto`` is text if stderr is a terminal
+    """
+    as_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    log: Log = structlog.wrap_logger(
+        _Lines(sink),
+        processors=[
+            structlog.processors.add_log_level,
+            # A plain traceback: one with local variables would show what was sent.
+            structlog.processors.format_exc_info,
+            *([_text] if as_text else [stamp, structlog.processors.JSONRenderer()]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    return log
+
+
+@contextmanager
+def libraries_log_to(log: Log) -> Iterator[None]:
+    """Let warnings and errors of everybody who uses Python's logging come out of this log."""
+    root, handler = logging.getLogger(), _FromLogging(log)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+class _FromLogging(logging.Handler):
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        extra = {"exc_info": record.exc_info} if record.exc_info else {}
+        self._log.log(record.levelno, record.getMessage(), logger=record.name, **extra)
+
+
+class _Lines:
+    """What structlog writes to: the same for every level."""
+
+    def __init__(self, sink: Callable[[str], None]) -> None:
+        self.debug = self.info = self.warning = self.error = self.critical = self.exception = sink
+        self.msg = self.log = sink
+
+
+def _text(_: Any, level: str, event: Any) -> str:
+    """``event key=value``; the level only where it says more than that something happened."""
+    del event["level"]
+    message, traceback = event.pop("event"), event.pop("exception", None)
+    mark = "" if level == "info" else f"{level}: "
+    facts = "".join(f" {key}={_shown(value)}" for key, value in event.items() if value is not None)
+    line = f"{mark}{_shown(message)}{facts}"
+    return f"{line}\n{traceback}" if traceback else line
+
+
+def _shown(value: object) -> str:
+    """On one line, so that nobody can write a line of his own."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
