@@ -102,9 +102,9 @@ class Limits(Settings):
     """What a request, a client and all of them together may cost.
 
     A client is a key, or, without keys, an ``X-Client-Id``. Pairs and bytes count from before a body is read
-    until its answer; ``decoded`` are the pixels of the pictures, 3 bytes each. A client with nothing else
-    under way may exceed its pairs with one request, never its bytes. The last eighth of each sum is kept
-    for clients who hold less than a sixteenth of it.
+    until its answer; ``decoded`` are the pixels of the pictures, 3 bytes each, and no request may exceed
+    them. With nothing else under way, a client may exceed its pairs with one request. The last eighth of
+    each sum is kept for clients who hold less than a sixteenth of it.
     """
 
     max_body_bytes: PositiveInt = MAX_BODY_BYTES
