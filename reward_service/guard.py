@@ -133,7 +133,7 @@ class Guard:
 
     def _expectation(self, name: str, first: float) -> Expected:
         engine, evaluator = self._engine, self._engine.evaluators[name]
-        margin = tolerance(evaluator.kind, str(engine.dtype).removeprefix("torch."))
+        margin = tolerance(evaluator.kind, str(engine.dtype).removeprefix("torch."), engine.device.type)
         known = self._golden.of(engine.device.type, evaluator.fingerprint) if self._golden else None
         return Expected(first if known is None else known, margin, golden=known is not None)
 

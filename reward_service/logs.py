@@ -7,6 +7,7 @@ else. No torch, no web.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -29,6 +30,8 @@ def write_stderr(line: bytes) -> None:
 
     :raises OSError: it is full or closed
     """
+    if sys.stderr is None:  # closed before the start: by now 2 may be the number of a socket
+        raise OSError(errno.EBADF, "stderr is closed")
     while line:
         line = line[os.write(2, line) :]
 
@@ -70,7 +73,7 @@ def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
 
     :param form: ``auto`` is text if stderr is a terminal
     """
-    as_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    as_text = form == "text" or (form == "auto" and sys.stderr is not None and sys.stderr.isatty())
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     log: Log = structlog.wrap_logger(
         _Lines(sink),
