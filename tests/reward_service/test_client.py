@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -24,72 +22,11 @@ from reward_service.client import (
     OverloadedError,
     ProtocolError,
     RejectedError,
-    RewardClient,
     UnreachableError,
 )
 from reward_service.images import decode
-from reward_service.protocol import (
-    MSGPACK,
-    EvaluatorIdentity,
-    EvaluatorScore,
-    Health,
-    ItemResult,
-    Problem,
-    ProblemItem,
-    ScoreRequest,
-    ScoreResponse,
-    decode_request,
-)
-
-URL = "http://judge.invalid"
-Handler = Callable[[httpx.Request], httpx.Response]
-PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-
-
-def response_to(request: ScoreRequest, fingerprint: str = "f", raw: float | None = None) -> ScoreResponse:
-    """One evaluator whose raw score is the sum of the raw picture's bytes."""
-    results = []
-    for index, item in enumerate(request.items):
-        score = EvaluatorScore(float(sum(item.image.data)) if raw is None else raw, 0.0, 0.5)
-        results.append(ItemResult(index, 0.5, {"clip": score}, truncated_prompt=False, lossy_input=False))
-    return ScoreResponse("id", results, {"clip": EvaluatorIdentity(fingerprint, "c")}, {"total": 1.0})
-
-
-def answer(value: Any, status: int = 200, **headers: str) -> httpx.Response:
-    body = msgspec.msgpack.encode(value) if isinstance(value, ScoreResponse) else msgspec.json.encode(value)
-    kind = MSGPACK if isinstance(value, ScoreResponse) else "application/json"
-    return httpx.Response(status, content=body, headers={"content-type": kind, **headers})
-
-
-def problem(
-    status: int, code: str = "queue_full", *, retryable: bool = True, **headers: str
-) -> httpx.Response:
-    items = [ProblemItem(code, "the reason", 3)]
-    return answer(Problem("t", status, code, "d", retryable, "id", errors=items), status, **headers)
-
-
-class Service:
-    """Answers in turn, then scores properly; remembers what it was asked."""
-
-    def __init__(self, *answers: httpx.Response | Exception) -> None:
-        self.answers = list(answers)
-        self.requests: list[ScoreRequest] = []
-        self.headers: list[httpx.Headers] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.headers.append(request.headers)
-        self.requests.append(decode_request(request.content, MSGPACK))
-        if not self.answers:
-            return answer(response_to(self.requests[-1]))
-        first = self.answers.pop(0)
-        if isinstance(first, Exception):
-            raise first
-        return first
-
-
-def client(handler: Handler, pauses: list[float] | None = None, **options: Any) -> RewardClient:
-    sleep = (lambda _: None) if pauses is None else pauses.append
-    return RewardClient(URL, transport=httpx.MockTransport(handler), sleep=sleep, **options)
+from reward_service.protocol import MSGPACK, Health, ScoreRequest, ScoreResponse, decode_request
+from tests.reward_service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
 
 
 def test_scores_come_back_in_order() -> None:
@@ -202,7 +139,7 @@ def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words
 def test_large_batches_are_split_and_merged() -> None:
     """Chunks by count and by bytes; results renumbered as if it had been one request."""
     service = Service()
-    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 100), in_flight=1)
+    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
     response = judge.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
     assert [len(request.items) for request in service.requests] == [3, 4, 1]
     assert [result.index for result in response.results] == list(range(8))
