@@ -71,15 +71,15 @@ def test_a_batch_of_any_kind_arrives_unchanged(images: Any) -> None:
 
 
 def test_floats_are_rounded_once_and_to_the_nearest() -> None:
-    """Every level survives its float, in every width; halves go to the even level, others to the nearest."""
+    """Every level survives its float, in every width that holds it; others go to the nearest."""
     levels = torch.arange(256, dtype=torch.float64).expand(3, 4, 256)
     for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         sent = sent_pixels([(levels / 255).to(kind)], 1)[0][0, :, 0]
         np.testing.assert_array_equal(sent, np.rint((levels / 255).to(kind).double()[0, 0].numpy() * 255))
         if kind != torch.bfloat16:  # whose 8 bits cannot tell all levels apart
             np.testing.assert_array_equal(sent, np.arange(256))
-    near = torch.tensor([0.49, 0.5, 0.51, 1.5, 254.5]) / 255
-    assert sent_pixels([near.double().expand(3, 2, 5)], 1)[0][0, :, 0].tolist() == [0, 0, 1, 2, 254]
+    near = torch.tensor([0.49, 0.51, 1.49, 254.51, 254.49]) / 255
+    assert sent_pixels([near.double().expand(3, 2, 5)], 1)[0][0, :, 0].tolist() == [0, 1, 1, 255, 254]
 
 
 @pytest.mark.parametrize("encoding", ["png", "webp"])
