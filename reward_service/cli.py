@@ -216,6 +216,30 @@ def canary(
     _say(f"canary: {path}; serve with --set canary={path.resolve()}")
 
 
+keys = typer.Typer(help="The keys of those who may ask the service.", rich_markup_mode=None)
+app.add_typer(keys, name="keys")
+
+
+@keys.callback()
+def keys_() -> None:
+    """The keys of those who may ask the service."""
+
+
+@keys.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes, underscores.")],
+    weight: Annotated[float, typer.Option(help="Share of the device beside the other clients.")] = 1.0,
+    file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = Path("keys.yaml"),
+) -> None:
+    """Make a key, print it this once, and append its hash to a file for `auth.keys` to name."""
+    from reward_service.keys import new_key
+
+    key, count = new_key(file, name, weight)
+    _say(key)
+    more = f"; {name} has {count} keys now, remove those no longer used" if count > 1 else ""
+    _note(f"hash appended to {file}{more}; a running service reads it on SIGHUP")
+
+
 def _names(listed: str | None) -> tuple[str, ...] | None:
     """``a,b`` as names; None for all."""
     if listed is None:

@@ -79,9 +79,9 @@ def _option(name: str, text: str) -> Any:
             raise _unfit('field weights is not JSON; write it as {"clip": 1}') from None
     if name == "normalization":
         return text
-    if text.lower() not in _BOOLEANS:
+    if text not in _BOOLEANS:
         raise _unfit(f"field {name} must be true or false")
-    return _BOOLEANS[text.lower()]
+    return _BOOLEANS[text]
 
 
 def _text(value: bytes, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from reward_service.protocol import MAX_PROBLEM_ITEMS, Problem, ProblemItem
@@ -46,15 +46,22 @@ class ProblemError(Exception):
     :param detail: cause and remedy in one line
     :param items: the items at fault; the first ten are told
     :param retry_after_s: for the Retry-After header
+    :param headers: further ones that the status calls for
     """
 
     def __init__(
-        self, code: str, detail: str, items: Sequence[ProblemItem] = (), retry_after_s: int | None = None
+        self,
+        code: str,
+        detail: str,
+        items: Sequence[ProblemItem] = (),
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.code, self.detail = code, detail
         self.items = tuple(items[:MAX_PROBLEM_ITEMS])
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
     @property
     def status(self) -> HTTPStatus:

@@ -190,7 +190,6 @@ def test_bad_bodies_are_named(app: FastAPI, name: str) -> None:
         ({"evaluators": ["clip"], "weights": {"hpsv2": 1}}, "bad_weights"),
         ({"evaluators": []}, "invalid_request"),
         ({"normalization": "percent"}, "invalid_request"),
-        ({"allow_partial": True}, "unsupported_option"),
     ],
 )
 def test_bad_options_are_named(app: FastAPI, item: dict[str, Any], change: dict[str, Any], code: str) -> None:
