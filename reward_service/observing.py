@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from reward_service.logs import Log
@@ -129,5 +129,7 @@ class Observed:
             "reward.pairs": story.pairs or 0,
             "reward.request_id": story.id or "",
         }
+        # In the answer's timing_ms it is called run.
+        parts = [replace(part, name="forward") if part.name == "run" else part for part in story.parts]
         named = Stretch(f"{method} {path}", whole.begin_ns, whole.end_ns)
-        return self._tracer.record(named, story.parts, headers, attributes, failed=story.status >= 500)
+        return self._tracer.record(named, parts, headers, attributes, failed=story.status >= 500)

@@ -34,7 +34,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     story.id, story.client, story.pairs = "request-1", "team", 3
     await receive()
     story.passed("decode", 0.25)
-    began_ns = story.passed("forward", 0.5)
+    began_ns = story.passed("run", 0.5)
     story.passed("queue", 1.0, began_ns)
     status = 503 if scope["path"] == "/busy" else 200
     story.reason = "queue_full" if status == 503 else None
@@ -111,7 +111,7 @@ def test_the_line_of_a_request(exporter: InMemorySpanExporter) -> None:
         "bytes": 5,
         "trace_id": TRACE,
         "decode_ms": 250.0,
-        "forward_ms": 500.0,
+        "run_ms": 500.0,
         "queue_ms": 1000.0,
     }
 
