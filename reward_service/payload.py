@@ -21,13 +21,11 @@ from reward_service.pictures import Encoding, ImageLike, picture
 from reward_service.protocol import (
     MAX_BODY_BYTES,
     MAX_PROMPT_CHARS,
-    MSGPACK,
     EvaluatorIdentity,
     Item,
     Normalization,
     ScoreRequest,
     ScoreResponse,
-    encode,
 )
 
 #: A quarter of what the service takes: several are under way at once, and each is soon there.
@@ -35,6 +33,7 @@ CHUNK_BYTES = MAX_BODY_BYTES // 4
 #: Four of these are the most pairs that a service admits of one client at once, if left as it comes.
 CHUNK_PAIRS = 512
 _ITEM_BYTES = 64  # what msgpack adds to a prompt and a picture: names, sizes, shape
+_ENCODER = msgspec.msgpack.Encoder()
 _AXES_OF_ONE = (0, 2, 3)
 _MISSING = object()
 
@@ -97,32 +96,50 @@ class Portions:
         """
         check_batch(prompts, images)
         call_id = uuid.uuid4().hex
-        first = 0
-        for items in self._portions(_pairs(prompts, images)):
-            body = _body(items, asked)
-            if len(body) > MAX_BODY_BYTES:
-                needed, limit = (f"{size / 2**20:.1f} MiB" for size in (len(body), MAX_BODY_BYTES))
-                raise InputError(f"image {first}: {needed} are more than the {limit} of a request; shrink it")
-            pairs = len(items)
-            items.clear()  # the body has its own copy, and this may have to wait for its turn
-            yield Chunk(first, pairs, body, f"{call_id}-{first}")
-            first += pairs
-        if first == 0:
-            raise InputError("the batch is empty; give at least one prompt and one image")
-
-    def _portions(self, pairs: Iterable[tuple[Any, ImageLike]]) -> Iterator[list[Item]]:
-        items: list[Item] = []
-        size = 0
-        for index, (prompt, image) in enumerate(pairs):
+        first, body = 0, _Body(asked)
+        for index, (prompt, image) in enumerate(_pairs(prompts, images)):
             item = _item(index, prompt, image, self.encoding)
-            more = _size(item)
-            if items and (len(items) == self.pairs or size + more > self.bytes):
-                yield items
-                items, size = [], 0
-            items.append(item)
-            size += more
-        if items:
-            yield items
+            if body.pairs and (body.pairs == self.pairs or body.size + _size(item) > self.bytes):
+                yield Chunk(first, body.pairs, body.close(), f"{call_id}-{first}")
+                first = index
+            body.add(item)
+            if body.size > MAX_BODY_BYTES - body.options_size:
+                needed, limit = (f"{size / 2**20:.1f} MiB" for size in (body.size, MAX_BODY_BYTES))
+                raise InputError(f"image {index}: {needed} are more than the {limit} of a request; shrink it")
+        if not body.pairs:
+            raise InputError("the batch is empty; give at least one prompt and one image")
+        yield Chunk(first, body.pairs, body.close(), f"{call_id}-{first}")
+
+
+class _Body:
+    """A request's body while it is filled. Each pair is copied once, and at once: its array may be reused."""
+
+    _ARRAY_OF = b"\xdd"  # msgpack's array whose length takes four bytes, so that it can be written last
+
+    def __init__(self, asked: Question) -> None:
+        self._options = _options(asked)
+        self.options_size = len(_ENCODER.encode({**self._options, "items": None}))
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pairs, self._items = 0, bytearray(self._ARRAY_OF + bytes(4))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pairs so far."""
+        return len(self._items)
+
+    def add(self, item: Item) -> None:
+        """One pair more."""
+        _ENCODER.encode_into(item, self._items, -1)
+        self.pairs += 1
+
+    def close(self) -> bytes:
+        """The body; the next one begins."""
+        self._items[1:5] = self.pairs.to_bytes(4, "big")
+        body = _ENCODER.encode({**self._options, "items": msgspec.Raw(self._items)})
+        self._clear()
+        return body
 
 
 def check_batch(prompts: Iterable[str], images: Iterable[ImageLike]) -> None:
@@ -190,16 +207,20 @@ def _size(item: Item) -> int:
     return len(item.image.data) + 4 * len(item.prompt) + _ITEM_BYTES
 
 
-def _body(items: list[Item], asked: Question) -> bytes:
-    request = ScoreRequest(
-        items=items,
-        evaluators=None if asked.evaluators is None else list(asked.evaluators),
-        weights=None if asked.weights is None else dict(asked.weights),
-        normalization=asked.normalization,
-        allow_partial=asked.allow_partial,
-        deterministic=asked.deterministic,
+def _options(asked: Question) -> dict[str, Any]:
+    """A request's fields, but for its items."""
+    options = msgspec.structs.asdict(
+        ScoreRequest(
+            items=[],
+            evaluators=None if asked.evaluators is None else list(asked.evaluators),
+            weights=None if asked.weights is None else dict(asked.weights),
+            normalization=asked.normalization,
+            allow_partial=asked.allow_partial,
+            deterministic=asked.deterministic,
+        )
     )
-    return encode(request, MSGPACK)
+    del options["items"]
+    return options
 
 
 def _name(given: Any) -> str:

@@ -92,7 +92,9 @@ def _check_size(height: int, width: int, encoding: Encoding) -> None:
 
 def _sent(pixels: Pixels, encoding: Encoding) -> Picture:
     if encoding == "raw":
-        return Picture(pixels.tobytes(), "raw", (pixels.shape[0], pixels.shape[1], 3))
+        # A view, to be copied but once, into the request's body.
+        data = memoryview(np.ascontiguousarray(pixels)).cast("B")
+        return Picture(data, "raw", (pixels.shape[0], pixels.shape[1], 3))  # type: ignore[arg-type]
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, **_SAVING[encoding])
     return Picture(file.getvalue(), encoding)
@@ -141,6 +143,5 @@ def _rounded(array: Array) -> Pixels:
             f"float pixels must lie in [0, 1], not [{low:.4g}, {high:.4g}]; clamp them, or make them uint8"
         )
     # In float64 the product is exact for every smaller float: it is rounded once, by rint.
-    levels = array.astype(np.float64)
-    levels *= 255.0
+    levels = np.multiply(array, 255.0, dtype=np.float64)
     return np.rint(levels, out=levels).astype(np.uint8)
