@@ -80,6 +80,7 @@ def create_app(
     # A redirect would be an empty answer to a client that does not follow it.
     app.router.redirect_slashes = False
     app.state.judge, app.state.log, app.state.tracer = scorer, log, tracer
+    scorer.metrics.routes = frozenset(ROUTES)
     app.state.keys = Keyring(config.auth.keys) if config.auth.keys else None
     _add_scoring(app, scorer)
     _add_listings(app, scorer)

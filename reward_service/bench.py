@@ -13,9 +13,10 @@ from reward_service.canary import load_golden
 from reward_service.config import ServiceConfig
 from reward_service.guard import Guard, Rounds
 from reward_service.metrics import Metrics
-from reward_service.outcomes import Completed
+from reward_service.outcomes import Completed, StuckError
 from reward_service.pairs import Pair, PairScores, ScoringError
 from reward_service.scheduler import Scheduler
+from reward_service.settings import one_line
 
 if TYPE_CHECKING:  # the engine brings torch, which takes seconds: imported by the loading thread
     from reward_service.engine import RewardEngine
@@ -76,7 +77,7 @@ def open_bench(
         batch_pairs=config.batch_pairs,
         max_queued_pairs=config.limits.max_queued_pairs,
         hang_s=config.watch.stuck_s,
-        on_stuck=lambda error: on_fatal(str(error)),
+        on_stuck=lambda error: on_fatal(_sentence(error)),
         observer=metrics,
     )
     return Bench(engine, guard, queue, _rounds(config, guard, queue, on_fatal))
@@ -98,6 +99,11 @@ def _rounds(config: ServiceConfig, guard: Guard, queue: Queue, on_fatal: Notice)
         return scored
 
     return Rounds(guard, submit, config.watch.canary_every_s, on_fatal)
+
+
+def _sentence(error: StuckError) -> str:
+    cause = one_line(error.__cause__ or "")
+    return f"{error} ({cause})" if cause else str(error)
 
 
 def _pass_on(done: Future[Completed[PairScores]], scored: Future[PairScores]) -> None:

@@ -84,7 +84,7 @@ def serve(
     loaded = load_config(config, [*settings, *(overrides or []), *options])
     from reward_service.server import serve as run
 
-    if failure := run(loaded, _say, _note):
+    if failure := run(loaded, _say):
         raise UserError(failure)
 
 

@@ -87,6 +87,11 @@ class Judge:
         """Whether it can score, and what it is waiting for if not."""
         return self._health
 
+    @property
+    def served(self) -> bool:
+        """Whether it has been ready."""
+        return self._bench is not None
+
     def start(self) -> None:
         """Begin to load the models; returns at once."""
         threading.Thread(target=self._load, name="loading", daemon=True).start()

@@ -102,7 +102,7 @@ class Keyring:
         try:
             self._keys = load_keys(self._path)
         except ConfigError as error:
-            note(f"warning: the keys stay as they were: {error}")
+            note(f"the keys stay as they were: {error}")
         else:
             note(f"keys: {len(self._keys)} read from {self._path}")
 

@@ -37,35 +37,38 @@ def write_stderr(line: bytes) -> None:
 
 
 class Sink:
-    """Takes lines from any thread without waiting, and writes them on its own."""
+    """Takes lines without waiting, in any thread or signal handler; writes them on a thread of its own."""
 
     def __init__(self, write: Callable[[bytes], object] = write_stderr, most: int = _MOST_WAITING) -> None:
-        self._write = write
-        self._lines: queue.Queue[str] = queue.Queue(most)
+        self._write, self._most = write, most
+        # The one queue whose put may interrupt another put of the same thread.
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self.lost = 0
         threading.Thread(target=self._drain, name="log", daemon=True).start()
 
     def __call__(self, line: str) -> None:
         """Have a line written, or count it as lost if too many wait."""
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
+        if self._lines.qsize() >= self._most:
             self.lost += 1
+        else:
+            self._lines.put(line)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything is written; whether it was."""
-        with self._lines.all_tasks_done:
-            return self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, timeout_s)
+        """Wait until everything so far is written; whether it was."""
+        written = threading.Event()
+        self._lines.put(written)
+        return written.wait(timeout_s)
 
     def _drain(self) -> None:
         while True:
             line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
             try:
                 self._write(f"{line}\n".encode(errors="backslashreplace"))
             except (OSError, ValueError):
                 self.lost += 1
-            finally:
-                self._lines.task_done()
 
 
 def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:

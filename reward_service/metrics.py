@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -24,13 +24,13 @@ _DEVIATIONS = (-4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0
 class Metrics:
     """The service's metrics; any thread may tell it. It is an Observer of the scheduler.
 
-    :param clients: configured names; any other caller is counted as ``other``, so that labels stay few
-    :param routes: paths that have a label of their own, for the same reason
+    Labels stay few: clients are named by their keys, not as they call themselves, and any path that is not
+    in ``routes`` is counted as ``other``.
     """
 
-    def __init__(self, clients: Iterable[str] = (), routes: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self._clients, self._routes = {*clients, ANONYMOUS}, set(routes)
+        self.routes: Collection[str] = ()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"reward_{name}", text, labels, registry=registry)
@@ -71,11 +71,7 @@ class Metrics:
 
     def route(self, path: str) -> str:
         """The label of a path."""
-        return path if path in self._routes else OTHER
-
-    def client(self, name: str) -> str:
-        """The label of a client."""
-        return name if name in self._clients else OTHER
+        return path if path in self.routes else OTHER
 
     def on_batch(self, pairs: int, capacity: int, queue_s: Sequence[float], run_s: float) -> None:
         """See the scheduler's Observer."""

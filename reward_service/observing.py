@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from reward_service.logs import Log
-from reward_service.metrics import Metrics
+from reward_service.metrics import ANONYMOUS, Metrics
 from reward_service.tracing import Stretch, Tracer, trace_id_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Observed:
         path = self._metrics.route(scope["path"])
         self._metrics.on_answer(path, story.status, story.reason)
         if story.pairs and story.status < 400:
-            self._metrics.client_pairs.labels(self._metrics.client(story.client or "")).inc(story.pairs)
+            self._metrics.client_pairs.labels(story.client or ANONYMOUS).inc(story.pairs)
         if path in QUIET:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -19,38 +19,52 @@ from reward_service.config import ServiceConfig
 from reward_service.connections import connections
 from reward_service.judge import Judge
 from reward_service.keys import Keyring
+from reward_service.logs import Log
+from reward_service.reporting import Reporting, end_soon, reporting
 from reward_service.settings import ConfigError
 
 _BACKLOG = 2048
 _LAST_ANSWERS_S = 2.0
 
 
-def serve(config: ServiceConfig, say: Callable[[str], None], warn: Callable[[str], None]) -> str | None:
+def serve(config: ServiceConfig, say: Callable[[str], None]) -> str | None:
     """Serve until SIGTERM or SIGINT; then finish what was admitted. SIGHUP reads the keys again.
 
     :param say: gets ``listening on http://HOST:PORT`` once connections are taken
-    :param warn: gets notices for the log
     :returns: None after an orderly end, else one line that says why nothing can be scored
     :raises ConfigError: the address cannot be used, or may not be without a key
     """
     _check_exposure(config)
+    with reporting(config) as report, _listen(config.host, config.port) as listener:
+        return _serve(config, say, report, listener)
+
+
+def _serve(
+    config: ServiceConfig, say: Callable[[str], None], report: Reporting, listener: socket.socket
+) -> str | None:
     failures: list[str] = []
 
     def fail(message: str) -> None:
+        if judge.served:
+            end_soon(message, report.log)
         failures.append(message)
         server.should_exit = True
 
+    def listening() -> None:
+        # A full disk behind stdout is no reason not to serve.
+        with suppress(OSError, ValueError):
+            say(f"listening on {_address(config.host, listener.getsockname()[1])}")
+
     judge = Judge(
         config,
-        on_ready=lambda detail: warn(f"ready: {detail}"),
+        on_ready=lambda detail: report.log.info(f"ready: {detail}"),
         on_failure=fail,
-        on_notice=lambda detail: warn(f"warning: {detail}"),
+        on_notice=report.log.warning,
     )
-    app = create_app(config, judge)
-    with _listen(config.host, config.port) as listener:
-        address = _address(config.host, listener.getsockname()[1])
-        server = _Server(_options(app, config), lambda: say(f"listening on {address}"), judge, warn)
-        server.run(sockets=[listener])
+    judge.metrics.lost_log_lines.set_function(lambda: report.sink.lost)
+    app = create_app(config, judge, report.log, report.tracer)
+    server = _Server(_options(app, config), listening, judge, report.log)
+    server.run(sockets=[listener])
     return failures[0] if failures else None
 
 
@@ -59,6 +73,8 @@ def _options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
         app,
         http=connections(config.limits),
         ws="none",
+        # Its lines go to the root logger, and from there into the log.
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -79,10 +95,10 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         on_listening: Callable[[], None],
         judge: Judge,
-        warn: Callable[[str], None],
+        log: Log,
     ) -> None:
         super().__init__(config)
-        self._on_listening, self._judge, self._warn = on_listening, judge, warn
+        self._on_listening, self._judge, self._log = on_listening, judge, log
         self._drained_s = math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -130,9 +146,9 @@ class _Server(uvicorn.Server):
     def _reload(self) -> None:
         keys: Keyring | None = self.config.app.state.keys  # type: ignore[union-attr]  # ours
         if keys is None:
-            self._warn("warning: there is no file of keys to read again; see auth.keys")
+            self._log.warning("there is no file of keys to read again; see auth.keys")
         else:
-            keys.reload(self._warn)
+            keys.reload(self._log.warning)
 
 
 def _check_exposure(config: ServiceConfig) -> None:

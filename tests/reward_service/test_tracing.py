@@ -46,7 +46,8 @@ def ask(exporter: InMemorySpanExporter | None, path: str, **headers: str) -> dic
     """One request; returns its line of the log."""
     lines: list[str] = []
     tracer = Tracer(SimpleSpanProcessor(exporter)) if exporter else None
-    metrics = Metrics(["team"], ["/v1/score", "/busy", "/health/ready"])
+    metrics = Metrics()
+    metrics.routes = ("/v1/score", "/busy", "/health/ready")
     app = Observed(application, metrics, open_log(lines.append, "json"), tracer)
 
     async def run() -> None:
