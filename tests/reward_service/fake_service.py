@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -71,3 +74,33 @@ class Service:
 def client(handler: Handler, pauses: list[float] | None = None, **options: Any) -> RewardClient:
     sleep = (lambda _: None) if pauses is None else pauses.append
     return RewardClient(URL, transport=httpx.MockTransport(handler), sleep=sleep, **options)
+
+
+@contextmanager
+def listening(handler: Handler) -> Iterator[str]:
+    """The address at which a handler answers over real sockets."""
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            found = handler(httpx.Request(self.command, URL + self.path, content=content))
+            self.send_response(found.status_code)
+            for name in ("content-type", "content-length"):
+                self.send_header(name, found.headers[name])
+            self.end_headers()
+            self.wfile.write(found.content)
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

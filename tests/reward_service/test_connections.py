@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import time
-from collections.abc import Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -35,55 +32,43 @@ from reward_service.protocol import (
     Health,
     ScoreResponse,
     decode_request,
-    encode,
 )
-from tests.reward_service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
+from tests.reward_service.fake_service import (
+    PIXELS,
+    URL,
+    Service,
+    answer,
+    client,
+    listening,
+    problem,
+    response_to,
+)
 
 PAIR = (["x"], [PIXELS])
 KNOWN = {"clip": EvaluatorIdentity("f", "c")}
 
 
-class _Score(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Counted:
+    """Scores, and remembers the paths it was asked at."""
 
-    def do_POST(self) -> None:
-        request = decode_request(self.rfile.read(int(self.headers["Content-Length"])), MSGPACK)
-        self.server.paths.append(self.path)  # type: ignore[attr-defined]
-        body = encode(response_to(request), MSGPACK)
-        self.send_response(200)
-        self.send_header("Content-Type", MSGPACK)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def __init__(self) -> None:
+        self.paths: list[str] = []
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def listening() -> Iterator[ThreadingHTTPServer]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Score)
-    server.daemon_threads, server.paths = True, []
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def address(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_port}"
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.paths.append(request.url.path)
+        return answer(response_to(decode_request(request.content, MSGPACK)))
 
 
 @pytest.mark.parametrize(
     ("path", "asked"),
     [("", "/v1/score"), ("/", "/v1/score"), ("/a/b", "/a/b/v1/score"), ("/a/", "/a/v1/score")],
 )
-def test_the_address_may_have_a_path(listening: Any, path: str, asked: str) -> None:
+def test_the_address_may_have_a_path(path: str, asked: str) -> None:
     """As behind a proxy; a slash at its end changes nothing."""
-    with RewardClient(address(listening) + path) as judge:
+    service = Counted()
+    with listening(service) as url, RewardClient(url + path) as judge:
         judge.score(*PAIR)
-    assert listening.paths == [asked]
+    assert service.paths == [asked]
 
 
 @pytest.mark.parametrize("kind", [RewardClient, AsyncRewardClient])
@@ -119,29 +104,28 @@ def test_what_fits_no_header_is_an_input_error(given: Any) -> None:
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
-def test_no_proxy_stands_between_loopback_addresses(
-    monkeypatch: pytest.MonkeyPatch, listening: Any, proxy: str
-) -> None:
+def test_no_proxy_stands_between_loopback_addresses(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     """A proxy of the environment leads to other machines; elsewhere one that cannot work is told at once."""
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setenv("HTTP_PROXY", proxy)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with RewardClient(address(listening)) as judge:
+    with listening(Counted()) as url, RewardClient(url) as judge:
         assert len(judge.score(*PAIR).results) == 1
     if proxy.startswith("socks"):
         with pytest.raises(InputError, match="proxy cannot be used"):
             RewardClient("http://judge.invalid")
 
 
-def test_a_fork_makes_its_own_connections(listening: Any) -> None:
+def test_a_fork_makes_its_own_connections() -> None:
     """The child neither writes to the parent's socket nor waits for its locks; both go on."""
-    with RewardClient(address(listening)) as judge:
+    service = Counted()
+    with listening(service) as url, RewardClient(url) as judge:
         judge.score(*PAIR)
         if (child := os.fork()) == 0:
             os._exit(0 if len(judge.score(*PAIR).results) == 1 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert len(judge.score(*PAIR).results) == 1
-    assert len(listening.paths) == 3
+    assert len(service.paths) == 3
 
 
 @pytest.mark.parametrize(
@@ -343,12 +327,13 @@ def test_waiting_asynchronously() -> None:
     asyncio.run(run())
 
 
-def test_nobody_there(listening: Any) -> None:
+def test_nobody_there() -> None:
     """A real refused connection: the budget is kept, and the address and the remedy are named."""
-    listening.server_close()
+    with listening(Counted()) as url:
+        pass
     with (
-        RewardClient(address(listening), retry_budget_s=0.3) as judge,
-        pytest.raises(UnreachableError, match=rf"127\.0\.0\.1:{listening.server_port} .*start it with"),
+        RewardClient(url, retry_budget_s=0.3) as judge,
+        pytest.raises(UnreachableError, match=rf"{url} .*start it with"),
     ):
         judge.score(*PAIR)
     with pytest.raises(OverloadedError):
