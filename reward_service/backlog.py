@@ -39,17 +39,14 @@ class Request(Generic[Work, Result]):
     started_s: float | None = None
     results: dict[int, Result] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)
+    pairs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.works:
+        self.pairs = len(self.works)
+        if not self.pairs:
             raise ValueError("a request has at least one pair")
         if not 0 < self.weight < math.inf:
             raise ValueError("a weight is a finite number above 0")
-
-    @property
-    def pairs(self) -> int:
-        """How many it has."""
-        return len(self.works)
 
 
 class Unit(NamedTuple, Generic[Work, Result]):
