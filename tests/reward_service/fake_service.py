@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -39,17 +39,18 @@ def response_to(request: ScoreRequest, fingerprint: str = "f", raw: float | None
     return ScoreResponse("id", results, {"clip": EvaluatorIdentity(fingerprint, "c")}, {"total": 1.0})
 
 
-def answer(value: Any, status: int = 200, **headers: str) -> httpx.Response:
+def answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> httpx.Response:
     body = msgspec.msgpack.encode(value) if isinstance(value, ScoreResponse) else msgspec.json.encode(value)
     kind = MSGPACK if isinstance(value, ScoreResponse) else "application/json"
-    return httpx.Response(status, content=body, headers={"content-type": kind, **headers})
+    return httpx.Response(status, content=body, headers={"content-type": kind, **(headers or {})})
 
 
 def problem(
-    status: int, code: str = "queue_full", *, retryable: bool = True, **headers: str
+    status: int, code: str = "queue_full", *, retryable: bool = True, retry_after: str | None = None
 ) -> httpx.Response:
     items = [ProblemItem(code, "the reason", 3)]
-    return answer(Problem("t", status, code, "d", retryable, "id", errors=items), status, **headers)
+    headers = {} if retry_after is None else {"retry-after": retry_after}
+    return answer(Problem("t", status, code, "d", retryable, "id", errors=items), status, headers)
 
 
 class Service:

@@ -171,7 +171,7 @@ def test_retry_after_is_honoured() -> None:
     found = []
     for _ in range(8):
         pauses: list[float] = []
-        client(Service(problem(503, **{"retry-after": "7"})), pauses).score(["x"], [PIXELS])
+        client(Service(problem(503, retry_after="7")), pauses).score(["x"], [PIXELS])
         found += pauses
     assert min(found) >= 7.0
     assert len(set(found)) > 1
@@ -179,7 +179,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_it_gives_up_when_the_budget_is_spent() -> None:
     """A budget in seconds, not a count of attempts; the error says what the service said."""
-    service = Service(*[problem(503, **{"retry-after": "40"})] * 9)
+    service = Service(*[problem(503, retry_after="40")] * 9)
     with pytest.raises(OverloadedError, match="503 queue_full: pair 3: the reason"):
         client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
     assert len(service.requests) == 1
