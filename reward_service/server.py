@@ -6,6 +6,7 @@ import ipaddress
 import math
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,12 +64,13 @@ def _serve(
     )
     judge.metrics.lost_log_lines.set_function(lambda: report.sink.lost)
     app = create_app(config, judge, report.log, report.tracer)
-    server = _Server(_options(app, config), listening, judge, report.log)
+    server = Server(options(app, config), listening, judge, report.log)
     server.run(sockets=[listener])
     return failures[0] if failures else None
 
 
-def _options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
+def options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
+    """What uvicorn is told."""
     return uvicorn.Config(
         app,
         http=connections(config.limits),
@@ -83,7 +85,7 @@ def _options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server, except that a signal is an orderly end with status 0.
 
     Readiness goes first. Until what was admitted is answered, or the time for it is over, new requests are
@@ -100,8 +102,10 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_listening, self._judge, self._log = on_listening, judge, log
         self._drained_s = math.inf
+        self._reload_due = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
         await super().startup(sockets)
         if self.started:
             self._on_listening()
@@ -110,6 +114,9 @@ class _Server(uvicorn.Server):
         """Called ten times a second."""
         if self._drained_s < math.inf and (self._judge.admission.idle or time.monotonic() > self._drained_s):
             self.should_exit = True
+        if self._reload_due:
+            self._reload_due = False
+            self._reload()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -124,8 +131,11 @@ class _Server(uvicorn.Server):
         handlers = {
             signal.SIGTERM: self._on_signal,
             signal.SIGINT: self._on_signal,
-            signal.SIGHUP: lambda *_: self._reload(),
+            signal.SIGHUP: self._on_hangup,
         }
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
+            return
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -135,13 +145,15 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._judge.stop_accepting()
-        again, self._drained_s = (
-            self._drained_s < math.inf,
-            min(self._drained_s, time.monotonic() + self._judge.config.drain_s),
-        )
+        again = self._drained_s < math.inf
+        self._drained_s = min(self._drained_s, time.monotonic() + self._judge.config.drain_s)
         # A second Ctrl-C does not wait for what is under way.
         if again and number == signal.SIGINT:
             self.force_exit = self.should_exit = True
+
+    def _on_hangup(self, _: int, __: Any) -> None:
+        # Not here: the handler may have interrupted a log line, whose lock the next one would wait for.
+        self._reload_due = True
 
     def _reload(self) -> None:
         keys: Keyring | None = self.config.app.state.keys  # type: ignore[union-attr]  # ours
