@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 _SPARE = 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # pictures don't belong into messages
 class Request(Generic[Work, Result]):
     """Pairs that are answered together. Times are seconds on the scheduler's clock; no deadline is inf.
 

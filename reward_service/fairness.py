@@ -89,7 +89,7 @@ class FairQueue(Generic[AnyJob]):
         self.pairs = 0
         self._virtual = 0.0
         self._clients: dict[str, _Client[AnyJob]] = {}
-        self._order: list[tuple[float, int, _Client[AnyJob]]] = []
+        self._order: list[tuple[float, bool, int, _Client[AnyJob]]] = []
         self._taken: dict[AnyJob, int] = {}  # of every job with pairs left
         self._entries = 0
         self._forget_at = _SPARE
@@ -112,7 +112,8 @@ class FairQueue(Generic[AnyJob]):
         if not client.waiting:
             client.waiting = True
             client.start = max(client.start, self._virtual)
-            heapq.heappush(self._order, (client.start, self._next_turn(), client))
+            # Of equal tags the newcomer's goes first: the paper leaves it open, and light callers gain by it.
+            heapq.heappush(self._order, (client.start, False, self._next_turn(), client))
 
     def remove(self, job: AnyJob) -> int:
         """Drop what is left of a job.
@@ -128,11 +129,11 @@ class FairQueue(Generic[AnyJob]):
     def take(self, most: int) -> list[Share[AnyJob]]:
         """Take up to ``most`` pairs of one lane; something, if anything is queued."""
         shares: list[Share[AnyJob]] = []
-        passed: list[tuple[float, int, _Client[AnyJob]]] = []
+        passed: list[tuple[float, bool, int, _Client[AnyJob]]] = []
         lane: Hashable = None
         while most and self._order:
             place = heapq.heappop(self._order)
-            start, _, client = place
+            start, _, _, client = place
             head = self._head(client)
             if head is None:
                 client.waiting = False
@@ -159,7 +160,7 @@ class FairQueue(Generic[AnyJob]):
         other: FairQueue[AnyJob] = FairQueue(self._quantum, self._batch_pairs)
         other.pairs, other._virtual, other._turn = self.pairs, self._virtual, self._turn
         other._clients, other._taken, other._entries = copies, self._taken.copy(), self._entries
-        other._order = [(start, turn, copy_of[id(client)]) for start, turn, client in self._order]
+        other._order = [(*place[:3], copy_of[id(place[3])]) for place in self._order]
         return other.take(most)
 
     def _share(self, client: _Client[AnyJob], lane: Hashable, most: int) -> Share[AnyJob]:
@@ -172,7 +173,7 @@ class FairQueue(Generic[AnyJob]):
             self._taken[job] = stop
         self.pairs -= stop - start
         client.start += (stop - start) / client.weight
-        heapq.heappush(self._order, (client.start, self._next_turn(), client))
+        heapq.heappush(self._order, (client.start, True, self._next_turn(), client))
         return Share(job, start, stop)
 
     def _head(self, client: _Client[AnyJob]) -> AnyJob | None:
