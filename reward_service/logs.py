@@ -84,7 +84,7 @@ def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
             structlog.processors.add_log_level,
             # A plain traceback: one with local variables would show what was sent.
             structlog.processors.format_exc_info,
-            *([_text] if as_text else [stamp, structlog.processors.JSONRenderer()]),
+            *([_text] if as_text else [stamp, _known, structlog.processors.JSONRenderer()]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
@@ -118,6 +118,12 @@ class _Lines:
     def __init__(self, sink: Callable[[str], None]) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = self.exception = sink
         self.msg = self.log = sink
+
+
+def _known(_: Any, __: str, event: Any) -> Any:
+    """What everybody looks for first, then the rest, without what is unknown."""
+    first = {key: event.pop(key) for key in ("timestamp", "level", "event")}
+    return first | {key: value for key, value in event.items() if value is not None}
 
 
 def _text(_: Any, level: str, event: Any) -> str:

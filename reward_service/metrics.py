@@ -9,7 +9,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -64,6 +64,8 @@ class Metrics:
         self.build_info = gauge("build_info", "1, with what runs.", "version", "device", "dtype")
         self.scores = Scores()
         registry.register(self.scores)
+        # Memory, open files and when it started, under prometheus-client's own names.
+        ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
         """The answer of ``/metrics``."""
@@ -123,23 +125,20 @@ class Metrics:
 class Scores:
     """The histogram of z by evaluator.
 
-    prometheus-client's own takes microseconds a value, and here there are four to each pair.
+    prometheus-client's own takes microseconds a value, and here there are four to each pair. There is no sum:
+    it could fall, which Prometheus would take for a restart.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
 
     def observe(self, evaluator: str, values: Iterable[float]) -> None:
         """Count some z of an evaluator."""
         with self._lock:
             counts = self._counts.setdefault(evaluator, [0] * (len(_DEVIATIONS) + 1))
-            total = self._sums.get(evaluator, 0.0)
             for z in values:
                 counts[bisect_left(_DEVIATIONS, z)] += 1
-                total += z
-            self._sums[evaluator] = total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """For the registry."""
@@ -152,7 +151,7 @@ class Scores:
                 for bound, count in zip([*map(str, _DEVIATIONS), "+Inf"], counts, strict=True):
                     cumulative += count
                     buckets.append((bound, cumulative))
-                family.add_metric([evaluator], buckets, self._sums[evaluator])
+                family.add_metric([evaluator], buckets, None)
         yield family
 
     def describe(self) -> list[HistogramMetricFamily]:

@@ -44,6 +44,8 @@ def test_a_json_line_is_an_object_with_time_and_level(log: Log, lines: list[str]
     assert second["level"] == "warning"
     assert second["id"] == "a\nb\ud800"
     assert second["queue_ms"] == 1.5
+    assert "trace_id" not in second
+    assert list(first) == ["timestamp", "level", "event"]
     assert not any("\n" in line for line in lines)
 
 

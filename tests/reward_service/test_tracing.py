@@ -107,7 +107,6 @@ def test_the_line_of_a_request(exporter: InMemorySpanExporter) -> None:
         "method": "POST",
         "route": "/v1/score",
         "status": 200,
-        "reason": None,
         "pairs": 3,
         "bytes": 5,
         "trace_id": TRACE,
