@@ -93,7 +93,7 @@ def _check_size(height: int, width: int, encoding: Encoding) -> None:
 def _sent(pixels: Pixels, encoding: Encoding) -> Picture:
     if encoding == "raw":
         # A view, to be copied but once, into the request's body.
-        data = memoryview(np.ascontiguousarray(pixels)).cast("B")
+        data = np.ascontiguousarray(pixels).data.cast("B")
         return Picture(data, "raw", (pixels.shape[0], pixels.shape[1], 3))  # type: ignore[arg-type]
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, **_SAVING[encoding])

@@ -94,7 +94,7 @@ def test_an_address_that_cannot_be_asked_is_refused(kind: Any, url: Any, words: 
 
 @pytest.mark.parametrize(
     "given", [{"api_key": "clé"}, {"api_key": "two words"}, {"api_key": "key\n"}, {"client_id": "ünïque"},
-              {"client_id": "x" * 65}, {"api_key": b"bytes"}],
+              {"client_id": "x" * 65}, {"client_id": "a b"}, {"api_key": b"bytes"}],
 )  # fmt: skip
 def test_what_fits_no_header_is_an_input_error(given: Any) -> None:
     """Not a codec's error at the first request; the key itself is not shown."""
