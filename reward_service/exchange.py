@@ -262,7 +262,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _credentials(api_key: str | None, client_id: str | None) -> Mapping[str, str]:
+def _credentials(api_key: Any, client_id: Any) -> Mapping[str, str]:
     headers = {}
     if api_key:
         if not isinstance(api_key, str) or not _KEY.fullmatch(api_key):  # a secret: it is not shown
