@@ -76,8 +76,9 @@ class Connections(H11Protocol):
         super().on_response_complete()
         if self.cycle is answered and not self.transport.is_closing():
             self._rest()
-            # The keep-alive timer is uvicorn's.
-            self._wait(_LINGER_S if unread else None)
+            half_a_head = bool(self.conn.trailing_data[0])
+            # Between two requests the timer is uvicorn's.
+            self._wait(_LINGER_S if unread else self.limits.header_timeout_s if half_a_head else None)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words
         """Answer what is not HTTP."""
