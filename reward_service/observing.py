@@ -25,15 +25,13 @@ QUIET = ("/health/live", "/health/ready", "/metrics")
 class Story:
     """What happened to one request.
 
-    ``reason`` is its problem's code, ``cause`` what the log should show of a failure of ours, ``parts`` are
-    its timed stretches.
+    ``reason`` is its problem's code, ``parts`` are its timed stretches.
     """
 
     id: str | None = None
     client: str | None = None
     pairs: int | None = None
     reason: str | None = None
-    cause: BaseException | None = None
     status: int = 499
     bytes_in: int = 0
     parts: list[Stretch] = field(default_factory=list)
@@ -122,7 +120,6 @@ class Observed:
                 pairs=story.pairs,
                 bytes=story.bytes_in,
                 trace_id=trace_id,
-                exc_info=story.cause,
                 **milliseconds,
             )
 
