@@ -8,7 +8,8 @@ from reward_service.forms import MULTIPART, OPTIONS
 from reward_service.problems import CODES
 from reward_service.protocol import JSON, MAX_PAIRS, MSGPACK, PROBLEM, schemas
 
-MAX_DEADLINE_MS = 86_400_000
+#: Less is no time for any picture; more is no deadline.
+MIN_DEADLINE_MS, MAX_DEADLINE_MS = 100, 86_400_000
 CLIENT_ID = r"^[A-Za-z0-9._-]{1,64}$"
 KEY = "key"
 
@@ -24,7 +25,7 @@ _HEADERS = {
     "X-Request-Id": ("Comes back in the answer and the log, if it is plain and short.", {"type": "string"}),
     "X-Deadline-Ms": (
         "Milliseconds after which the answer is of no use; the work is dropped then.",
-        {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+        {"type": "integer", "minimum": MIN_DEADLINE_MS, "maximum": MAX_DEADLINE_MS},
     ),
     "traceparent": ("W3C trace context.", {"type": "string"}),
 }

@@ -121,7 +121,7 @@ class Exchange:
         left_s = deadline.left_s()
         headers = {"Content-Type": MSGPACK, "X-Request-Id": chunk.request_id}
         if left_s != float("inf"):
-            headers["X-Deadline-Ms"] = str(max(1, int(1000 * left_s)))
+            headers["X-Deadline-Ms"] = str(max(100, int(1000 * left_s)))
         return {
             "method": "POST",
             "url": "/v1/score",

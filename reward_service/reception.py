@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from reward_service.describing import CLIENT_ID, MAX_DEADLINE_MS
+from reward_service.describing import CLIENT_ID, MAX_DEADLINE_MS, MIN_DEADLINE_MS
 from reward_service.forms import MULTIPART
 from reward_service.keys import Client, Keyring
 from reward_service.problems import ProblemError, at_item
@@ -85,8 +85,9 @@ def deadline(request: Request) -> float | None:
     given = request.headers.get("x-deadline-ms")
     if given is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,8}", given) or not 1 <= int(given) <= MAX_DEADLINE_MS:
-        detail = f"the header X-Deadline-Ms must be a whole number of milliseconds, 1 to {MAX_DEADLINE_MS}"
+    if not re.fullmatch(r"[0-9]{1,8}", given) or not MIN_DEADLINE_MS <= int(given) <= MAX_DEADLINE_MS:
+        numbers = f"a whole number of milliseconds, {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS}"
+        detail = f"the header X-Deadline-Ms must be {numbers}"
         raise at_item("invalid_request", detail, None)
     return asyncio.get_running_loop().time() + int(given) / 1000
 
