@@ -45,10 +45,10 @@ _DESCRIPTION = "Judges pictures by their prompts with several evaluators; POST /
 _FAILED = ProblemError("internal_error", "the service failed; its log says why")
 _CLIENT_GONE = 499
 _logger = logging.getLogger(__name__)
-#: The page may fetch from here only, and show pictures that it holds itself.
+#: The page may fetch from here only, show pictures that it holds itself, and make no markup of text.
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 
 
@@ -205,9 +205,6 @@ def _add_pages(app: FastAPI) -> None:
 
     extra = {"responses": describing.text("text/html", [])}
     app.add_api_route("/docs", docs, openapi_extra=extra)
-    if not (PAGE / "index.html").is_file():
-        app.add_api_route("/", docs, include_in_schema=False)
-        return
     files = _PageFiles(directory=PAGE)
 
     async def page(request: Request) -> Response:
@@ -226,6 +223,8 @@ class _PageFiles(StaticFiles):
         answer = await super().get_response(path, scope)
         answer.headers["Content-Security-Policy"] = _PAGE_POLICY
         answer.headers["X-Content-Type-Options"] = "nosniff"
+        # Asked about each time, so that no two files are of different versions.
+        answer.headers["Cache-Control"] = "no-cache"
         answer.headers["Referrer-Policy"] = "no-referrer"
         return answer
 
