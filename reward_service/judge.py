@@ -235,10 +235,12 @@ class Judge:
     ) -> Completed[PairScores]:
         # What was admitted before its body was read is finished, also while stopping.
         bench = self._bench or self._ready()
+        # In the configuration's order, whatever the caller's: the same evaluators share batches.
+        names = tuple(name for name in self.config.enabled if name in request.evaluators)
         with _as_problems():
             future: Future[Completed[PairScores]] = bench.queue.submit(
                 request.pairs,
-                (request.evaluators, request.deterministic),
+                (names, request.deterministic),
                 client=ticket.client.queue,
                 weight=ticket.weight,
                 deadline_s=deadline_s,
