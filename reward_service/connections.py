@@ -68,6 +68,10 @@ class Connections(H11Protocol):
         if self.cycle is not before and not self.cycle.response_complete:
             self.idle.pop(self, None)
             self._wait(None)
+            # Two lengths: what a proxy before us took for this body's end may not be where ours is, and
+            # what follows no request of its caller's (RFC 9112, section 6.1).
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in self.headers}:
+                self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
         """An answer is out; what is left of its request's body is read for some seconds, then no more."""

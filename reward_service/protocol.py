@@ -28,7 +28,8 @@ _MAX_COMMAS = 128 * MAX_PAIRS
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Normalization = Literal["unit", "z", "raw"]
 Weight = Annotated[float, Meta(ge=0)]
-Side = Annotated[int, Meta(ge=1)]
+# Bounded, because a refusal names it, and JSON has numbers of thousands of digits.
+Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Picture(Struct, frozen=True, forbid_unknown_fields=True):

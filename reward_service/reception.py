@@ -68,12 +68,16 @@ def client_of(request: Request, keys: Keyring | None, *, allow_anonymous: bool, 
 def content_type(request: Request) -> str:
     """The header, whole.
 
-    :raises ProblemError: it is not of a kind that is read here
+    :raises ProblemError: it is not of a kind that is read here, or the body is compressed
     """
     given = request.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() not in (JSON, MSGPACK, MULTIPART):
         detail = f"send the header Content-Type: {JSON}, {MSGPACK} or {MULTIPART}"
         raise ProblemError("unsupported_media_type", detail)
+    # A few compressed bytes can become gigabytes, and pictures are compressed already.
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        detail = "send the body as it is, without Content-Encoding"
+        raise ProblemError("unsupported_media_type", detail, headers={"Accept-Encoding": "identity"})
     return given
 
 
