@@ -16,7 +16,7 @@ export class Card {
     this.size = el("span", { class: "quiet" }, size(file.size));
     this.picture = el("img", { alt: "", src: this.url, load: () => this.#seen(), error: () => this.#unseen() });
     this.field = el("textarea", { id, rows: 2, required: true, input: () => this.#edited(events) }, prompt);
-    this.label = el("h3");
+    this.label = el("h2");
     this.button = el("button", { type: "button", class: "plain", click: () => events.removed(this) }, "Remove");
     this.wrong = el("p", { class: "problem", hidden: true });
     this.found = el("div");

@@ -13,9 +13,9 @@ let known = null;
 
 // ---- pictures
 
-function add(files) {
+function add(files, named = null) {
   for (const file of files) {
-    const card = new Card(file, freeName(file), cards.at(-1)?.prompt ?? "", events);
+    const card = new Card(file, named ? freeName(named(file)) : nameOf(file), cards.at(-1)?.prompt ?? "", events);
     cards.push(card);
     $("cards").append(card.node);
   }
@@ -33,22 +33,25 @@ function remove(card) {
   (cards[Math.min(index, cards.length - 1)]?.button ?? $("files")).focus();
 }
 
-/** A name that no other picture here has, so that the curl line means the right files. */
-function freeName(file) {
-  const plain = file.name.replace(/[\x00-\x1f\x7f/\\]/g, "_") || "picture";
-  const [, stem, ending] = plain.match(/^(.+?)(\.[^.]*)?$/);
+/** A file that was chosen twice has one name. */
+function nameOf(file) {
   const same = (other) =>
     other.file.name === file.name && other.file.size === file.size && other.file.lastModified === file.lastModified;
   const twin = cards.find(same);
-  if (twin) return twin.name;
+  return twin ? twin.name : freeName(file.name);
+}
+
+/** A name that no other picture here has, so that the curl line means the right files. */
+function freeName(wanted) {
+  const plain = wanted.replace(/[\x00-\x1f\x7f/\\]/g, "_") || "picture";
+  const [, stem, ending] = plain.match(/^(.+?)(\.[^.]*)?$/);
   let name = plain;
   for (let count = 2; cards.some((card) => card.name === name); count++) name = `${stem}-${count}${ending ?? ""}`;
   return name;
 }
 
 /** A bitmap from the clipboard has no name of its own. */
-const pasted = (file) =>
-  file.name === "image.png" ? new File([file], "pasted.png", { type: file.type, lastModified: Date.now() }) : file;
+const pasted = (file) => (file.name === "image.png" ? "pasted.png" : file.name);
 
 // ---- what follows from the cards
 
@@ -121,9 +124,13 @@ function busy(now) {
 function fail(error, asked = []) {
   if (!(error instanceof Problem)) throw error;
   say("");
+  const aboutKey = error.code === "unauthorized" || error.code === "forbidden";
+  if (aboutKey) $("key-note").after($("problem"));
+  else $("actions").before($("problem"));
   tell(error, asked);
   for (const { index, detail } of error.errors) asked[index]?.card.complain(detail);
-  if (error.code === "unauthorized" || error.code === "forbidden") openKey();
+  if (aboutKey) openKey();
+  $("problem").scrollIntoView({ block: "nearest" });
   if (error.code === "not_ready" || error.code === "no_answer") setTimeout(watch, POLL_MS);
 }
 
@@ -145,7 +152,7 @@ async function watch() {
   watching = true;
   for (;;) {
     const now = await health().catch((error) => ({ status: "gone", detail: error.message }));
-    state(now.status, now.status === "ready" ? now.detail : `${now.status}: ${now.detail}`);
+    state(now.status, `${now.status}: ${now.detail}`);
     if (now.status === "ready") break;
     await new Promise((done) => setTimeout(done, POLL_MS));
   }
@@ -245,7 +252,7 @@ document.addEventListener("paste", (event) => {
   const typing = event.target.matches?.("textarea, input") && event.clipboardData.types.includes("text/plain");
   if (!files.length || typing) return;
   event.preventDefault();
-  add(files.map(pasted));
+  add(files, pasted);
 });
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
 document.addEventListener("dragover", (event) => {

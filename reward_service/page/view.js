@@ -12,15 +12,17 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-const minus = (text) => text.replace("-", "−");
-const unit = (value) => el("data", { value }, value.toFixed(3));
-const signed = new Intl.NumberFormat("en", { signDisplay: "exceptZero", minimumFractionDigits: 2, maximumFractionDigits: 2 });
-const z = (value) => el("data", { value }, minus(signed.format(value)));
-const raw = (value) => el("data", { value }, minus(Number(value.toPrecision(4)).toString()));
+const minus = (text) => String(text).replace("-", "−");
+const number = (value, format) => el("data", { value }, minus(format.format(value)));
+const format = (options) => new Intl.NumberFormat("en", { useGrouping: false, ...options });
+const UNIT = format({ minimumFractionDigits: 3, maximumFractionDigits: 3 });
+const Z = format({ signDisplay: "exceptZero", minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const RAW = format({ maximumSignificantDigits: 4, maximumFractionDigits: 4, roundingPriority: "lessPrecision" });
+const unit = (value) => number(value, UNIT);
 export const listed = (names) => names.join(", ").replace(/, ([^,]*)$/, " and $1");
 
 /** A bar from 0 to 1 with a mark at 0.5; the number stands beside it. */
-export function bar(value, side = "") {
+function bar(value, side = "") {
   const fill = el("i");
   fill.style.setProperty("--at", value);
   return el("span", { class: `bar ${side}`, "aria-hidden": "true" }, fill);
@@ -41,8 +43,8 @@ export function scoreTable(result, failed, weights) {
         el("th", { scope: "row" }, name + muted),
         el("td", { class: "wide" }, bar(score.unit)),
         el("td", { class: "unit" }, unit(score.unit)),
-        el("td", {}, z(score.z)),
-        el("td", {}, raw(score.raw)),
+        el("td", {}, number(score.z, Z)),
+        el("td", {}, number(score.raw, RAW)),
       ),
     );
   }

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +59,7 @@ class Tab:
     def open(self, address: str) -> None:
         """Go there, and wait until its modules have run."""
         self.call("Page.navigate", url=address)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
 
     def choose(self, selector: str, *files: Path) -> None:
         """Choose files in a file field."""
@@ -68,7 +69,8 @@ class Tab:
 
     def type(self, selector: str, text: str) -> None:
         """Put the cursor into a field and replace what it holds."""
-        self.run(f"(() => {{ const it = document.querySelector({json.dumps(selector)}); it.focus(); it.select(); }})()")
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{field}.focus(), {field}.select()")
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, code: int, modifiers: int = 0) -> None:
@@ -80,7 +82,11 @@ class Tab:
     def size(self, width: int, height: int = 900) -> None:
         """Look at it on a screen of this many CSS pixels."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
 
     def picture(self, path: Path) -> None:
@@ -139,7 +145,5 @@ def _address(told: Path, process: subprocess.Popen[bytes]) -> str:
         assert process.poll() is None, "the browser ended"
         assert time.monotonic() < deadline, "the browser did not start"
         time.sleep(0.03)
-    import httpx
-
     tabs = httpx.get(f"http://127.0.0.1:{told.read_text().split()[0]}/json/list", timeout=PATIENCE_S).json()
     return str(next(tab for tab in tabs if tab["type"] == "page")["webSocketDebuggerUrl"])

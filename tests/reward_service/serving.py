@@ -47,13 +47,20 @@ def judging(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iter
 def serving(config: ServiceConfig, engine: RewardEngine) -> Iterator[tuple[Server, int]]:
     """A server that listens and is ready, and its port."""
     judge = Judge(config, build=lambda _: engine)
+    with listening(config, judge) as (server, port):
+        wait_until(lambda: judge.health.status == "ready", judge.health)
+        yield server, port
+
+
+@contextmanager
+def listening(config: ServiceConfig, judge: Judge) -> Iterator[tuple[Server, int]]:
+    """A server that listens, and its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         log = open_log(lambda _: None, "json")
         server = Server(options(create_app(config, judge), config), lambda: None, judge, log)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            wait_until(lambda: judge.health.status == "ready", judge.health)
             yield server, listener.getsockname()[1]
         finally:
             server.should_exit = True
