@@ -38,15 +38,15 @@ class Plan:
     full_dtype: str = "bfloat16"
     full_batch_pairs: int = 4
     full_batches: int = 3
-    full_rounds: int = 12
+    full_rounds: int = 10
     wire_rounds: int = 5
     wire_requests: int = 3
-    loads_percent: Sequence[int] = (20, 40, 60, 80, 90, 100, 110, 120)
-    load_s: float = 14.0
+    loads_percent: Sequence[int] = (20, 40, 60, 80, 100, 110, 120)
+    load_s: float = 12.0
     load_settle_s: float = 4.0
     heavies: Sequence[int] = (1, 4)
     window_s: float = 4.0
-    windows: int = 10
+    windows: int = 8
     light_rate: float = 3.0
     devices: Sequence[str] = ("the miniature", "a device that sleeps 100 ms a batch")
 
