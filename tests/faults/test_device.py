@@ -6,12 +6,15 @@ import threading
 import time
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.faults.bystander import Bystander, Truth
+from reward_service.config import ServiceConfig
+from tests.faults.bystander import Bystander, Truth, undisturbed
 from tests.faults.calling import OK, encoded, picture, post, request_of, told
 from tests.faults.conftest import Service
-from tests.reward_service.serving import wait_until
+from tests.faults.device import faulty_engine
+from tests.reward_service.serving import serving, wait_until
 
 pytestmark = pytest.mark.usefixtures("bystander")
 EVALUATORS = {"aesthetic", "clip", "pickscore", "hpsv2"}
@@ -115,6 +118,34 @@ class _Choosy(Bystander):
         super().__init__(url, truth)
         score = self._judge.score
         self._judge.score = lambda *pairs: score(*pairs, evaluators=names)  # type: ignore[method-assign]
+
+
+class TestADeviceThatBreaksForGood:
+    """The one fault that everybody notices: a new start is the cure."""
+
+    @pytest.fixture
+    def bystander(self) -> Any:
+        """Theirs is looked at below."""
+
+    def test_a_fatal_error(self, config: ServiceConfig, truth: Truth) -> None:
+        """Everybody is told to come back and nobody gets a number; a new start serves."""
+        with serving(config, faulty_engine(config)) as (server, port):
+            url = f"http://127.0.0.1:{port}"
+            judge = server.config.app.state.judge  # type: ignore[union-attr]
+            other = Bystander(url, truth)
+            other.start()
+            other.again()
+            assert told(post(url, request_of("fine", "fatal"))) == (503, "not_ready")
+            assert told(post(url, request_of("x"))) == (503, "not_ready")
+            other.stop()
+            assert all("503 not_ready" in line for line in other.wrong)
+            assert judge.health.status == "failed"
+            assert httpx.get(f"{url}/health/ready").status_code == 503
+            assert httpx.get(f"{url}/health/live").status_code == 200
+        with serving(config, faulty_engine(config)) as (_, port):
+            restarted = f"http://127.0.0.1:{port}"
+            with undisturbed(restarted, truth):
+                assert told(post(restarted, request_of("x"))) == OK
 
 
 def test_the_clock_goes_backwards(

@@ -168,7 +168,7 @@ def test_a_corrupted_picture(service: Service, form: str) -> None:
     rng = np.random.default_rng(2)
     data = picture(form)
     statuses = set()
-    for _ in range(40):
+    for _ in range(25):
         spoilt = bytearray(data)
         for place in rng.integers(0, len(data), 6):
             spoilt[place] = rng.integers(0, 256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -257,8 +258,6 @@ sys.stdin.readline()
 @pytest.mark.slow
 def test_two_thousand_idle_connections(service: Service, bystander: Bystander) -> None:
     """They are held or let go, and nobody who asks notices; from a process of their own."""
-    import resource
-
     needed, (_, hard) = 2500, resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         pytest.skip(f"at most {hard} open files are allowed here; this needs {needed}")
