@@ -39,6 +39,7 @@ class Plan:
     full_batch_pairs: int = 4
     full_batches: int = 3
     full_rounds: int = 10
+    forms: Sequence[str] = tuple(FORMS)
     wire_rounds: int = 5
     wire_requests: int = 3
     loads_percent: Sequence[int] = (20, 40, 60, 80, 100, 110, 120)
@@ -55,6 +56,7 @@ QUICK = Plan(
     full_layers=1,
     full_batches=2,
     full_rounds=2,
+    forms=("msgpack, raw", "JSON + base64, PNG", "multipart, PNG"),
     wire_rounds=1,
     wire_requests=1,
     loads_percent=(100, 120),
@@ -119,7 +121,7 @@ def wire(plan: Plan, cores: Sequence[int], say: Say) -> Found:
     rows: Rows = []
     say("(b) starting a service")
     with hosting(Setup(list(_ALONE), cores=[cores[-1]])) as host:
-        for form in FORMS:
+        for form in plan.forms:
             say(f"(b) {form}")
             with calling(host, ["trainer"], cores[:1], pairs=64, bodies=1, form=form) as callers:
                 _expect_all(callers.run(requests=1))

@@ -16,7 +16,8 @@ from benchmarks.serving.bodies import FORMS, body, scene
 from benchmarks.serving.callers import Outcome, arrivals
 from benchmarks.serving.figures import Verdict, busy, goodput, heavy_rate, latencies_ms, percentile
 from benchmarks.serving.host import Batch
-from reward_service.config import ServiceConfig
+from benchmarks.serving.parts import QUICK
+from reward_service.config import load_config
 from reward_service.intake import Intake
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +69,11 @@ def test_a_window_gets_its_part_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_service_reads_each_form(config: ServiceConfig, form: str) -> None:
+def test_the_service_reads_each_form(form: str) -> None:
     """As the same prompts and pictures, exactly where the form is lossless."""
     pictures = [scene(32, seed) for seed in (1, 2)]
     sent = body(form, ["one", "two"], pictures)
-    pairs = Intake(config)(sent.content, sent.content_type).pairs
+    pairs = Intake(load_config())(sent.content, sent.content_type).pairs
     assert [pair.prompt for pair in pairs] == ["one", "two"]
     for pair, picture in zip(pairs, pictures, strict=True):
         assert pair.picture.shape == picture.shape
@@ -80,7 +81,7 @@ def test_the_service_reads_each_form(config: ServiceConfig, form: str) -> None:
 
 
 def test_a_short_run_measures_a_service(tmp_path: Path) -> None:
-    """Part b through the command line: a row for each form, written as it is printed, without paths."""
+    """Part b through the command line: a row for each form, written as it is printed, no paths."""
     out = tmp_path / "service-cpu"
     command = [sys.executable, "-m", "benchmarks.service", "--quick", "--parts", "b", "--out", str(out)]
     finished = subprocess.run(
@@ -94,7 +95,7 @@ def test_a_short_run_measures_a_service(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     report = json.loads(Path(f"{out}.json").read_text())
-    assert [row["form"] for row in report["wire"]] == list(FORMS)
+    assert [row["form"] for row in report["wire"]] == list(QUICK.forms)
     assert all(row["service, µs CPU a pair"] > 0 < row["engine, µs CPU a pair"] for row in report["wire"])
     written = Path(f"{out}.md").read_text()
     assert written.strip() == finished.stdout.strip()
