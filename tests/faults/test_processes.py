@@ -106,6 +106,11 @@ def test_keys_change_under_load(
             _wait_for(url, key, 401)
 
 
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 BROKEN: dict[str, Callable[[Path], Any]] = {
     "garbage": lambda path: path.write_text("{{{"),
     "empty": lambda path: path.write_text(""),
@@ -113,7 +118,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
     "gone": lambda path: path.unlink(),
     "open to everybody": lambda path: path.chmod(0o666),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": become_a_folder,
 }
 
 
