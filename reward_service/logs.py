@@ -13,6 +13,7 @@ import os
 import queue
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -93,13 +94,22 @@ def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
 
 @contextmanager
 def libraries_log_to(log: Log) -> Iterator[None]:
-    """Let warnings and errors of everybody who uses Python's logging come out of this log."""
+    """Let what everybody else logs at level warning or above, or warns of, come out of this log.
+
+    Except Pillow's warnings: they tell what is odd about a caller's picture, and of each new one Python keeps
+    the words for ever.
+    """
     root, handler = logging.getLogger(), _FromLogging(log)
     root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        # Their usual way is straight to stderr, where a reader that has stopped would hold them up.
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(handler)
 
 
 class _FromLogging(logging.Handler):

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -141,3 +142,17 @@ def test_a_process_without_a_stderr_ends_well(stderr: str) -> None:
     command = ["sh", "-c", f'exec "{sys.executable}" -c "{program}" {redirect}']
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"1\n")
+
+
+def test_warnings_come_out_of_the_log() -> None:
+    """Never straight to stderr, where they could be held up; Pillow's, about pictures, not at all."""
+    lines: list[str] = []
+    with libraries_log_to(open_log(lines.append, "json")):
+        for number in range(3):
+            warnings.warn_explicit(f"tag {number}", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+        assert lines == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("something is deprecated", UserWarning, stacklevel=1)
+    (line,) = lines
+    assert "something is deprecated" in json.loads(line)["event"]
