@@ -8,7 +8,7 @@ from pathlib import Path
 from reward_service.problems import CODES
 
 HERE = Path(__file__).parent
-ROW = re.compile(r"^\| (?P<fault>[^|]+) \| (?P<status>\d*) \| (?:`(?P<code>\w+)` )?\| (?P<tests>`.+) \|$")
+ROW = re.compile(r"^\| [^|]+ \| ?(?P<status>\d*) ?\| ?(?:`(?P<code>\w+)`)? ?\| (?P<tests>`.+) \|$")
 
 
 def rows() -> list[re.Match[str]]:
