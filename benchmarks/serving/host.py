@@ -11,12 +11,15 @@ is a question, answered by a line of JSON:
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ from reward_service.settings import rest_idle_threads
 if TYPE_CHECKING:
     from reward_service.engine import RewardEngine
     from reward_service.pairs import Pair, PairScores
+
+_logger = logging.getLogger(__name__)
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -115,8 +120,12 @@ class Watch:
 def _helping_s() -> float:
     """CPU seconds of the threads that prepare pictures, and of those that Python did not start."""
     ours = {thread.native_id for thread in threading.enumerate() if "preprocess" not in thread.name}
-    helping = (task for task in Path("/proc/self/task").iterdir() if int(task.name) not in ours)
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in helping) / 1e9
+    nanoseconds = 0
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) not in ours:
+            with suppress(OSError):  # it has just ended
+                nanoseconds += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def _sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
@@ -177,8 +186,14 @@ def _answer(watch: Watch) -> None:
         "batches": watch.batches,
         "again": watch.again,
     }
-    for line in sys.stdin:
-        print(msgspec.json.encode(questions[line.strip()]()).decode(), flush=True)
+    # Whatever ends this ends the process, for whoever started it waits for an answer or is gone.
+    try:
+        for line in sys.stdin:
+            print(msgspec.json.encode(questions[line.strip()]()).decode(), flush=True)
+    except Exception:
+        _logger.exception("a question could not be answered")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

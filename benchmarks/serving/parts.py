@@ -38,7 +38,7 @@ class Plan:
     full_dtype: str = "bfloat16"
     full_batch_pairs: int = 4
     full_batches: int = 3
-    full_rounds: int = 10
+    full_rounds: int = 6
     forms: Sequence[str] = tuple(FORMS)
     wire_rounds: int = 5
     wire_requests: int = 3
@@ -47,7 +47,7 @@ class Plan:
     load_settle_s: float = 4.0
     heavies: Sequence[int] = (1, 4)
     window_s: float = 4.0
-    windows: int = 8
+    windows: int = 6
     light_rate: float = 3.0
     devices: Sequence[str] = ("the miniature", "a device that sleeps 100 ms a batch")
 
