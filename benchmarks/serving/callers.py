@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from itertools import count
+from select import select
 from urllib.parse import urlsplit
 
 import msgspec
@@ -128,7 +129,7 @@ class Callers:
         sent = self.bodies[next(self._turns) % len(self.bodies)]
         headers = {"Content-Type": sent.content_type, "Accept": MSGPACK, "X-Client-Id": client}
         sent_s = time.monotonic()
-        connection = self._idle.pop() if self._idle else HTTPConnection(self._address, timeout=_TIMEOUT_S)
+        connection = self._connection()
         try:
             answer = _answer(connection, sent, headers)
             status, again = answer.status, answer.getheader("retry-after") or ""
@@ -139,6 +140,17 @@ class Callers:
             self._idle.append(connection)
         in_order = status == _OK or (status in _BUSY and again.isdigit() and int(again) >= 1)
         return Outcome(client, sent_s if due_s is None else due_s, sent_s, time.monotonic(), status, in_order)
+
+    def _connection(self) -> HTTPConnection:
+        """One that is idle and that the service has not closed meanwhile, or a new one."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return HTTPConnection(self._address, timeout=_TIMEOUT_S)
+            if connection.sock is None or not select([connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
 
 
 def _answer(connection: HTTPConnection, sent: Body, headers: dict[str, str]) -> HTTPResponse:
