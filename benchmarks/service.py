@@ -13,6 +13,7 @@ core with one thread, and whoever calls it to the first. Figures that fall short
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.service", *shown(arguments or sys.argv[1:])])
     dtype = getattr(torch, options.dtype)
     report = ServiceReport(machine(torch.device("cpu"), dtype, plan.full_layers, command))
+    if options.out is not None:
+        _keep(report, options)
     for part in options.parts:
         table, measure = PARTS[part]
         try:
@@ -91,11 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse("service", str(error))
         setattr(report, table, rows)
         report.verdicts += map(_row, verdicts)
+        report.verdicts.sort(key=lambda row: str(row["verdict"])[:3])
         for verdict in verdicts:
             say(str(verdict))
         if options.out is not None:  # at once: the next part may take minutes
             _write(report, options.out)
     print(report.markdown())
+
+
+def _keep(report: ServiceReport, options: argparse.Namespace) -> None:
+    """Take what an earlier run found of the parts that this one does not measure."""
+    earlier = Path(f"{options.out}.json")
+    found = json.loads(earlier.read_text()) if earlier.exists() else {}
+    for part in PARTS.keys() - set(options.parts):
+        table = PARTS[part][0]
+        setattr(report, table, found.get(table, []))
+        report.verdicts += [
+            row for row in found.get("verdicts", []) if row["verdict"].startswith(f"({part})")
+        ]
 
 
 def _row(verdict: Verdict) -> dict[str, str]:
@@ -117,7 +133,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the trunks' in (a) (bfloat16)"
     )
-    parser.add_argument("--out", type=Path, help="where to write, less the endings .md and .json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where to write, less .md and .json; parts not measured stay as they are there",
+    )
     return parser.parse_args(arguments)
 
 
