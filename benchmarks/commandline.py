@@ -10,7 +10,7 @@ from typing import NoReturn
 
 def shown(arguments: Sequence[str]) -> list[str]:
     """The command line without the folder of the results, which is a matter of the machine."""
-    places = [place for place, argument in enumerate(arguments) if argument == "--output"]
+    places = [place for place, argument in enumerate(arguments) if argument in ("--output", "--out")]
     hidden = {place + step for place in places for step in (0, 1)}
     return [argument for place, argument in enumerate(arguments) if place not in hidden]
 

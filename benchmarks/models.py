@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,7 @@ def build(folder: Path, layers: int | None, device: torch.device, dtype: torch.d
     :param folder: a few small files are written here: tokenizer and head
     :param layers: cut every transformer to so many; None for the published sizes
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    write_tokenizer(folder)
-    head = torch.load(write_head(folder, seed=0), weights_only=True)
-    tokenizers: dict[str, Tokenizer] = {
-        "clip": OpenClipTokenizer(Path(default_bpe()), 77),
-        "pickscore": HuggingFaceTokenizer(folder, 77),
-        "hps": OpenClipTokenizer(Path(default_bpe()), 77),
-    }
+    head, tokenizers = _small_files(folder)
     configs = {name: model_config(architecture, layers) for name, architecture in ARCHITECTURES.items()}
     towers, bare = {}, {}
     for seed, (name, config) in enumerate(configs.items()):
@@ -76,6 +70,40 @@ def build(folder: Path, layers: int | None, device: torch.device, dtype: torch.d
         bare[name] = open_clip_model(config, _tensors(model))
     engine = RewardEngine(_evaluators(towers, head), batch, device, dtype)
     return Models(engine, _loops(bare, head, configs["pickscore"], folder, device, dtype), bare, configs)
+
+
+def random_engine(
+    folder: Path,
+    towers: Sequence[str],
+    layers: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+) -> RewardEngine:
+    """The engine alone, with those evaluators that look through one of ``towers``.
+
+    The other parameters are those of :func:`build`.
+    """
+    head, tokenizers = _small_files(folder)
+    made = {}
+    for seed, name in enumerate(towers):
+        config = model_config(ARCHITECTURES[name], layers)
+        model = open_clip_model(config, random_state(config, seed))
+        made[name] = Tower(model, tokenizers[name], name, device, dtype, cache_entries=4096)
+    return RewardEngine(_evaluators(made, head), batch, device, dtype)
+
+
+def _small_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tokenizer]]:
+    """The head, and tokenizers by tower."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    write_tokenizer(folder)
+    head = torch.load(write_head(folder, seed=0), weights_only=True)
+    tokenizers: dict[str, Tokenizer] = {
+        "clip": OpenClipTokenizer(Path(default_bpe()), 77),
+        "pickscore": HuggingFaceTokenizer(folder, 77),
+        "hps": OpenClipTokenizer(Path(default_bpe()), 77),
+    }
+    return head, tokenizers
 
 
 def _tensors(model: open_clip.CLIP) -> dict[str, Tensor]:
@@ -87,6 +115,8 @@ def _evaluators(towers: dict[str, Tower], head: dict[str, Tensor]) -> dict[str, 
     weight, bias = fold(head, "head")
     made: dict[str, Evaluator] = {}
     for kind, name in EVALUATORS.items():
+        if name not in towers:
+            continue
         linear = LinearHead(weight, bias, "head") if kind == "aesthetic" else None
         way = preprocessing_of(kind, towers[name].size_px)  # type: ignore[arg-type]  # the four kinds
         made[kind] = Evaluator(kind, kind, name, towers[name], way, "random", linear)  # type: ignore[arg-type]

@@ -13,11 +13,20 @@ from reward_service.protocol import EvaluatorIdentity, ItemResult
 def item_results(
     request: Admitted, scored: Sequence[PairScores], calibration: Calibration, first: int = 0
 ) -> list[ItemResult]:
-    """The results of a request's pairs.
+    """The results of a request's pairs, by the evaluators that scored every one of them.
 
     :param first: index of the first of them
     """
-    return [_result(request, index, first + index, pair, calibration) for index, pair in enumerate(scored)]
+    names = working(request, scored)
+    return [
+        _result(request, names, index, first + index, pair, calibration) for index, pair in enumerate(scored)
+    ]
+
+
+def working(request: Admitted, scored: Sequence[PairScores]) -> tuple[str, ...]:
+    """The evaluators that scored every pair: one that failed on the way is left out of all of them."""
+    failed = {name for pair in scored for name in pair.failed}
+    return tuple(name for name in request.evaluators if name not in failed)
 
 
 def identities(fingerprints: Mapping[str, str], calibration: Calibration) -> dict[str, EvaluatorIdentity]:
@@ -29,8 +38,15 @@ def identities(fingerprints: Mapping[str, str], calibration: Calibration) -> dic
 
 
 def _result(
-    request: Admitted, position: int, index: int, pair: PairScores, calibration: Calibration
+    request: Admitted,
+    names: Sequence[str],
+    position: int,
+    index: int,
+    pair: PairScores,
+    calibration: Calibration,
 ) -> ItemResult:
-    scores = {name: calibration.evaluators[name].apply(pair.raw[name]) for name in request.evaluators}
-    reward = compose(scores, request.weights, request.normalization)
+    scores = {name: calibration.evaluators[name].apply(pair.raw[name]) for name in names}
+    whole = all(name in scores for name, weight in request.weights.items() if weight)
+    # Of fewer evaluators it would be another number, however it was marked.
+    reward = compose(scores, request.weights, request.normalization) if whole else None
     return ItemResult(index, reward, scores, pair.truncated_prompt, request.lossy[position])

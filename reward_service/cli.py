@@ -84,7 +84,7 @@ def serve(
     loaded = load_config(config, [*settings, *(overrides or []), *options])
     from reward_service.server import serve as run
 
-    if failure := run(loaded, _say, _note):
+    if failure := run(loaded, _say):
         raise UserError(failure)
 
 
@@ -191,6 +191,53 @@ def download(
 
     loaded = load_config(config, settings)
     run(loaded, tuple(loaded.evaluators if everything else loaded.enabled), _note, _say)
+
+
+@app.command()
+def canary(
+    config: ConfigOption = DEFAULT_CONFIG,
+    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    write: Annotated[bool, typer.Option("--write", help="Take the scores of now as golden.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, for `canary:` to name; else the one it names.")
+    ] = None,
+) -> None:
+    """Score the canary pair and compare it with its golden scores, or write those."""
+    from reward_service import goldens
+
+    loaded = load_config(config, settings)
+    if not write:
+        if failure := goldens.compare(loaded, _note, _say):
+            raise UserError(failure)
+        return
+    if (path := output or loaded.canary) is None:
+        raise UserError("no file to write to; name one with --output, or as service.canary")
+    goldens.write(loaded, path, _note)
+    _say(f"canary: {path}; serve with --set canary={path.resolve()}")
+
+
+keys = typer.Typer(help="The keys of those who may ask the service.", rich_markup_mode=None)
+app.add_typer(keys, name="keys")
+
+
+@keys.callback()
+def keys_() -> None:
+    """The keys of those who may ask the service."""
+
+
+@keys.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes, underscores.")],
+    weight: Annotated[float, typer.Option(help="Share of the device beside the other clients.")] = 1.0,
+    file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = Path("keys.yaml"),
+) -> None:
+    """Make a key, print it this once, and append its hash to a file for `auth.keys` to name."""
+    from reward_service.keys import new_key
+
+    key, count = new_key(file, name, weight)
+    _say(key)
+    more = f"; {name} has {count} keys now, remove those no longer used" if count > 1 else ""
+    _note(f"hash appended to {file}{more}; a running service reads it on SIGHUP")
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:

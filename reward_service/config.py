@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 from reward_service.images import MAX_PIXELS
-from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS
+from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS, MAX_PROMPT_CHARS
 from reward_service.settings import DEFAULT_CONFIG, ConfigPath, Settings, load_section
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -99,18 +99,72 @@ class EvaluatorConfig(Settings):
 
 
 class Limits(Settings):
-    """What a request may cost."""
+    """What a request, a client and all of them together may cost.
+
+    A client is a key, or, without keys, an ``X-Client-Id``. Pairs and bytes count from before a body is read
+    until its answer; ``decoded`` are the pixels of the pictures, 3 bytes each, and no request may exceed
+    them. With nothing else under way, a client may exceed its pairs with one request. The last eighth of
+    each sum is kept for clients who hold less than a sixteenth of it.
+    """
 
     max_body_bytes: PositiveInt = MAX_BODY_BYTES
     max_pairs: Annotated[int, Field(ge=1, le=MAX_PAIRS)] = MAX_PAIRS
     max_image_pixels: PositiveInt = MAX_PIXELS
+    max_prompt_chars: Annotated[int, Field(ge=1, le=MAX_PROMPT_CHARS)] = MAX_PROMPT_CHARS
     max_queued_pairs: PositiveInt = 4096
+    max_client_pairs: PositiveInt = 2048
+    max_inflight_bytes: PositiveInt = 8 * MAX_BODY_BYTES
+    max_client_bytes: PositiveInt = 4 * MAX_BODY_BYTES
+    max_decoded_bytes: PositiveInt = 2 * 2**30
+    max_client_decoded_bytes: PositiveInt = 2**30
+    max_connections: PositiveInt = 4096
+    header_timeout_s: PositiveFloat = 15.0
+    body_timeout_s: PositiveFloat = 60.0
+    keep_alive_s: PositiveFloat = 75.0
 
 
 class Auth(Settings):
-    """Who may ask. The service has no keys yet: beyond loopback it must be opened to everybody by name."""
+    """Who may ask.
 
+    ``keys``: the file that ``reward-service keys new`` writes; with one, a request needs a key, wherever the
+    service listens. Without one it listens on loopback only, unless ``allow_anonymous``, which lets
+    everybody in who can reach it. ``open_metrics``: /metrics needs no key.
+    """
+
+    keys: ConfigPath | None = None
     allow_anonymous: bool = False
+    open_metrics: bool = False
+
+
+class Watch(Settings):
+    """When the judge doubts itself.
+
+    ``canary_every_s``: pause between two scorings of the canary pair. ``stuck_s``: a batch that takes longer
+    hangs, and the process ends. ``breaker_failures``: different pairs in a row that an evaluator fails on
+    before it is taken out of service. ``breaker_pause_s``: until it is tried again, doubled each time it
+    fails, up to ``breaker_longest_pause_s``.
+    """
+
+    canary_every_s: PositiveFloat = 60.0
+    stuck_s: PositiveFloat = 120.0
+    breaker_failures: PositiveInt = 5
+    breaker_pause_s: PositiveFloat = 5.0
+    breaker_longest_pause_s: PositiveFloat = 300.0
+
+
+class Tracing(Settings):
+    """Where OpenTelemetry spans go: an OTLP/HTTP collector's address, such as http://collector:4318.
+
+    None is the environment's OTEL_EXPORTER_OTLP_ENDPOINT; without either nothing is traced.
+    """
+
+    endpoint: str | None = None
+
+
+class Logs(Settings):
+    """The log on stderr: ``json``, ``text``, or ``auto``, which is text on a terminal and JSON elsewhere."""
+
+    format: Literal["auto", "json", "text"] = "auto"
 
 
 def _no_float16(dtype: object) -> object:
@@ -123,11 +177,16 @@ def _no_float16(dtype: object) -> object:
 
 
 class ServiceConfig(Settings):
-    """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32."""
+    """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32.
+
+    ``canary`` is a file of golden scores that ``reward-service canary --write`` makes; without one the
+    scores of the start are what later ones are held against.
+    """
 
     towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
     evaluators: Annotated[dict[str, EvaluatorConfig], Field(min_length=1)]
     calibration: ConfigPath
+    canary: ConfigPath | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     device: str = "auto"
@@ -139,6 +198,9 @@ class ServiceConfig(Settings):
     text_cache_entries: Annotated[int, Field(ge=0)] = 4096
     drain_s: PositiveFloat = 20.0
     limits: Limits = Limits()
+    watch: Watch = Watch()
+    tracing: Tracing = Tracing()
+    logs: Logs = Logs()
     auth: Auth = Auth()
 
     @model_validator(mode="after")

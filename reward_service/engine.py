@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reward_service.evaluators import Evaluator
+from reward_service.faults import FatalDeviceError, OutOfMemoryError
 from reward_service.images import Pixels
 from reward_service.pairs import Pair, PairScores, ScoringError
 from reward_service.preprocess import Preprocessing
+from reward_service.settings import one_line
+from reward_service.stopwatch import Stopwatch
 from reward_service.towers import TextEmbeddings
 
 _MOST_WORKERS = 8
 _SAMPLE_STEP = 16
+# torch has types for these since 2.8, but not everything that fails raises them.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_BROKEN = ("CUDA error", "device-side assert", "cuDNN error", "CUBLAS_STATUS_", "uncorrectable ECC")
 
 
 class RewardEngine:
@@ -33,6 +40,8 @@ class RewardEngine:
         self.evaluators = dict(evaluators)
         self.device, self.dtype = device, dtype
         self._batch_pairs = batch_pairs
+        #: Told after each batch how many seconds each tower took.
+        self.on_forward: Callable[[str, float], None] = _tell_nobody
         # Preparing pictures takes milliseconds each, which a GPU would wait for.
         workers = min(_MOST_WORKERS, os.cpu_count() or 1)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
@@ -45,13 +54,28 @@ class RewardEngine:
         :param names: evaluators to use; None for all
         :param deterministic: a forward pass of its own for every picture and prompt, so that scores depend
             on nothing but the pair; slower on a GPU
-        :raises ScoringError: a score is not finite
+        :raises ScoringError: an evaluator fails on some pair, or its score is not finite
+        :raises OutOfMemoryError: the device has no room for so many pairs
+        :raises FatalDeviceError: the device is broken
         """
         chosen = [self.evaluators[name] for name in (self.evaluators if names is None else names)]
         scores: list[PairScores] = []
-        for start in range(0, len(pairs), self._batch_pairs):
-            scores += self._batch(pairs[start : start + self._batch_pairs], chosen, deterministic)
-        return scores
+        try:
+            for start in range(0, len(pairs), self._batch_pairs):
+                scores += self._batch(pairs[start : start + self._batch_pairs], chosen, deterministic)
+            return scores
+        except (RuntimeError, MemoryError) as error:
+            if (fault := device_fault(error)) is None:
+                raise
+        # Out of the handler: with the error's traceback go the tensors of the failed pass.
+        if isinstance(fault, OutOfMemoryError) and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise fault
+
+    def forget(self, prompt: str) -> None:
+        """Compute a prompt anew the next time."""
+        for evaluator in self.evaluators.values():
+            evaluator.tower.forget_text(prompt)
 
     def warm_up(self) -> None:
         """Score one grey picture, so that the first request finds everything allocated.
@@ -66,13 +90,17 @@ class RewardEngine:
     def _batch(
         self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
     ) -> list[PairScores]:
-        images = self._embed_images(pairs, chosen, deterministic)
-        texts = self._embed_texts(pairs, chosen, deterministic)
-        raw = {
-            evaluator.name: _raw(evaluator, images[evaluator.name], _vectors(texts, evaluator), deterministic)
-            for evaluator in chosen
-        }
+        clock = Stopwatch(self.device)
+        images = self._embed_images(pairs, chosen, deterministic, clock)
+        texts = self._embed_texts(pairs, chosen, deterministic, clock)
+        raw = {}
+        for evaluator in chosen:
+            with _blaming(evaluator.name):
+                text = _vectors(texts, evaluator)
+                raw[evaluator.name] = _raw(evaluator, images[evaluator.name], text, deterministic)
         self._check_finite(raw)
+        for tower, seconds in clock.seconds().items():
+            self.on_forward(tower, seconds)
         cut = [any(text.truncated[row] for text in texts.values()) for row in range(len(pairs))]
         return [
             PairScores({name: scores[row] for name, scores in raw.items()}, cut[row])
@@ -80,7 +108,7 @@ class RewardEngine:
         ]
 
     def _embed_images(
-        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
+        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool, clock: Stopwatch
     ) -> dict[str, Tensor]:
         """Unit embeddings by evaluator; equal pixels are made once and equal forward passes run once."""
         pictures, rows = distinct([pair.picture for pair in pairs])
@@ -88,14 +116,16 @@ class RewardEngine:
         embedded: dict[tuple[str, Preprocessing], Tensor] = {}
         by_evaluator = {}
         for evaluator in chosen:
-            way = evaluator.preprocessing.shared(pictures)
-            if way not in pixels:
-                pixels[way] = self._on_device(way(pictures, self._workers.map))
-            key = (evaluator.tower_name, way)
-            if key not in embedded:
-                vectors = evaluator.tower.embed_images(pixels[way], deterministic=deterministic)
-                embedded[key] = vectors[rows]
-            by_evaluator[evaluator.name] = embedded[key]
+            with _blaming(evaluator.name):
+                way = evaluator.preprocessing.shared(pictures)
+                if way not in pixels:
+                    pixels[way] = self._on_device(way(pictures, self._workers.map))
+                key = (evaluator.tower_name, way)
+                if key not in embedded:
+                    with clock(evaluator.tower_name):
+                        vectors = evaluator.tower.embed_images(pixels[way], deterministic=deterministic)
+                    embedded[key] = vectors[rows]
+                by_evaluator[evaluator.name] = embedded[key]
         return by_evaluator
 
     def _on_device(self, pixels: Tensor) -> Tensor:
@@ -105,19 +135,55 @@ class RewardEngine:
         )
 
     def _embed_texts(
-        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool
+        self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool, clock: Stopwatch
     ) -> dict[str, TextEmbeddings]:
         prompts = [pair.prompt for pair in pairs]
-        towers = {evaluator.tower_name: evaluator.tower for evaluator in chosen if evaluator.reads_prompt}
-        return {
-            name: tower.embed_texts(prompts, batch=self._batch_pairs, deterministic=deterministic)
-            for name, tower in towers.items()
-        }
+        texts: dict[str, TextEmbeddings] = {}
+        for evaluator in chosen:
+            name, tower = evaluator.tower_name, evaluator.tower
+            if evaluator.reads_prompt and name not in texts:
+                with _blaming(evaluator.name), clock(name):
+                    texts[name] = tower.embed_texts(
+                        prompts, batch=self._batch_pairs, deterministic=deterministic
+                    )
+        return texts
 
     def _check_finite(self, raw: Mapping[str, Sequence[float]]) -> None:
         for name, scores in raw.items():
             if not torch.isfinite(torch.tensor(scores)).all():
-                raise ScoringError(f"evaluator {name} gave a score that is not a finite number")
+                raise ScoringError(f"evaluator {name} gave a score that is not a finite number", name)
+
+
+def device_fault(error: BaseException) -> OutOfMemoryError | FatalDeviceError | None:
+    """What an error of torch's says about the device; None if it says nothing.
+
+    The message is torch's first line: later ones are advice on environment variables.
+    """
+    message = one_line(str(error).strip().partition("\n")[0])[:300] or type(error).__name__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _says(error, _NO_MEMORY):
+        return OutOfMemoryError(message)
+    if isinstance(error, torch.AcceleratorError) or _says(error, _BROKEN):
+        return FatalDeviceError(message)
+    return None
+
+
+def _tell_nobody(_tower: str, _seconds: float) -> None:
+    pass
+
+
+def _says(error: BaseException, phrases: Sequence[str]) -> bool:
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Say of any failure which evaluator it is of; the device's own faults are nobody's."""
+    try:
+        yield
+    except Exception as error:
+        if device_fault(error) is not None:
+            raise
+        raise ScoringError(f"evaluator {name} failed ({one_line(error)[:160]})", name) from error
 
 
 def _vectors(texts: Mapping[str, TextEmbeddings], evaluator: Evaluator) -> Tensor | None:

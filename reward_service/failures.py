@@ -5,12 +5,17 @@ The tree of exceptions is drawn at the top of ``client.py``.
 
 from __future__ import annotations
 
+import math
+import time
+from email.utils import parsedate_to_datetime
+
 import httpx
 import msgspec
 
 from reward_service.protocol import Health, Problem
 
-RETRYABLE_STATUS = frozenset({429, 503, 504})
+#: Of answers that say nothing themselves: a proxy's words for "not now".
+RETRYABLE_STATUS = frozenset({429, 502, 503, 504})
 
 
 class RewardClientError(Exception):
@@ -18,7 +23,7 @@ class RewardClientError(Exception):
 
 
 class InputError(RewardClientError, ValueError):
-    """The prompts or pictures cannot be sent; nothing was."""
+    """The arguments, a prompt or a picture cannot be sent; they were not."""
 
 
 class ServiceError(RewardClientError):
@@ -43,8 +48,20 @@ class UnreachableError(RewardClientError):
     """The service gave no answer until the retry budget was spent."""
 
 
+class DeadlineError(RewardClientError):
+    """The scores were not there by the deadline that the call was given."""
+
+
 class NotReadyError(RewardClientError):
     """The service did not become ready in time."""
+
+
+class IdentityChangedError(RewardClientError):
+    """Another scorer than the pinned one answered; its numbers must not be mixed with the earlier ones."""
+
+
+class ClientClosedError(RewardClientError):
+    """The client was used after it had been closed."""
 
 
 class ProtocolError(RewardClientError):
@@ -59,16 +76,17 @@ def raise_for_problem(answer: httpx.Response, first_pair: int = 0) -> None:
     """
     if answer.is_success:
         return
-    try:
-        problem = _shifted(msgspec.json.decode(answer.content, type=Problem), first_pair)
-    except (ValueError, msgspec.DecodeError):
-        problem = None
-    retryable = answer.status_code in RETRYABLE_STATUS and (problem is None or problem.retryable)
+    problem = _problem(answer, first_pair)
+    retryable = problem.retryable if problem else answer.status_code in RETRYABLE_STATUS
     kind = OverloadedError if retryable else RejectedError
     raise kind(answer.status_code, problem, _retry_after_s(answer))
 
 
-def _shifted(problem: Problem, first_pair: int) -> Problem:
+def _problem(answer: httpx.Response, first_pair: int) -> Problem | None:
+    try:
+        problem = msgspec.json.decode(answer.content, type=Problem)
+    except (ValueError, msgspec.DecodeError):
+        return None
     errors = [
         error if error.index is None else msgspec.structs.replace(error, index=first_pair + error.index)
         for error in problem.errors
@@ -77,10 +95,25 @@ def _shifted(problem: Problem, first_pair: int) -> Problem:
 
 
 def _retry_after_s(answer: httpx.Response) -> float:
+    """Seconds to wait by the Retry-After header: a number, or a date (RFC 9110, section 10.2.3)."""
+    value = answer.headers.get("retry-after", "")
     try:
-        return max(0.0, float(answer.headers.get("retry-after", 0)))
-    except ValueError:  # the date form: our service never sends it
+        seconds = float(value)
+    except ValueError:
+        seconds = _seconds_until(value, answer.headers.get("date", ""))
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
+def _seconds_until(date: str, sent: str) -> float:
+    try:
+        then = parsedate_to_datetime(date).timestamp()
+    except ValueError:
         return 0.0
+    try:  # by the service's own clock, which need not be ours
+        now = parsedate_to_datetime(sent).timestamp()
+    except ValueError:
+        now = time.time()
+    return then - now
 
 
 def readiness(answer: httpx.Response) -> Health:
@@ -93,7 +126,10 @@ def readiness(answer: httpx.Response) -> Health:
 
 def _sentence(status: int, problem: Problem | None) -> str:
     if problem is None:
-        return f"the reward service answered {status} without saying why"
+        return (
+            f"status {status} without a reward service's reason: another program or a proxy answered; "
+            "check the address"
+        )
     first = problem.errors[0] if problem.errors else None
     where = f"pair {first.index}: " if first and first.index is not None else ""
     detail = first.detail if first else problem.detail

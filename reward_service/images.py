@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ Pixels = NDArray[np.uint8]  # height x width x 3, RGB
 MAX_PIXELS = 4_000_000
 MAX_ASPECT = 100
 _PILLOW_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_CHANNELS = 3
 _ORIENTATION = 0x0112
 
 
@@ -52,7 +53,11 @@ class Decoded:
 
 
 def decode(
-    data: bytes, declared: str | None = None, shape: Sequence[int] | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    declared: str | None = None,
+    shape: Sequence[int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    reserve: Callable[[int], None] = lambda _: None,
 ) -> Decoded:
     """Decode one picture of an allowed format.
 
@@ -60,9 +65,11 @@ def decode(
     :param declared: ``png``, ``jpeg``, ``webp``, ``raw``, or None to go by the first bytes
     :param shape: (height, width, 3) in pixels, for ``raw`` only
     :param max_pixels: largest height x width that is decoded
+    :param reserve: told the bytes of the decoded picture before it is; what it raises goes to the caller
     :raises ImageError: not such a picture, or too large
     """
     if declared == "raw":
+        reserve(len(data))
         return Decoded(_raw(data, shape, max_pixels), lossy=False)
     if shape is not None:
         raise ImageError("bad_shape", "shape goes with format raw only; leave it out for an encoded file")
@@ -71,7 +78,7 @@ def decode(
         raise ImageError("not_an_image", "the bytes are not a PNG, JPEG or WebP picture; send one of these")
     if declared not in (None, found):
         raise ImageError("not_an_image", f"declared as {declared}, but the bytes are {found}; correct it")
-    return Decoded(_decode_file(data, found, max_pixels), lossy=_is_lossy(data, found))
+    return Decoded(_decode_file(data, found, max_pixels, reserve), lossy=_is_lossy(data, found))
 
 
 def sniff(data: bytes) -> str | None:
@@ -146,7 +153,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("image_too_long", message)
 
 
-def _decode_file(data: bytes, found: str, max_pixels: int) -> Pixels:
+def _decode_file(data: bytes, found: str, max_pixels: int, reserve: Callable[[int], None]) -> Pixels:
     if found == "webp":
         # Pillow allocates WebP's canvas on opening, so its size is read from the header by hand.
         _check_size(*_webp_size(data), max_pixels)
@@ -156,13 +163,19 @@ def _decode_file(data: bytes, found: str, max_pixels: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=[_PILLOW_NAMES[found]]) as image:
             _check_size(*image.size, max_pixels)
-            return flatten(image)
+            try:
+                reserve(_CHANNELS * image.size[0] * image.size[1])
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is not the picture's
+                refusal = error
+            else:
+                return flatten(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError("image_too_large", "the picture has far too many pixels; shrink it") from None
     except Exception:  # noqa: BLE001 - Pillow's decoders raise nearly every kind on hostile bytes
         raise _corrupt(found) from None
+    raise refusal
 
 
 def _corrupt(found: str) -> ImageError:

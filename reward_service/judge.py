@@ -7,42 +7,47 @@ on a small pool, scoring on the scheduler's thread; neither on the event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from reward_service.answers import identities, item_results
+from reward_service.admission import Admission, Ticket
+from reward_service.answers import identities, item_results, working
+from reward_service.bench import Bench, open_bench, tell_loaded
 from reward_service.calibration import Calibration, load_calibration
 from reward_service.config import ServiceConfig
-from reward_service.intake import Admitted, Intake
-from reward_service.pairs import Pair, PairScores
-from reward_service.problems import ProblemError, at_item
-from reward_service.protocol import (
-    EvaluatorDescription,
-    EvaluatorList,
-    Health,
-    ScoreResponse,
+from reward_service.intake import Admitted, Intake, Parsed, Slice
+from reward_service.keys import Client
+from reward_service.metrics import Metrics
+from reward_service.observing import current
+from reward_service.outcomes import (
+    ClosedError,
+    Completed,
+    DeadlineError,
+    PairFailedError,
+    QueueFullError,
+    StuckError,
 )
-from reward_service.scheduler import ClosedError, Completed, PairFailedError, QueueFullError, Scheduler
+from reward_service.pairs import PairScores
+from reward_service.problems import ProblemError, at_item
+from reward_service.protocol import EvaluatorDescription, EvaluatorList, Health, ScoreResponse
 from reward_service.settings import one_line
 
 if TYPE_CHECKING:  # the engine brings torch, which takes seconds: imported by the loading thread
     from reward_service.engine import RewardEngine
 
-Queue: TypeAlias = Scheduler[Pair, PairScores]
 Build: TypeAlias = "Callable[[ServiceConfig], RewardEngine]"
-Lane: TypeAlias = tuple[tuple[str, ...], bool]
+Result = TypeVar("Result")
 
+DOWN = "evaluator_down"
 _RETRY_LOADING_S = 2
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    engine: RewardEngine
-    queue: Queue
+_LAST_BATCH_S = 1.0
 
 
 class Judge:
@@ -51,7 +56,7 @@ class Judge:
     :param config: what to load and how much to take
     :param build: makes the engine
     :param on_ready: called with one line once it can score
-    :param on_failure: called with one line if the models cannot be loaded
+    :param on_failure: called with one line when it will never score: the process should end
     :param on_notice: called with one line about what works but should be known
     :raises ConfigError: the calibration table is unusable
     """
@@ -63,58 +68,88 @@ class Judge:
         on_ready: Callable[[str], None] = lambda _: None,
         on_failure: Callable[[str], None] = lambda _: None,
         on_notice: Callable[[str], None] = lambda _: None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.metrics = config, metrics or Metrics()
         self.calibration: Calibration = load_calibration(config.calibration, tuple(config.enabled))
+        self.admission = Admission(config.limits, self._retry_after_s)
         self._build = build or _build_engine
         self._on_ready, self._on_failure, self._on_notice = on_ready, on_failure, on_notice
         self._intake = Intake(config)
-        self._loaded: _Loaded | None = None
+        self._bench: Bench | None = None
         self._health = Health("loading", "the models are being loaded")
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        self._stop_by_s = math.inf
+        self._observe()
 
     @property
     def health(self) -> Health:
         """Whether it can score, and what it is waiting for if not."""
         return self._health
 
+    @property
+    def served(self) -> bool:
+        """Whether it has been ready."""
+        return self._bench is not None
+
     def start(self) -> None:
         """Begin to load the models; returns at once."""
         threading.Thread(target=self._load, name="loading", daemon=True).start()
 
+    def fail(self, message: str) -> None:
+        """Nothing can be scored any more: say so to everybody who asks, and to who runs this.
+
+        :param message: one line
+        """
+        if self._health.status != "failed":
+            self._health = Health("failed", message)
+            self._on_failure(message)
+
     def stop_accepting(self) -> None:
         """Say that it is not ready any more; what was admitted is still finished."""
+        self._stop_by_s = min(self._stop_by_s, time.monotonic() + self.config.drain_s)
         if self._health.status != "failed":
             self._health = Health("stopping", "the service is shutting down")
 
     def close(self) -> None:
-        """Finish what was admitted, within the configured time."""
+        """Finish what was admitted, within the configured time since :meth:`stop_accepting`."""
         self.stop_accepting()
-        if self._loaded is not None:
-            self._loaded.queue.close(self.config.drain_s)
+        if self._bench is not None:
+            self._bench.close(max(_LAST_BATCH_S, self._stop_by_s - time.monotonic()))
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    def admit(self, pairs: int = 1) -> Queue:
-        """The queue, if ``pairs`` more may come in; asked before a body is read.
+    def enter(self, client: Client, body_bytes: int | None) -> Ticket:
+        """Let a request in before its body is read.
 
-        :raises ProblemError: not ready, or the queue is full
+        :param body_bytes: as announced; None if they are not
+        :raises ProblemError: not ready, or too much is under way
         """
-        queue = self._ready().queue
-        try:
-            queue.check_room(pairs)
-        except QueueFullError as error:
-            raise ProblemError("queue_full", str(error), retry_after_s=error.retry_after_s) from None
-        return queue
+        self._ready()
+        return self.admission.enter(client, body_bytes)
 
-    async def score(self, body: bytes, content_type: str, request_id: str) -> ScoreResponse:
-        """Answer a score request.
+    async def score(
+        self,
+        ticket: Ticket,
+        body: bytes | bytearray,
+        content_type: str,
+        request_id: str,
+        deadline_s: float | None = None,
+    ) -> ScoreResponse:
+        """Answer a score request. Cancelled, it drops the request's work.
 
+        :param deadline_s: on the monotonic clock
         :raises ProblemError: whatever keeps it from being scored
         """
         started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(self._decoders, self._intake, body, content_type)
-        completed = await self._completed(request)
+        parsed = await self._off_loop(partial(self._intake.parse, body, content_type))
+        del body
+        current().pairs = len(parsed.request.items)
+        ticket.set("pairs", len(parsed.request.items))
+        self._refuse_if_down(parsed)
+        request = self._intake.admitted(parsed, await self._decoded(parsed, ticket))
+        del parsed
+        ticket.set("body bytes", 0)
+        completed = await self._completed(request, ticket, deadline_s)
         return self._response(request, completed, request_id, time.perf_counter() - started)
 
     def describe(self) -> EvaluatorList:
@@ -124,9 +159,9 @@ class Judge:
         """
         from reward_service.evaluators import FORMULAS
 
-        engine = self._ready().engine
+        bench = self._ready()
         described = {}
-        for name, evaluator in engine.evaluators.items():
+        for name, evaluator in bench.engine.evaluators.items():
             scale = self.calibration.evaluators[name]
             described[name] = EvaluatorDescription(
                 fingerprint=evaluator.fingerprint,
@@ -137,79 +172,136 @@ class Judge:
                 weight=self.config.evaluators[name].weight,
                 provisional=self.calibration.provisional_for(name, evaluator.fingerprint),
             )
-        return EvaluatorList(described, str(engine.device), str(engine.dtype).removeprefix("torch."))
+        return EvaluatorList(described, str(bench.engine.device), bench.dtype)
 
     def _load(self) -> None:
         try:
             engine = self._build(self.config)
-            engine.warm_up()
+            bench = open_bench(self.config, engine, self.metrics, self.fail, self._on_notice)
         except Exception as error:  # noqa: BLE001 - reported in one line, whatever it was
-            message = one_line(error) or type(error).__name__
-            self._health = Health("failed", message)
-            self._on_failure(message)
+            self.fail(one_line(error) or type(error).__name__)
             return
         if self._health.status != "loading":  # told to stop in the meantime
+            bench.close(0.0)
             return
-        prints = {name: evaluator.fingerprint for name, evaluator in engine.evaluators.items()}
-        if notice := self.calibration.notice(prints):
+        if notice := self.calibration.notice(bench.prints):
             self._on_notice(notice)
-        queue: Queue = Scheduler(
-            lambda pairs, lane: _run(engine, pairs, lane),
-            batch_pairs=self.config.batch_pairs,
-            max_queued_pairs=self.config.limits.max_queued_pairs,
-        )
-        self._loaded = _Loaded(engine, queue)
-        self._health = Health("ready", f"{len(engine.evaluators)} evaluators on {engine.device}")
+        tell_loaded(bench, self.calibration, self.metrics)
+        self._bench = bench
+        self._health = Health("ready", f"{len(bench.prints)} evaluators on {engine.device}")
         self._on_ready(self._health.detail)
 
-    def _ready(self) -> _Loaded:
-        if self._loaded is None or self._health.status != "ready":
+    def _observe(self) -> None:
+        used = self.admission
+        self.metrics.ready.set_function(lambda: self._health.status == "ready")
+        self.metrics.queued_pairs.set_function(lambda: self._bench.queue.queued_pairs if self._bench else 0)
+        self.metrics.inflight_bytes.set_function(lambda: used.used["body bytes"] + used.used["decoded bytes"])
+
+    def _ready(self) -> Bench:
+        if self._bench is None or self._health.status != "ready":
             message = f"the service is {self._health.status}: {self._health.detail}"
             raise ProblemError("not_ready", message, retry_after_s=_RETRY_LOADING_S)
-        return self._loaded
+        return self._bench
 
-    async def _completed(self, request: Admitted) -> Completed[PairScores]:
-        lane: Lane = (request.evaluators, request.deterministic)
-        try:
-            # What was admitted before its body was read is finished, also while stopping.
-            loaded = self._loaded or self._ready()
-            future: Future[Completed[PairScores]] = loaded.queue.submit(request.pairs, lane)
+    def _retry_after_s(self) -> int:
+        return self._bench.queue.retry_after_s() if self._bench else _RETRY_LOADING_S
+
+    def _refuse_if_down(self, parsed: Parsed) -> None:
+        """Say at once what cannot be had for some time."""
+        bench = self._bench or self._ready()
+        down = bench.guard.down(parsed.evaluators)
+        if down and (not parsed.request.allow_partial or len(down) == len(parsed.evaluators)):
+            raise _down(list(down), max(down.values()))
+
+    async def _decoded(self, parsed: Parsed, ticket: Ticket) -> list[Slice]:
+        """Slice by slice, as many at a time as there are decoders, so that requests take turns."""
+
+        def decode(part: range) -> Slice:
+            return self._intake.decode(parsed, part, lambda size: ticket.grow("decoded bytes", size))
+
+        found: list[Slice] = []
+        parts = self._intake.slices(parsed)
+        while window := list(islice(parts, self.config.decode_threads)):
+            found += await asyncio.gather(*(self._off_loop(partial(decode, part)) for part in window))
+            if any(part.wrong for part in found):
+                break
+        return found
+
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
+    async def _completed(
+        self, request: Admitted, ticket: Ticket, deadline_s: float | None
+    ) -> Completed[PairScores]:
+        # What was admitted before its body was read is finished, also while stopping.
+        bench = self._bench or self._ready()
+        # In the configuration's order, whatever the caller's: the same evaluators share batches.
+        names = tuple(name for name in self.config.enabled if name in request.evaluators)
+        with _as_problems():
+            future: Future[Completed[PairScores]] = bench.queue.submit(
+                request.pairs,
+                (names, request.deterministic),
+                client=ticket.client.queue,
+                weight=ticket.weight,
+                deadline_s=deadline_s,
+            )
+            # Cancelling the one cancels the other.
             return await asyncio.wrap_future(future)
-        except QueueFullError as error:
-            raise ProblemError("queue_full", str(error), retry_after_s=error.retry_after_s) from None
-        except ClosedError as error:
-            raise ProblemError("not_ready", str(error), retry_after_s=_RETRY_LOADING_S) from None
-        except PairFailedError as error:
-            cause = one_line(error.__cause__)[:200]
-            raise at_item("scoring_failed", f"item {error.index}: {cause}", error.index) from error
 
     def _response(
         self, request: Admitted, completed: Completed[PairScores], request_id: str, total_s: float
     ) -> ScoreResponse:
+        names = working(request, completed.results)
+        failed = {name: DOWN for name in request.evaluators if name not in names}
+        if failed and (not request.allow_partial or not names):
+            raise _down(list(failed), self._retry_after_s())
         # Loaded even while stopping: it has just scored.
-        engine = cast("_Loaded", self._loaded).engine
-        seconds = {
-            "decode": request.decode_s,
-            "queue": completed.queued_s,
-            "run": completed.run_s,
-            "total": total_s,
-        }
-        timing = {name: round(1000 * value, 3) for name, value in seconds.items()}
-        prints = {name: engine.evaluators[name].fingerprint for name in request.evaluators}
+        prints = (self._bench or self._ready()).prints
+        results = item_results(request, completed.results, self.calibration)
+        for name in names:
+            self.metrics.scores.observe(name, (result.scores[name].z for result in results))
         return ScoreResponse(
             request_id,
-            item_results(request, completed.results, self.calibration),
-            identities(prints, self.calibration),
-            timing,
+            results,
+            identities({name: prints[name] for name in names}, self.calibration),
+            self._timing(request, completed, total_s),
+            failed,
         )
+
+    def _timing(
+        self, request: Admitted, completed: Completed[PairScores], total_s: float
+    ) -> dict[str, float]:
+        """Milliseconds by stretch, told to metrics and log too."""
+        seconds = {"decode": request.decode_s, "queue": completed.queued_s, "run": completed.run_s}
+        self.metrics.decode.observe(request.decode_s)
+        ended_ns = None
+        for name in reversed(seconds):
+            ended_ns = current().passed(name, seconds[name], ended_ns)
+        return {name: round(1000 * value, 3) for name, value in (seconds | {"total": total_s}).items()}
+
+
+@contextmanager
+def _as_problems() -> Iterator[None]:
+    """The scheduler's errors as problems."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise ProblemError("queue_full", str(error), retry_after_s=error.retry_after_s) from None
+    except DeadlineError:
+        raise ProblemError("deadline_exceeded", "it could not be scored before X-Deadline-Ms") from None
+    except (ClosedError, StuckError) as error:
+        raise ProblemError("not_ready", one_line(error), retry_after_s=_RETRY_LOADING_S) from None
+    except PairFailedError as error:
+        cause = one_line(error.__cause__)[:200]
+        raise at_item("scoring_failed", f"item {error.index}: {cause}", error.index) from error
+
+
+def _down(names: list[str], wait_s: float) -> ProblemError:
+    detail = f"out of service: {', '.join(names)}; ask for the others, or set allow_partial"
+    return ProblemError(DOWN, detail, retry_after_s=max(1, round(wait_s)))
 
 
 def _build_engine(config: ServiceConfig) -> RewardEngine:
     from reward_service.loading import build_engine
 
     return build_engine(config)
-
-
-def _run(engine: RewardEngine, pairs: Sequence[Pair], lane: Hashable) -> list[PairScores]:
-    names, deterministic = cast("Lane", lane)
-    return engine.score(pairs, names, deterministic=deterministic)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from reward_service.images import Pixels
 
 
 class ScoringError(Exception):
-    """Scores that are not numbers."""
+    """An evaluator gave no number for some pair; ``evaluator`` is its name, if it is known."""
+
+    def __init__(self, message: str, evaluator: str | None = None) -> None:
+        super().__init__(message)
+        self.evaluator = evaluator
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them."""
+    """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them.
+
+    ``failed`` says of each evaluator that is out of service why; there is no score of it.
+    """
 
     raw: dict[str, float]
     truncated_prompt: bool
+    failed: Mapping[str, str] = field(default_factory=dict)

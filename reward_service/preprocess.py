@@ -97,5 +97,6 @@ class Preprocessing:
 
 def _unit(picture: Pixels) -> Tensor:
     """uint8 (H, W, 3) as float32 (3, H, W) in [0, 1]."""
-    channels_first = np.ascontiguousarray(picture.transpose(2, 0, 1))
+    # A copy in any case: of one pixel it would be the caller's own array, which may be read-only.
+    channels_first = np.array(picture.transpose(2, 0, 1), order="C")
     return torch.from_numpy(channels_first).to(torch.float32).div(255)

@@ -20,11 +20,16 @@ PROBLEM = "application/problem+json"
 MAX_PROBLEM_ITEMS = 10
 MAX_PAIRS = 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_PROMPT_CHARS = 10_000
+_MAX_NAMES = 64
+# What a batch of short prompts needs sixteen times over. Each comma of JSON can cost 150 bytes of memory.
+_MAX_COMMAS = 128 * MAX_PAIRS
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Normalization = Literal["unit", "z", "raw"]
 Weight = Annotated[float, Meta(ge=0)]
-Side = Annotated[int, Meta(ge=1)]
+# Bounded, because a refusal names it, and JSON has numbers of thousands of digits.
+Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Picture(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,7 +47,7 @@ class Picture(Struct, frozen=True, forbid_unknown_fields=True):
 class Item(Struct, frozen=True, forbid_unknown_fields=True):
     """One prompt and the picture to judge by it."""
 
-    prompt: Annotated[str, Meta(min_length=1, max_length=10_000)]
+    prompt: Annotated[str, Meta(min_length=1, max_length=MAX_PROMPT_CHARS)]
     image: Picture
 
 
@@ -51,12 +56,14 @@ class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     ``evaluators``: names, or null for all that the service has. ``weights``: evaluator → weight of its
     normalized score in the reward; an evaluator that is not named then weighs 0; null for the service's own.
-    ``normalization``: which of the three numbers the reward is made of.
+    ``normalization``: which of the three numbers the reward is made of. ``allow_partial``: take the scores of
+    the other evaluators when one is out of service; without it that is an error. ``deterministic``: let
+    scores depend on nothing but the pair; slower.
     """
 
     items: Annotated[list[Item], Meta(min_length=1, max_length=MAX_PAIRS)]
-    evaluators: Annotated[list[str], Meta(min_length=1)] | None = None
-    weights: dict[str, Weight] | None = None
+    evaluators: Annotated[list[str], Meta(min_length=1, max_length=_MAX_NAMES)] | None = None
+    weights: Annotated[dict[str, Weight], Meta(max_length=_MAX_NAMES)] | None = None
     normalization: Normalization = "unit"
     allow_partial: bool = False
     deterministic: bool = False
@@ -71,10 +78,13 @@ class EvaluatorScore(Struct, frozen=True):
 
 
 class ItemResult(Struct, frozen=True):
-    """The scores of one pair; ``reward`` is the weighted mean of its normalized scores."""
+    """The scores of one pair; ``reward`` is the weighted mean of its normalized scores.
+
+    It is null, never a mean of something else, if an evaluator that it is made of has ``failed``.
+    """
 
     index: int
-    reward: float
+    reward: float | None
     scores: dict[str, EvaluatorScore]
     truncated_prompt: bool
     lossy_input: bool
@@ -92,12 +102,17 @@ class EvaluatorIdentity(Struct, frozen=True):
 
 
 class ScoreResponse(Struct, frozen=True):
-    """Results in the order of the request's items, all of them or none."""
+    """Results in the order of the request's items, all of them or none.
+
+    ``failed``: evaluator → problem code, for those that were asked for and are out of service; empty unless
+    the request said ``allow_partial``. Neither ``evaluators`` nor any result has them.
+    """
 
     id: str
     results: list[ItemResult]
     evaluators: dict[str, EvaluatorIdentity]
     timing_ms: dict[str, float]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class EvaluatorDescription(Struct, frozen=True):
@@ -164,22 +179,32 @@ _QUOTED_INPUT = re.compile(
 )
 
 
-def decode_request(body: bytes, content_type: str) -> ScoreRequest:
+def decode_request(body: bytes | bytearray, content_type: str) -> ScoreRequest:
     """Decode a request body of one of the two content types.
+
+    Of a key that comes twice the last value counts.
 
     :raises MalformedBodyError: not JSON/msgpack at all (``syntax``), or not this schema
     """
     decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
+    # msgspec reads a JSON array whole before it looks at its length: gigabytes for a hostile one.
+    if content_type == JSON and body.count(b",") > _MAX_COMMAS:
+        raise MalformedBodyError(f"more than {_MAX_COMMAS} commas; send fewer pairs a request", syntax=False)
     try:
         request: ScoreRequest = decoder.decode(body, type=ScoreRequest)
     except msgspec.ValidationError as error:
-        found = _ITEM_PATH.search(str(error))
-        detail = _without_input(str(error))
-        raise MalformedBodyError(detail, syntax=False, index=int(found[1]) if found else None) from None
+        raise not_the_schema(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         name = "msgpack" if content_type == MSGPACK else "JSON"
         raise MalformedBodyError(f"the body is not valid {name}: {str(error)[:120]}", syntax=True) from None
     return request
+
+
+def not_the_schema(error: msgspec.ValidationError) -> MalformedBodyError:
+    """msgspec's complaint about a value, without the sender's own words."""
+    found = _ITEM_PATH.search(str(error))
+    detail = _without_input(str(error))
+    return MalformedBodyError(detail, syntax=False, index=int(found[1]) if found else None)
 
 
 def _without_input(message: str) -> str:
@@ -205,14 +230,16 @@ def decode_response(body: bytes, content_type: str) -> ScoreResponse:
     for position, result in enumerate(response.results):
         if result.index != position:
             raise ValueError(f"result {position} carries index {result.index}")
+        if result.reward is None and not response.failed:
+            raise ValueError(f"result {position} has no reward, though no evaluator failed")
         if not finite(result.reward, result.scores):
             raise ValueError(f"result {position} holds a number that is not finite")
     return response
 
 
-def finite(reward: float, scores: Mapping[str, EvaluatorScore]) -> bool:
-    """Whether a reward and all of its scores are finite numbers."""
-    return math.isfinite(reward) and all(
+def finite(reward: float | None, scores: Mapping[str, EvaluatorScore]) -> bool:
+    """Whether a reward, if there is one, and all of its scores are finite numbers."""
+    return (reward is None or math.isfinite(reward)) and all(
         math.isfinite(number) for score in scores.values() for number in (score.raw, score.z, score.unit)
     )
 

@@ -106,6 +106,11 @@ class Tower:
         """Empty the cache of prompts."""
         self._cache.clear()
 
+    def forget_text(self, prompt: str) -> None:
+        """Compute one prompt anew the next time."""
+        for deterministic in (False, True):
+            self._cache.pop((prompt, deterministic), None)
+
     @torch.inference_mode()
     def _embed_new(self, prompts: Sequence[str]) -> list[tuple[Tensor, bool]]:
         rows: list[Tokens] = [self._tokenizer(prompt) for prompt in prompts]

@@ -130,6 +130,25 @@ def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item
     assert only["reward"] == pytest.approx(only["scores"]["clip"]["raw"])
 
 
+def test_the_order_of_evaluators_does_not_part_callers(
+    app: FastAPI, judge: Judge, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who names the same evaluators in another order can share a batch, and is answered in that order."""
+    assert judge._bench is not None
+    queue, lanes = judge._bench.queue, []
+    submit = queue.submit
+
+    def noted(works: Any, lane: Any, **options: Any) -> Any:
+        lanes.append(lane)
+        return submit(works, lane, **options)
+
+    monkeypatch.setattr(queue, "submit", noted)
+    for names in (["hpsv2", "clip"], ["clip", "hpsv2"]):
+        answer = post(app, {"items": [item], "evaluators": names})
+        assert list(answer.json()["results"][0]["scores"]) == names
+    assert lanes[0] == lanes[1] == (("clip", "hpsv2"), False)
+
+
 def test_what_was_lost_is_reported(app: FastAPI, pictures: list[Pixels]) -> None:
     """A JPEG is marked lossy and a prompt beyond the context truncated."""
     data = base64.b64encode(jpeg(pictures[4])).decode()
@@ -190,7 +209,6 @@ def test_bad_bodies_are_named(app: FastAPI, name: str) -> None:
         ({"evaluators": ["clip"], "weights": {"hpsv2": 1}}, "bad_weights"),
         ({"evaluators": []}, "invalid_request"),
         ({"normalization": "percent"}, "invalid_request"),
-        ({"allow_partial": True}, "unsupported_option"),
     ],
 )
 def test_bad_options_are_named(app: FastAPI, item: dict[str, Any], change: dict[str, Any], code: str) -> None:

@@ -5,92 +5,28 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from reward_service import payload
 from reward_service.client import (
     AsyncRewardClient,
+    IdentityChangedError,
     InputError,
     NotReadyError,
     OverloadedError,
     ProtocolError,
     RejectedError,
-    RewardClient,
-    RewardClientError,
     UnreachableError,
 )
 from reward_service.images import decode
-from reward_service.protocol import (
-    MSGPACK,
-    EvaluatorIdentity,
-    EvaluatorScore,
-    Health,
-    ItemResult,
-    Problem,
-    ProblemItem,
-    ScoreRequest,
-    ScoreResponse,
-    decode_request,
-)
-
-URL = "http://judge.invalid"
-Handler = Callable[[httpx.Request], httpx.Response]
-PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-
-
-def response_to(request: ScoreRequest, fingerprint: str = "f", raw: float | None = None) -> ScoreResponse:
-    """One evaluator whose raw score is the sum of the raw picture's bytes."""
-    results = []
-    for index, item in enumerate(request.items):
-        score = EvaluatorScore(float(sum(item.image.data)) if raw is None else raw, 0.0, 0.5)
-        results.append(ItemResult(index, 0.5, {"clip": score}, truncated_prompt=False, lossy_input=False))
-    return ScoreResponse("id", results, {"clip": EvaluatorIdentity(fingerprint, "c")}, {"total": 1.0})
-
-
-def answer(value: Any, status: int = 200, **headers: str) -> httpx.Response:
-    body = msgspec.msgpack.encode(value) if isinstance(value, ScoreResponse) else msgspec.json.encode(value)
-    kind = MSGPACK if isinstance(value, ScoreResponse) else "application/json"
-    return httpx.Response(status, content=body, headers={"content-type": kind, **headers})
-
-
-def problem(
-    status: int, code: str = "queue_full", *, retryable: bool = True, **headers: str
-) -> httpx.Response:
-    items = [ProblemItem(code, "the reason", 3)]
-    return answer(Problem("t", status, code, "d", retryable, "id", errors=items), status, **headers)
-
-
-class Service:
-    """Answers in turn, then scores properly; remembers what it was asked."""
-
-    def __init__(self, *answers: httpx.Response | Exception) -> None:
-        self.answers = list(answers)
-        self.requests: list[ScoreRequest] = []
-        self.headers: list[httpx.Headers] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.headers.append(request.headers)
-        self.requests.append(decode_request(request.content, MSGPACK))
-        if not self.answers:
-            return answer(response_to(self.requests[-1]))
-        first = self.answers.pop(0)
-        if isinstance(first, Exception):
-            raise first
-        return first
-
-
-def client(handler: Handler, pauses: list[float] | None = None, **options: Any) -> RewardClient:
-    sleep = (lambda _: None) if pauses is None else pauses.append
-    return RewardClient(URL, transport=httpx.MockTransport(handler), sleep=sleep, **options)
+from reward_service.protocol import MSGPACK, Health, ScoreRequest, ScoreResponse, decode_request
+from tests.reward_service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
 
 
 def test_scores_come_back_in_order() -> None:
@@ -132,26 +68,24 @@ def test_every_kind_of_picture_arrives_unchanged(tmp_path: Path) -> None:
 
 def test_problems_are_told_by_the_callers_own_index() -> None:
     """A batch that goes out in several requests: the second one's pair 3 is the caller's 1,027."""
-    images = [PIXELS] * (payload.MAX_PAIRS + 6)
+    images = [PIXELS] * 1030
 
     def refuse_the_second(request: httpx.Request) -> httpx.Response:
         asked = decode_request(request.content, MSGPACK)
         return answer(response_to(asked)) if len(asked.items) > 6 else problem(422, retryable=False)
 
     with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
-        client(refuse_the_second).score(["x"] * len(images), images)
+        client(refuse_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
     assert caught.value.problem is not None
-    assert caught.value.problem.errors[0].index == payload.MAX_PAIRS + 3
+    assert caught.value.problem.errors[0].index == 1027
 
 
-@pytest.mark.parametrize(
-    ("prompt", "weights"), [("\ud800", None), ("x", {"clip": np.float32(1)}), (object(), None)]
-)
-def test_what_cannot_be_encoded_is_an_input_error(prompt: Any, weights: Any) -> None:
+@pytest.mark.parametrize("prompt", ["\ud800", object(), None, 3, b"bytes"])
+def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
     """Not a codec's own exception, and nothing is sent."""
     service = Service()
-    with pytest.raises(InputError, match="cannot be sent"):
-        client(service).score([prompt], [PIXELS], weights=weights)
+    with pytest.raises(InputError, match="prompt 0 cannot be sent"):
+        client(service).score([prompt], [PIXELS])
     assert service.requests == []
 
 
@@ -202,27 +136,25 @@ def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words
         client(Service()).score(prompts, images)
 
 
-def test_large_batches_are_split_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_split_and_merged() -> None:
     """Chunks by count and by bytes; results renumbered as if it had been one request."""
-    monkeypatch.setattr(payload, "MAX_PAIRS", 4)
-    monkeypatch.setattr(payload, "CHUNK_BYTES", 3 * PIXELS.nbytes)
     service = Service()
-    response = client(service).score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
+    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
+    response = judge.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
     assert [len(request.items) for request in service.requests] == [3, 4, 1]
     assert [result.index for result in response.results] == list(range(8))
     assert response.timing_ms == {"total": 3.0}
 
 
-def test_a_scorer_that_changes_between_chunks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_changes_between_chunks_is_an_error() -> None:
     """Scores of two different models are never mixed in one response."""
-    monkeypatch.setattr(payload, "MAX_PAIRS", 1)
     prints = iter("ab")
 
     def handler(request: httpx.Request) -> httpx.Response:
         return answer(response_to(decode_request(request.content, MSGPACK), next(prints)))
 
-    with pytest.raises(RewardClientError, match="changed"):
-        client(handler).score(["x", "y"], [PIXELS] * 2)
+    with pytest.raises(IdentityChangedError, match="clip has another fingerprint"):
+        client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
 
 
 def test_what_is_retryable_is_retried() -> None:
@@ -239,7 +171,7 @@ def test_retry_after_is_honoured() -> None:
     found = []
     for _ in range(8):
         pauses: list[float] = []
-        client(Service(problem(503, **{"retry-after": "7"})), pauses).score(["x"], [PIXELS])
+        client(Service(problem(503, retry_after="7")), pauses).score(["x"], [PIXELS])
         found += pauses
     assert min(found) >= 7.0
     assert len(set(found)) > 1
@@ -247,7 +179,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_it_gives_up_when_the_budget_is_spent() -> None:
     """A budget in seconds, not a count of attempts; the error says what the service said."""
-    service = Service(*[problem(503, **{"retry-after": "40"})] * 9)
+    service = Service(*[problem(503, retry_after="40")] * 9)
     with pytest.raises(OverloadedError, match="503 queue_full: pair 3: the reason"):
         client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
     assert len(service.requests) == 1

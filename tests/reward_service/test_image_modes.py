@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from reward_service.images import ImageError, decode
-from reward_service.payload import picture
+from reward_service.pictures import picture
 
 WHITE = [255, 255, 255]
 # Four different corners, so that every rotation and reflection shows.

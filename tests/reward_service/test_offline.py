@@ -20,6 +20,7 @@ from reward_service.config import ServiceConfig
 from reward_service.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.judge import Judge
+from reward_service.keys import Client
 from reward_service.offline import Report, Request, print_scores, score_files
 from reward_service.protocol import (
     MSGPACK,
@@ -75,7 +76,9 @@ def asked_of_the_service(config: ServiceConfig, engine: RewardEngine, request: R
     deadline = time.monotonic() + 20
     while judge.health.status == "loading" and time.monotonic() < deadline:
         time.sleep(0.01)
-    answer = asyncio.run(judge.score(encode(body, MSGPACK), MSGPACK, "id"))
+    sent = encode(body, MSGPACK)
+    with judge.enter(Client(), len(sent)) as ticket:
+        answer = asyncio.run(judge.score(ticket, sent, MSGPACK, "id"))
     judge.close()
     return answer
 

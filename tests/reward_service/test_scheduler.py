@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Hashable, Sequence
-from concurrent.futures import Future
+import time
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from reward_service.scheduler import ClosedError, Completed, PairFailedError, QueueFullError, Scheduler
-
-WAIT_S = 10.0
-
-
-class Device:
-    """Doubles numbers; refuses those in ``poison``; can be held busy."""
-
-    def __init__(self, poison: Sequence[int] = ()) -> None:
-        self.poison = set(poison)
-        self.batches: list[tuple[list[int], Hashable]] = []
-        self.free = threading.Event()
-        self.free.set()
-        self.entered = threading.Event()
-
-    def __call__(self, works: Sequence[int], lane: Hashable) -> list[int]:
-        self.entered.set()
-        assert self.free.wait(WAIT_S)
-        self.batches.append((list(works), lane))
-        if self.poison & set(works):
-            raise ValueError("poison")
-        return [2 * work for work in works]
-
-
-def hold(device: Device, scheduler: Scheduler[int, int]) -> Future[Completed[int]]:
-    """Keep the device busy with one pair, so that what is submitted next has to queue."""
-    device.free.clear()
-    device.entered.clear()
-    future = scheduler.submit([0])
-    assert device.entered.wait(WAIT_S)
-    return future
+from reward_service.scheduler import (
+    ClosedError,
+    DeadlineError,
+    QueueFullError,
+    Scheduler,
+)
+from tests.reward_service.devices import WAIT_S, Device, Numbers, Watcher, hold
 
 
 def test_waiting_requests_share_a_batch() -> None:
     """While the device is busy requests gather; then they go together, results each to their own."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=8, max_queued_pairs=100)
+    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=100)
     hold(device, scheduler)
     futures = [scheduler.submit(works) for works in ([1, 2], [3], [4, 5, 6])]
     device.free.set()
@@ -58,7 +36,7 @@ def test_waiting_requests_share_a_batch() -> None:
 def test_a_large_request_is_cut_into_batches() -> None:
     """No batch exceeds its bound, and the order within a request is kept."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=4, max_queued_pairs=4)
+    scheduler = Numbers(device, batch_pairs=4, max_queued_pairs=4)
     assert scheduler.submit(range(11)).result(WAIT_S).results == [2 * n for n in range(11)]
     assert [len(batch) for batch, _ in device.batches] == [4, 4, 3]
     scheduler.close(WAIT_S)
@@ -67,7 +45,7 @@ def test_a_large_request_is_cut_into_batches() -> None:
 def test_lanes_do_not_mix() -> None:
     """Requests with other options never share a batch."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=8, max_queued_pairs=100)
+    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=100)
     hold(device, scheduler)
     futures = [scheduler.submit([n], lane) for n, lane in ((1, "a"), (2, "b"), (3, "a"))]
     device.free.set()
@@ -76,37 +54,10 @@ def test_lanes_do_not_mix() -> None:
     scheduler.close(WAIT_S)
 
 
-@given(
-    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=8),
-    poison=st.sets(st.integers(1, 40), max_size=3),
-    batch=st.integers(1, 9),
-)
-@settings(max_examples=60, deadline=None)
-def test_only_the_request_at_fault_fails(sizes: list[int], poison: set[int], batch: int) -> None:
-    """Whatever is poisoned, wherever it lies in the batches: every other request is answered correctly."""
-    device = Device(sorted(poison))
-    scheduler = Scheduler(device, batch_pairs=batch, max_queued_pairs=1000)
-    hold(device, scheduler)
-    numbers = iter(range(1, 1000))
-    requests = [[next(numbers) for _ in range(size)] for size in sizes]
-    futures = [scheduler.submit(works) for works in requests]
-    device.free.set()
-    for works, future in zip(requests, futures, strict=True):
-        if poison & set(works):
-            error = future.exception(WAIT_S)
-            assert isinstance(error, PairFailedError)
-            assert works[error.index] in poison
-            assert isinstance(error.__cause__, ValueError)
-        else:
-            assert future.result(WAIT_S).results == [2 * work for work in works]
-    assert scheduler.close(WAIT_S)
-    assert scheduler.queued_pairs == 0
-
-
 def test_the_queue_is_bounded() -> None:
     """A request that does not fit whole is refused with a time to come back, and the rest is served."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=2, max_queued_pairs=5)
+    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=5)
     hold(device, scheduler)
     accepted = scheduler.submit([1, 2, 3])
     with pytest.raises(QueueFullError) as refused:
@@ -122,7 +73,7 @@ def test_the_queue_is_bounded() -> None:
 def test_a_caller_who_left_is_not_worked_for() -> None:
     """A cancelled request is never run and frees its room."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=8, max_queued_pairs=3)
+    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=3)
     hold(device, scheduler)
     gone = scheduler.submit([1, 2, 3])
     assert gone.cancel()
@@ -135,7 +86,7 @@ def test_a_caller_who_left_is_not_worked_for() -> None:
 def test_closing_finishes_what_was_admitted() -> None:
     """After close nothing more comes in, and everything that had come in is answered."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=2, max_queued_pairs=100)
+    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=100)
     hold(device, scheduler)
     futures = [scheduler.submit([n]) for n in range(1, 6)]
     device.free.set()
@@ -148,9 +99,172 @@ def test_closing_finishes_what_was_admitted() -> None:
 def test_closing_does_not_wait_for_ever() -> None:
     """A device that hangs leaves the rest with an error instead of silence."""
     device = Device()
-    scheduler = Scheduler(device, batch_pairs=1, max_queued_pairs=100)
+    scheduler = Numbers(device, batch_pairs=1, max_queued_pairs=100)
     hold(device, scheduler)
     waiting = scheduler.submit([1])
     assert not scheduler.close(0.05)
     assert isinstance(waiting.exception(WAIT_S), ClosedError)
     device.free.set()
+    with pytest.raises(ClosedError):
+        scheduler.submit([2])
+
+
+def test_a_light_caller_waits_for_one_batch_at_most() -> None:
+    """Behind the running batch comes one with the newcomer in it, also when another had been prepared."""
+    device, prepared = Device(), threading.Event()
+
+    def prepare(works: Sequence[int], lane: Hashable) -> Sequence[int]:
+        if 8 in works:
+            prepared.set()
+        return works
+
+    scheduler = Numbers(device, batch_pairs=4, max_queued_pairs=100, prepare=prepare)
+    hold(device, scheduler)
+    heavy = scheduler.submit(range(5, 50), client="heavy")
+    assert prepared.wait(WAIT_S)
+    light = scheduler.submit([1], client="light")
+    device.free.set()
+    assert light.result(WAIT_S).results == [2]
+    assert heavy.result(WAIT_S).results == [2 * n for n in range(5, 50)]
+    assert 1 in device.batches[1][0]
+    assert scheduler.close(WAIT_S)
+
+
+def test_pairs_are_prepared_once_while_the_device_works() -> None:
+    """What ``run`` gets is what ``prepare`` made, and the next batch's is made before this one is done."""
+    made: Counter[int] = Counter()
+    ahead = threading.Event()
+
+    def prepare(works: Sequence[int], lane: Hashable) -> list[str]:
+        made.update(works)
+        if 5 in works:
+            ahead.set()
+        return [f"{lane} {work}" for work in works]
+
+    def run(ready: Sequence[str], lane: Hashable) -> list[str]:
+        if "x 5" not in ready and "x 0" in ready:
+            assert ahead.wait(WAIT_S)
+        return [text.upper() for text in ready]
+
+    scheduler: Scheduler[int, str] = Scheduler(run, batch_pairs=4, max_queued_pairs=100, prepare=prepare)
+    results = scheduler.submit(range(12), "x").result(WAIT_S).results
+    assert results == [f"X {n}" for n in range(12)]
+    assert scheduler.close(WAIT_S)
+    assert set(made.values()) == {1}
+
+
+def test_nobody_waits_beyond_the_deadline() -> None:
+    """A deadline that passes in the queue or on a busy device is told then; what had not begun never runs."""
+    device, watcher = Device(), Watcher()
+    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=100, observer=watcher)
+    device.free.clear()
+    running = scheduler.submit([0], deadline_s=time.monotonic() + 0.1)
+    assert device.entered.wait(WAIT_S)
+    queued = scheduler.submit([1, 2, 3], deadline_s=time.monotonic() + 0.1)
+    patient = scheduler.submit([4])
+    for future in (running, queued):
+        assert isinstance(future.exception(WAIT_S), DeadlineError)
+    assert not device.free.is_set()
+    device.free.set()
+    assert patient.result(WAIT_S).results == [8]
+    assert scheduler.close(WAIT_S)
+    assert [batch for batch, _ in device.batches] == [[0], [4]]
+    assert ("expired", 3) in watcher.told
+
+
+def test_the_impossible_is_refused_at_once() -> None:
+    """A deadline in the past, or one that a busy device cannot keep."""
+    device = Device()
+
+    def slow(works: Sequence[int], lane: Hashable) -> list[int]:
+        time.sleep(0.05 * len(works))
+        return device(works, lane)
+
+    scheduler = Numbers(slow, batch_pairs=4, max_queued_pairs=1000)
+    with pytest.raises(DeadlineError):
+        scheduler.submit([1], deadline_s=time.monotonic() - 1)
+    scheduler.submit([1, 2, 3]).result(WAIT_S)
+    hold(device, scheduler)
+    with pytest.raises(DeadlineError):
+        scheduler.submit(range(100), deadline_s=time.monotonic() + 1)
+    assert scheduler.queued_pairs == 0
+    device.free.set()
+    assert scheduler.close(WAIT_S)
+
+
+def test_urgent_work_goes_first_within_a_client() -> None:
+    """Earliest deadline, then those without one in the order they came."""
+    device = Device()
+    scheduler = Numbers(device, batch_pairs=1, max_queued_pairs=100)
+    hold(device, scheduler)
+    now = time.monotonic()
+    for work, due in ((1, None), (2, now + 900), (3, None), (4, now + 600)):
+        scheduler.submit([work], deadline_s=due)
+    device.free.set()
+    assert scheduler.close(WAIT_S)
+    assert [batch for batch, _ in device.batches] == [[0], [4], [2], [1], [3]]
+
+
+def test_the_time_to_come_back_follows_the_queue() -> None:
+    """At least a second; more with more in the queue, by what batches have taken."""
+    device = Device()
+
+    def run(works: Sequence[int], lane: Hashable) -> list[int]:
+        time.sleep(0.02 * len(works))
+        return device(works, lane)
+
+    scheduler = Numbers(run, batch_pairs=4, max_queued_pairs=10_000)
+    scheduler.submit(range(8)).result(WAIT_S)
+    assert scheduler.retry_after_s() == 1
+    hold(device, scheduler)
+    gone = scheduler.submit(range(1000))
+    assert scheduler.retry_after_s() >= 15
+    gone.cancel()
+    device.free.set()
+    assert scheduler.close(WAIT_S)
+
+
+def test_senseless_requests_are_refused() -> None:
+    """No pairs, or a weight that shares nothing."""
+    scheduler = Numbers(Device(), batch_pairs=4, max_queued_pairs=100)
+    with pytest.raises(ValueError, match="one pair"):
+        scheduler.submit([])
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="weight"):
+            scheduler.submit([1], weight=weight)
+    assert scheduler.close(WAIT_S)
+
+
+class Picture:
+    """Something whose end can be seen."""
+
+
+@pytest.mark.parametrize("end", ["scored", "failed", "cancelled"])
+def test_pictures_are_freed_with_their_answer(end: str) -> None:
+    """However a request ends, no ring of references keeps its works until the collector comes round."""
+
+    def run(works: Sequence[Picture], lane: Hashable) -> list[int]:
+        if end == "failed":
+            raise ValueError
+        return [1] * len(works)
+
+    with collector_off():
+        scheduler: Scheduler[Picture, int] = Scheduler(run, batch_pairs=2, max_queued_pairs=100)
+        picture = Picture()
+        seen = weakref.ref(picture)
+        future = scheduler.submit([picture, picture, picture])
+        if end == "cancelled":
+            future.cancel()
+        scheduler.close(WAIT_S)
+        assert future.done()
+        del picture, future
+        assert seen() is None
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

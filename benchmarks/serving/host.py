@@ -1,0 +1,200 @@
+"""A service in a process of its own that can be asked what it does: ``python -m benchmarks.serving.host``.
+
+It is `reward-service serve` in everything but the engine, which is watched, and may be of full size or have a
+device that sleeps. A line of JSON on stdin says which (:class:`Setup`); after ``listening on`` a line there
+is a question, answered by a line of JSON:
+
+``cpu``      seconds of CPU time: of the process, and of the engine in it
+``batches``  what the device did since it was last asked: :class:`Batch`
+``again``    score the same batches once more without the service; seconds
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import msgspec
+
+from reward_service.settings import rest_idle_threads
+
+if TYPE_CHECKING:
+    from reward_service.engine import RewardEngine
+    from reward_service.pairs import Pair, PairScores
+
+_logger = logging.getLogger(__name__)
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Which service: overrides of the miniature's configuration, and its engine.
+
+    ``sleep_s``: a device that takes so long for any batch. ``full``: towers of ViT-L/14 and ViT-H/14 with
+    random weights, of so many ``layers``, None for all.
+    """
+
+    overrides: list[str]
+    cores: list[int]
+    sleep_s: float | None = None
+    full: bool = False
+    layers: int | None = None
+    dtype: str = "float32"
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """A run of the engine, on the clock of this machine; ``light`` pairs have a prompt that begins so."""
+
+    start_s: float
+    end_s: float
+    pairs: int
+    light: int
+
+
+class Cpu(msgspec.Struct, frozen=True):
+    """Seconds of CPU time."""
+
+    process: float
+    engine: float
+
+
+class Watch:
+    """Stands before the engine's ``score``.
+
+    :param keep: keep the pairs too, for :meth:`again`
+    """
+
+    def __init__(self, score: Callable[..., Any], *, keep: bool) -> None:
+        self._score, self._keep = score, keep
+        self._done: list[Batch] = []
+        self._kept: list[Callable[[], Any]] = []
+        self._device_s = 0.0
+
+    def __call__(self, pairs: Sequence[Pair], *options: Any, **more: Any) -> Any:
+        """Score, and note it."""
+        cpu_s, start_s = time.thread_time(), time.monotonic()
+        try:
+            return self._score(pairs, *options, **more)
+        finally:
+            self._device_s += time.thread_time() - cpu_s
+            light = sum(pair.prompt.startswith("light") for pair in pairs)
+            self._done.append(Batch(start_s, time.monotonic(), len(pairs), light))
+            if self._keep:
+                self._kept.append(partial(self._score, pairs, *options, **more))
+
+    def cpu(self) -> Cpu:
+        """The engine's is its caller's while in it, and that of its own threads and torch's."""
+        return Cpu(time.process_time(), self._device_s + _helping_s())
+
+    def batches(self) -> list[Batch]:
+        """Since the last time."""
+        done, self._done = self._done, []
+        self._last, self._kept = self._kept, []
+        return done
+
+    def again(self) -> float:
+        """Score the batches that were told last, on a thread as the scheduler does; seconds."""
+        taken: list[float] = []
+
+        def run() -> None:
+            started = time.perf_counter()
+            for score in self._last:
+                score()
+            taken.append(time.perf_counter() - started)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return taken[0]
+
+
+def _helping_s() -> float:
+    """CPU seconds of the threads that prepare pictures, and of those that Python did not start."""
+    ours = {thread.native_id for thread in threading.enumerate() if "preprocess" not in thread.name}
+    nanoseconds = 0
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) not in ours:
+            with suppress(OSError):  # it has just ended
+                nanoseconds += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
+
+
+def _sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
+    from reward_service.pairs import PairScores
+
+    def score(
+        pairs: Sequence[Pair], names: Sequence[str] | None = None, *, deterministic: bool = False
+    ) -> list[PairScores]:
+        del deterministic
+        time.sleep(seconds)
+        raw = dict.fromkeys(engine.evaluators if names is None else names, 0.25)
+        return [PairScores(raw, truncated_prompt=False) for _ in pairs]
+
+    return score
+
+
+def _full(setup: Setup, batch_pairs: int) -> RewardEngine:
+    import torch
+
+    from benchmarks.models import random_engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        towers = ("clip", "pickscore")
+        dtype = getattr(torch, setup.dtype)
+        return random_engine(Path(folder), towers, setup.layers, torch.device("cpu"), dtype, batch_pairs)
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
+    os.sched_setaffinity(0, setup.cores)
+    rest_idle_threads()
+    from reward_service import judge, server
+    from reward_service.config import load_config
+
+    def build(config: Any) -> RewardEngine:
+        import torch
+
+        from reward_service.loading import build_engine
+
+        torch.set_num_threads(len(setup.cores))
+        engine = _full(setup, config.batch_pairs) if setup.full else build_engine(config)
+        score = engine.score if setup.sleep_s is None else _sleeping(engine, setup.sleep_s)
+        watch = Watch(score, keep=setup.full)
+        engine.score = watch  # type: ignore[method-assign]
+        threading.Thread(target=_answer, args=(watch,), daemon=True).start()
+        return engine
+
+    config = load_config(overrides=[f"threads={len(setup.cores)}", "port=0", *setup.overrides])
+    with patch.object(judge, "_build_engine", build):
+        failure = server.serve(config, lambda line: print(line, flush=True))
+    sys.exit(failure)
+
+
+def _answer(watch: Watch) -> None:
+    questions: dict[str, Callable[[], object]] = {
+        "cpu": watch.cpu,
+        "batches": watch.batches,
+        "again": watch.again,
+    }
+    # Whatever ends this ends the process, for whoever started it waits for an answer or is gone.
+    try:
+        for line in sys.stdin:
+            print(msgspec.json.encode(questions[line.strip()]()).decode(), flush=True)
+    except Exception:
+        _logger.exception("a question could not be answered")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Prompts and pictures out of the columns of text trainers: plain, in messages, or as data: addresses."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_service.client import ImageLike, InputError
+
+
+def column(given: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """The column of that name.
+
+    :raises InputError: the trainer passed none
+    """
+    if given.get(name) is None:
+        there = ", ".join(sorted(key for key, value in given.items() if isinstance(value, (list, tuple))))
+        raise InputError(f"the trainer passed no column {name!r}, only {there}; name one of these")
+    values: Sequence[Any] = given[name]
+    return values
+
+
+def text_of(entry: Any) -> Any:
+    """A string, or the text of a conversation's last message."""
+    if not _is_conversation(entry):
+        return entry
+    content = entry[-1].get("content")
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content or () if part.get("type") == "text")
+
+
+def picture_of(entry: Any) -> ImageLike:
+    """A picture, the only one of a list, or the only one of a conversation's last message.
+
+    :raises InputError: there is none, or more than one
+    """
+    if _is_conversation(entry):
+        content = entry[-1].get("content")
+        parts = () if isinstance(content, str) else content or ()
+        entry = [part.get("image") for part in parts if part.get("type") == "image"]
+    if isinstance(entry, (list, tuple)):
+        if len(entry) != 1:
+            raise InputError(f"a completion must hold one picture, not {len(entry)}")
+        entry = entry[0]
+    return _decoded(entry) if isinstance(entry, str) and entry.startswith("data:") else entry
+
+
+def _is_conversation(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and bool(entry) and isinstance(entry[-1], Mapping)
+
+
+def _decoded(address: str) -> bytes:
+    head, _, body = address.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("not base64")
+        return b64decode(body, validate=True)
+    except (ValueError, binascii.Error):
+        raise InputError("a data: address must hold a picture in base64") from None

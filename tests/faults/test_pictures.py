@@ -1,0 +1,213 @@
+"""Pictures that are none, or far too much of one: 422 with the item's index, in little memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.faults.bystander import Bystander, undisturbed
+from tests.faults.calling import OK, Told, encoded, picture, post, request_of, told
+from tests.faults.conftest import Service
+
+NOT_ONE, LARGE = (422, "not_an_image"), (422, "image_too_large")
+LONG, SHAPE, SCHEMA = (422, "image_too_long"), (422, "bad_shape"), (422, "invalid_request")
+FORMATS = ("PNG", "JPEG", "WEBP")
+#: What refusing a picture may cost, whatever it would become.
+MEMORY_BYTES = 64 * 2**20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bystander(running: Service, truth: Any) -> Iterator[Bystander]:
+    """One for all of them: they take milliseconds each."""
+    with undisturbed(running.url, truth) as one:
+        yield one
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, rows: bytes, depth: int = 1, more: bytes = b"") -> bytes:
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + more + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
+def square_png(side: int) -> bytes:
+    """One bit a pixel, all black: a small file."""
+    return png(side, side, bytes(side * (1 + (side + 7) // 8)))
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    """A small JPEG whose header tells another size."""
+    data = bytearray(picture("JPEG"))
+    at = re.search(rb"\xff\xc0..\x08", data, re.DOTALL)
+    assert at
+    data[at.end() : at.end() + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def riff(kind: bytes, body: bytes) -> bytes:
+    inner = b"WEBP" + kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+    return b"RIFF" + struct.pack("<I", len(inner)) + inner
+
+
+def vp8x(width: int, height: int) -> bytes:
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return riff(b"VP8X", b"\0\0\0\0" + sides)
+
+
+def animation(sides: int, frames: int) -> bytes:
+    shown = [Image.fromarray(np.full((sides, sides, 3), frame, np.uint8)) for frame in range(frames)]
+    file = io.BytesIO()
+    shown[0].save(file, "WEBP", save_all=True, append_images=shown[1:])
+    return file.getvalue()
+
+
+def exif(orientation: int) -> bytes:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return picture("JPEG", exif=found.tobytes())
+
+
+BOMBS: dict[str, tuple[Callable[[], bytes], Told]] = {
+    "a PNG of 169 megapixels": (lambda: square_png(13_000), LARGE),
+    "a PNG of 2 gigapixels": (lambda: png(2**31 - 1, 1, b"\0"), LARGE),
+    "a PNG of 2^62 pixels": (lambda: png(2**31 - 1, 2**31 - 1, b"\0"), LARGE),
+    "a PNG without width": (lambda: png(0, 8, b"\0"), NOT_ONE),
+    "a PNG with more rows than told": (lambda: png(8, 8, bytes(2**26)), OK),
+    "a PNG with a text of 64 MiB": (
+        lambda: png(8, 8, bytes(16), more=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26), 9))),
+        NOT_ONE,
+    ),
+    "a PNG with a colour profile of 64 MiB": (
+        lambda: png(8, 8, bytes(16), more=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**26), 9))),
+        NOT_ONE,
+    ),
+    "a PNG longer than it is wide": (lambda: png(1, 4000, bytes(8000)), LONG),
+    "a JPEG of 65,535 squared": (lambda: jpeg_of(65_535, 65_535), LARGE),
+    "a JPEG of 65,535 by 1": (lambda: jpeg_of(65_535, 1), LONG),
+    "a JPEG without height": (lambda: jpeg_of(16, 0), NOT_ONE),
+    "a WebP of 2^48 pixels": (lambda: vp8x(2**24, 2**24), LARGE),
+    "a lossy WebP of 16,383 squared": (
+        lambda: riff(b"VP8 ", b"\x30\x01\0\x9d\x01\x2a\xff\x3f\xff\x3f"), LARGE),
+    "a lossless WebP of 16,384 squared": (lambda: riff(b"VP8L", b"\x2f" + b"\xff" * 4), LARGE),
+    "an animation of 200 frames": (lambda: animation(64, 200), OK),
+}  # fmt: skip
+
+
+def peak_bytes() -> int:
+    """The process's largest resident memory since it was last forgotten."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_decoder_bomb(service: Service, name: str) -> None:
+    """Refused by its header, or decoded as far as is needed; never blown up."""
+    make, expected = BOMBS[name]
+    body = request_of("x", image=encoded(make()))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes()
+    answer = post(service.url, body)
+    assert told(answer) == expected
+    assert peak_bytes() - before < MEMORY_BYTES
+
+
+ODD: dict[str, tuple[bytes, Told]] = {
+    "nothing": (b"", NOT_ONE),
+    "text": (b"hello", NOT_ONE),
+    "GIF": (picture("GIF"), NOT_ONE),
+    "BMP": (picture("BMP"), NOT_ONE),
+    "TIFF": (picture("TIFF"), NOT_ONE),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOT_ONE),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NOT_ONE),
+    "PNG's signature alone": (b"\x89PNG\r\n\x1a\n", NOT_ONE),
+    "JPEG's signature alone": (b"\xff\xd8\xff", NOT_ONE),
+    "WebP's signature alone": (b"RIFF\x04\0\0\0WEBP", NOT_ONE),
+    "a JPEG called PNG": (picture("JPEG"), OK),
+    "an orientation of 8": (exif(8), OK),
+    "an orientation of 65,535": (exif(65_535), OK),
+    "something after its end": (picture() + b"more", OK),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_picture(service: Service, name: str) -> None:
+    """Told apart by its first bytes, whatever it is called."""
+    data, expected = ODD[name]
+    assert told(post(service.url, request_of("x", image=encoded(data)))) == expected
+    if expected == OK and name.startswith("a JPEG called"):
+        called = encoded(data) | {"format": "png"}
+        assert told(post(service.url, request_of("x", image=called))) == NOT_ONE
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_truncated_picture(service: Service, form: str) -> None:
+    """Cut anywhere, it is refused whole: half a picture has no score."""
+    data = picture(form)
+    for cut in sorted({1, 4, 11, 20, len(data) // 3, len(data) // 2, len(data) - 20, len(data) - 3}):
+        answer = post(service.url, request_of("x", image=encoded(data[:cut])))
+        assert (cut, told(answer)) == (cut, NOT_ONE)
+        assert answer.json()["errors"][0]["index"] == 0
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_corrupted_picture(service: Service, form: str) -> None:
+    """Refused or decoded, if it still can be; never a fault of ours."""
+    rng = np.random.default_rng(2)
+    data = picture(form)
+    statuses = set()
+    for _ in range(25):
+        spoilt = bytearray(data)
+        for place in rng.integers(0, len(data), 6):
+            spoilt[place] = rng.integers(0, 256)
+        statuses.add(post(service.url, request_of("x", image=encoded(bytes(spoilt)))).status_code)
+    assert statuses <= {200, 422}
+    assert 422 in statuses
+
+
+RAW: dict[str, tuple[list[Any] | None, Told]] = {
+    "right": ([1, 1, 3], OK),
+    "no shape": (None, SHAPE),
+    "more than came": ([2, 1, 3], SHAPE),
+    "huge": ([10**9, 10**9, 3], LARGE),
+    "2^62 pixels": ([2**31 - 1, 2**31 - 1, 3], LARGE),
+    "beyond 31 bits": ([2**31, 1, 3], SCHEMA),
+    "a side beyond 64 bits": ([2**70, 1, 3], SCHEMA),
+    "a side of 4,000 digits": ([int("9" * 4000), 1, 3], SCHEMA),
+    "long": ([1, 101, 3], LONG),
+    "nothing": ([0, 0, 3], SCHEMA),
+    "negative": ([-1, -1, 3], SCHEMA),
+    "four channels": ([1, 1, 4], SCHEMA),
+    "two numbers": ([1, 3], SCHEMA),
+    "fractions": ([1.5, 2, 3], SCHEMA),
+    "words": (["1", "1", "3"], SCHEMA),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_pixels_of_odd_shapes(service: Service, name: str) -> None:
+    """A shape is checked before anything is allocated for it."""
+    shape, expected = RAW[name]
+    image = {"data": "AAAA", "format": "raw", "shape": shape}
+    assert told(post(service.url, request_of("x", image=image))) == expected
+
+
+def test_one_bad_picture_of_many(service: Service) -> None:
+    """All that are wrong are named, ten at most, and the request is refused whole."""
+    good, bad = encoded(picture()), encoded(b"no picture")
+    items = [{"prompt": "x", "image": bad if index % 3 == 1 else good} for index in range(40)]
+    answer = post(service.url, json.dumps({"items": items}).encode())
+    assert told(answer) == NOT_ONE
+    assert [error["index"] for error in answer.json()["errors"]] == list(range(1, 30, 3))

@@ -1,0 +1,33 @@
+"""docs/faults.md says what the tests show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reward_service.problems import CODES
+
+HERE = Path(__file__).parent
+ROW = re.compile(r"^\| [^|]+ \| ?(?P<status>\d*) ?\| ?(?:`(?P<code>\w+)`)? ?\| (?P<tests>`.+) \|$")
+
+
+def rows() -> list[re.Match[str]]:
+    lines = (HERE.parents[1] / "docs" / "faults.md").read_text().splitlines()
+    return [found for line in lines if (found := ROW.match(line))]
+
+
+def test_each_fault_has_a_documented_status_and_a_test() -> None:
+    """The code's own status, and a test of that name; and no fault test is missing from the table."""
+    sources = "\n".join(path.read_text() for path in HERE.glob("test_*.py"))
+    named = set()
+    for row in rows():
+        if row["code"]:
+            assert (int(row["status"]), row["code"]) == (CODES[row["code"]][0], row["code"])
+        else:
+            assert row["status"] in ("200", "")
+        named |= set(re.findall(r"`(test_\w+)`", row["tests"]))
+    assert all(f"def {name}(" in sources for name in named)
+    files = ("device", "bodies", "pictures", "sockets", "processes")
+    told = re.findall(r"def (test_\w+)", "\n".join((HERE / f"test_{name}.py").read_text() for name in files))
+    assert set(told) - named == {"test_one_bad_picture_of_many"}
+    assert len(rows()) >= 20
