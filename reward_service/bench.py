@@ -6,12 +6,12 @@ import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from reward_service.calibration import Calibration
 from reward_service.canary import load_golden
 from reward_service.config import ServiceConfig
-from reward_service.guard import Guard, Rounds
+from reward_service.guard import Guard, Lane, Rounds
 from reward_service.metrics import Metrics
 from reward_service.outcomes import Completed, StuckError
 from reward_service.pairs import Pair, PairScores, ScoringError
@@ -76,6 +76,7 @@ def open_bench(
         guard,
         batch_pairs=config.batch_pairs,
         max_queued_pairs=config.limits.max_queued_pairs,
+        prepare=lambda pairs, lane: engine.prepare(pairs, cast("Lane", lane)[0]),
         hang_s=config.watch.stuck_s,
         on_stuck=lambda error: on_fatal(_sentence(error)),
         observer=metrics,
