@@ -148,11 +148,6 @@ def _sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairSc
     return score
 
 
-def _as_they_are(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
-    del names
-    return list(pairs)
-
-
 def _full(setup: Setup, batch_pairs: int) -> RewardEngine:
     import torch
 
@@ -182,8 +177,6 @@ def main() -> None:
         score = engine.score if setup.sleep_s is None else _sleeping(engine, setup.sleep_s)
         watch = Watch(score, keep=setup.full)
         engine.score = watch  # type: ignore[method-assign]
-        if setup.sleep_s is not None:
-            engine.prepare = _as_they_are  # type: ignore[method-assign]
         threading.Thread(target=_answer, args=(watch,), daemon=True).start()
         return engine
 

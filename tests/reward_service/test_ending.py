@@ -177,6 +177,7 @@ def test_a_score_that_changes_while_it_runs_is_noticed(
 
 def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engine: RewardEngine) -> None:
     """Its pictures are tower inputs before the device is free, and are not prepared once more."""
+    miniature = miniature.model_copy(update={"prepare_ahead": True})
     bench = open_bench(miniature, engine, Metrics(), print, print)
     score, free, prepared = engine._batch, threading.Event(), threading.Event()
     ready: list[bool] = []
