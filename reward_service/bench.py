@@ -6,17 +6,18 @@ import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from reward_service.calibration import Calibration
 from reward_service.canary import load_golden
 from reward_service.config import ServiceConfig
-from reward_service.guard import Guard, Rounds
+from reward_service.guard import Guard, Lane, Rounds
 from reward_service.metrics import Metrics
 from reward_service.outcomes import Completed, StuckError
 from reward_service.pairs import Pair, PairScores, ScoringError
 from reward_service.scheduler import Scheduler
 from reward_service.settings import one_line
+from reward_service.staging import Prepare
 
 if TYPE_CHECKING:  # the engine brings torch, which takes seconds: imported by the loading thread
     from reward_service.engine import RewardEngine
@@ -76,6 +77,7 @@ def open_bench(
         guard,
         batch_pairs=config.batch_pairs,
         max_queued_pairs=config.limits.max_queued_pairs,
+        prepare=_preparing(engine) if _ahead(config, engine) else None,
         hang_s=config.watch.stuck_s,
         on_stuck=lambda error: on_fatal(_sentence(error)),
         observer=metrics,
@@ -88,6 +90,14 @@ def tell_loaded(bench: Bench, calibration: Calibration, metrics: Metrics) -> Non
     made_by = {name: (print_, calibration.evaluators[name].identity) for name, print_ in bench.prints.items()}
     version = importlib.metadata.version("karlo-reward-lab")
     metrics.on_loaded(made_by, version, str(bench.engine.device), bench.dtype)
+
+
+def _ahead(config: ServiceConfig, engine: RewardEngine) -> bool:
+    return engine.device.type != "cpu" if config.prepare_ahead is None else config.prepare_ahead
+
+
+def _preparing(engine: RewardEngine) -> Prepare[Pair]:
+    return lambda pairs, lane: engine.prepare(pairs, cast("Lane", lane)[0])
 
 
 def _rounds(config: ServiceConfig, guard: Guard, queue: Queue, on_fatal: Notice) -> Rounds:

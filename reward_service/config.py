@@ -146,7 +146,7 @@ class Watch(Settings):
     """
 
     canary_every_s: PositiveFloat = 60.0
-    stuck_s: PositiveFloat = 120.0
+    stuck_s: PositiveFloat = 300.0
     breaker_failures: PositiveInt = 5
     breaker_pause_s: PositiveFloat = 5.0
     breaker_longest_pause_s: PositiveFloat = 300.0
@@ -180,7 +180,8 @@ class ServiceConfig(Settings):
     """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32.
 
     ``canary`` is a file of golden scores that ``reward-service canary --write`` makes; without one the
-    scores of the start are what later ones are held against.
+    scores of the start are what later ones are held against. ``prepare_ahead``: whether the next batch's
+    pictures are resized and cropped while one runs; None: where the device is not the CPU that would do it.
     """
 
     towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
@@ -194,6 +195,7 @@ class ServiceConfig(Settings):
     acceleration: Literal["none", "compile", "graphs"] = "none"
     threads: PositiveInt | None = None
     decode_threads: PositiveInt = 2
+    prepare_ahead: bool | None = None
     batch_pairs: PositiveInt = 64
     text_cache_entries: Annotated[int, Field(ge=0)] = 4096
     drain_s: PositiveFloat = 20.0

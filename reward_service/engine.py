@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,6 +74,16 @@ class RewardEngine:
             torch.cuda.empty_cache()
         raise fault
 
+    def prepare(self, pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
+        """The pairs with their pictures ready for the towers: while :meth:`score` runs, on any thread.
+
+        A picture that cannot be prepared stays as it is, and its error comes when it is scored.
+        """
+        ways = {self.evaluators[name].preprocessing for name in (self.evaluators if names is None else names)}
+        pictures, rows = distinct([pair.picture for pair in pairs])
+        inputs = list(self._workers.map(partial(_inputs, ways), pictures))
+        return [replace(pair, inputs=inputs[row]) for pair, row in zip(pairs, rows, strict=True)]
+
     def forget(self, prompt: str) -> None:
         """Compute a prompt anew the next time."""
         for evaluator in self.evaluators.values():
@@ -112,6 +124,7 @@ class RewardEngine:
     ) -> dict[str, Tensor]:
         """Unit embeddings by evaluator; equal pixels are made once and equal forward passes run once."""
         pictures, rows = distinct([pair.picture for pair in pairs])
+        inputs = [pairs[rows.index(row)].inputs for row in range(len(pictures))]
         pixels: dict[Preprocessing, Tensor] = {}
         embedded: dict[tuple[str, Preprocessing], Tensor] = {}
         by_evaluator = {}
@@ -119,7 +132,7 @@ class RewardEngine:
             with _blaming(evaluator.name):
                 way = evaluator.preprocessing.shared(pictures)
                 if way not in pixels:
-                    pixels[way] = self._on_device(way(pictures, self._workers.map))
+                    pixels[way] = self._on_device(self._pixels(way, pictures, inputs))
                 key = (evaluator.tower_name, way)
                 if key not in embedded:
                     with clock(evaluator.tower_name):
@@ -127,6 +140,17 @@ class RewardEngine:
                     embedded[key] = vectors[rows]
                 by_evaluator[evaluator.name] = embedded[key]
         return by_evaluator
+
+    def _pixels(
+        self, way: Preprocessing, pictures: Sequence[Pixels], inputs: Sequence[Mapping[Preprocessing, Tensor]]
+    ) -> Tensor:
+        """float32 (N, 3, size_px, size_px), of what is ready and of what is made here."""
+        ready = [of.get(way.shared([picture])) for picture, of in zip(pictures, inputs, strict=True)]
+        missing = [picture for picture, tensor in zip(pictures, ready, strict=True) if tensor is None]
+        if len(missing) == len(pictures):
+            return way(pictures, self._workers.map)
+        made = iter(way(missing, self._workers.map) if missing else ())
+        return torch.stack([next(made) if tensor is None else tensor for tensor in ready])
 
     def _on_device(self, pixels: Tensor) -> Tensor:
         # From pinned memory a GPU fetches by itself, while the CPU prepares the next evaluator's pixels.
@@ -152,6 +176,14 @@ class RewardEngine:
         for name, scores in raw.items():
             if not torch.isfinite(torch.tensor(scores)).all():
                 raise ScoringError(f"evaluator {name} gave a score that is not a finite number", name)
+
+
+def _inputs(ways: Iterable[Preprocessing], picture: Pixels) -> dict[Preprocessing, Tensor]:
+    found: dict[Preprocessing, Tensor] = {}
+    for way in {way.shared([picture]) for way in ways}:
+        with suppress(Exception):
+            found[way] = way([picture])[0]
+    return found
 
 
 def device_fault(error: BaseException) -> OutOfMemoryError | FatalDeviceError | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from reward_service.images import Pixels
 
@@ -18,10 +19,14 @@ class ScoringError(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and one picture, uint8 RGB (H, W, 3)."""
+    """One prompt and one picture, uint8 RGB (H, W, 3).
+
+    ``inputs``: the picture as towers take it, by preprocessing, as far as the engine has prepared it.
+    """
 
     prompt: str
     picture: Pixels
+    inputs: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

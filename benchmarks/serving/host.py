@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ class Watch:
             light = sum(pair.prompt.startswith("light") for pair in pairs)
             self._done.append(Batch(start_s, time.monotonic(), len(pairs), light))
             if self._keep:
-                self._kept.append(partial(self._score, pairs, *options, **more))
+                unprepared = [replace(pair, inputs={}) for pair in pairs]
+                self._kept.append(partial(self._score, unprepared, *options, **more))
 
     def cpu(self) -> Cpu:
         """The engine's is its caller's while in it, and that of its own threads and torch's."""
@@ -119,7 +121,11 @@ class Watch:
 
 def _helping_s() -> float:
     """CPU seconds of the threads that prepare pictures, and of those that Python did not start."""
-    ours = {thread.native_id for thread in threading.enumerate() if "preprocess" not in thread.name}
+    ours = {
+        thread.native_id
+        for thread in threading.enumerate()
+        if not thread.name.startswith(("preprocess", "stage"))
+    }
     nanoseconds = 0
     for task in Path("/proc/self/task").iterdir():
         if int(task.name) not in ours:

@@ -8,18 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from reward_service.bench import open_bench
 from reward_service.config import ServiceConfig, load_config
 from reward_service.engine import RewardEngine
 from reward_service.judge import Judge
 from reward_service.loading import build_engine
+from reward_service.metrics import Metrics
+from reward_service.pairs import Pair, PairScores
 
 READY_S, END_S = 90.0, 30.0
 # What breaks and when is the prompt's to say.
@@ -169,3 +173,35 @@ def test_a_score_that_changes_while_it_runs_is_noticed(
     assert judge.health.status == "failed"
     assert judge.health.detail.startswith("evaluator pickscore scores the canary pair")
     judge.close()
+
+
+def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engine: RewardEngine) -> None:
+    """Its pictures are tower inputs before the device is free, and are not prepared once more."""
+    miniature = miniature.model_copy(update={"prepare_ahead": True})
+    bench = open_bench(miniature, engine, Metrics(), print, print)
+    score, free, prepared = engine._batch, threading.Event(), threading.Event()
+    ready: list[bool] = []
+
+    def held(pairs: Sequence[Pair], *rest: Any) -> list[PairScores]:
+        assert free.wait(READY_S)
+        ready.extend(bool(pair.inputs) for pair in pairs)
+        return score(pairs, *rest)
+
+    def watched(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
+        found = RewardEngine.prepare(engine, pairs, names)
+        if any(pair.prompt == "second" for pair in pairs):
+            prepared.set()
+        return found
+
+    engine._batch, engine.prepare = held, watched  # type: ignore[method-assign]
+    lane, picture = (tuple(engine.evaluators), False), np.zeros((64, 64, 3), np.uint8)
+    first = bench.queue.submit([Pair("first", picture)], lane)
+    while bench.queue.queued_pairs:
+        time.sleep(0.001)
+    second = bench.queue.submit([Pair("second", picture)], lane)
+    assert prepared.wait(READY_S)
+    assert not first.done()
+    free.set()
+    assert second.result(READY_S).results[0].raw.keys() == engine.evaluators.keys()
+    assert ready == [True, True]
+    assert bench.close(END_S)

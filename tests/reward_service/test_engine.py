@@ -94,6 +94,40 @@ def test_the_shared_tower_and_pixels_run_once(
     assert len(made) == 2
 
 
+def test_prepared_pictures_score_to_the_same_bit(
+    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside unprepared ones; and what was prepared is not prepared again."""
+    pairs = pairs_of(pictures)
+    expected = [pair.raw for pair in engine.score(pairs)]
+    prepared = engine.prepare(pairs)
+    assert all(pair.inputs for pair in prepared)
+    mixed = [prepared[row] if row % 2 else pairs[row] for row in range(len(pairs))]
+    assert [pair.raw for pair in engine.score(mixed)] == expected
+    assert [pair.raw for pair in engine.score(engine.prepare(pairs, ["hpsv2"]))] == expected
+
+    made: list[int] = []
+    call = Preprocessing.__call__
+    monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: made.append(1) or call(self, *args))
+    assert [pair.raw for pair in engine.score(prepared)] == expected
+    assert not made
+
+
+def test_a_picture_that_cannot_be_prepared_is_told_when_it_is_scored(
+    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its evaluator's name."""
+
+    def fail(_: Preprocessing, picture: Pixels) -> Tensor:
+        raise ValueError(f"no good: {picture.shape}")
+
+    monkeypatch.setattr(Preprocessing, "_letterbox", fail)
+    pairs = engine.prepare([Pair("x", pictures[0])])
+    assert [way.method for way in pairs[0].inputs] == ["crop"]
+    with pytest.raises(ScoringError, match="hpsv2"):
+        engine.score(pairs)
+
+
 def test_prompts_are_embedded_once(engine: RewardEngine, pictures: list[Pixels]) -> None:
     """Each distinct prompt goes through the tower once, and a known one not at all."""
     tower = engine.evaluators["clip"].tower
