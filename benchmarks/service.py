@@ -1,6 +1,6 @@
 """How good the service is: what it costs, how long it makes one wait, whom it lets suffer under others.
 
-    python -m benchmarks.service --out benchmarks/results/service-cpu    # about 12 minutes, 8 GB
+    python -m benchmarks.service --out benchmarks/results/service-cpu    # about 15 minutes, 8 GB
     python -m benchmarks.service --quick                                 # shows that it runs; says little
     python -m benchmarks.service --parts b,d
 

@@ -47,7 +47,7 @@ class Plan:
     load_settle_s: float = 4.0
     heavies: Sequence[int] = (1, 4)
     window_s: float = 4.0
-    windows: int = 6
+    windows: int = 12
     light_rate: float = 3.0
     devices: Sequence[str] = ("the miniature", "a device that sleeps 100 ms a batch")
 

@@ -25,6 +25,7 @@ from reward_service.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.keys import new_key
 from reward_service.server import Server
+from tests.faults.calling import closed
 from tests.reward_service.checkpoints import Checkpoints
 from tests.reward_service.serving import png, serving, wait_until
 
@@ -68,16 +69,6 @@ def code_of(caller: socket.socket) -> tuple[int, str]:
     return status, problem["code"]
 
 
-def ended(caller: socket.socket) -> bool:
-    """Whether the service closes the connection; waits for it."""
-    try:
-        while caller.recv(65536):
-            pass
-    except ConnectionResetError:
-        pass
-    return True
-
-
 def cut_off(caller: socket.socket, more: bytes) -> bool:
     try:
         caller.sendall(more)
@@ -117,8 +108,8 @@ def test_a_slow_head_is_given_up(running: Running, body: bytes) -> None:
         half.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answered(half)[0] == 200
         half.sendall(b"POST /score HTT")
-        assert ended(silent)
-        assert ended(half)
+        assert closed(silent)
+        assert closed(half)
     assert still_serves(running, body)
 
 
@@ -145,7 +136,7 @@ def test_a_body_longer_than_announced_is_no_request(running: Running, body: byte
     with closing(connect(running)) as caller:
         caller.sendall(head(10) + body)
         assert code_of(caller) == (400, "malformed_body")
-        assert ended(caller)
+        assert closed(caller)
     assert still_serves(running, body)
 
 
@@ -186,14 +177,14 @@ def test_what_is_not_http_is_a_problem_too(running: Running, name: str) -> None:
     with closing(connect(running)) as caller:
         caller.sendall(NOT_HTTP[name])
         assert code_of(caller) == (400, "malformed_request")
-        assert ended(caller)
+        assert closed(caller)
 
 
 def test_idle_connections_make_room(running: Running, body: bytes) -> None:
     """More callers than may be connected: the longest idle one goes, and nobody who asks is refused."""
     idle = [connect(running) for _ in range(3 * LIMITS.max_connections)]
     assert still_serves(running, body)
-    assert ended(idle[0])
+    assert closed(idle[0])
     for caller in idle:
         caller.close()
 
