@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from reward_service import describing, metrics
 from reward_service.config import ServiceConfig
 from reward_service.handbook import POLICY, handbook
-from reward_service.judge import Judge
+from reward_service.judge import RETRY_LOADING_S, Judge
 from reward_service.keys import Client, Keyring, Permission
 from reward_service.logs import Log
 from reward_service.observing import Observed, current
@@ -32,6 +32,7 @@ from reward_service.reception import (
     deadline,
     read_body,
     request_id,
+    wants_msgpack,
     while_connected,
 )
 from reward_service.tracing import Tracer
@@ -139,7 +140,8 @@ def _add_scoring(app: FastAPI, judge: Judge) -> None:
         except ClientGoneError:
             return Response(status_code=_CLIENT_GONE)
         except asyncio.CancelledError:  # still open when the time for an orderly end was over
-            raise ProblemError("not_ready", "the service shut down before this was scored") from None
+            detail = "the service shut down before this was scored"
+            raise ProblemError("not_ready", detail, retry_after_s=RETRY_LOADING_S) from None
         return _answer(request, response)
 
     auth = {"needs_key": _needs_key(app), "may_have_key": app.state.keys is not None}
@@ -257,6 +259,7 @@ def _needs_key(app: FastAPI) -> bool:
 
 
 def _client(request: Request, to: Permission) -> Client:
+    current().id = request_id(request)  # also of a caller who leaves
     state = request.app.state
     anonymous = state.judge.config.auth.allow_anonymous
     client = client_of(request, state.keys, allow_anonymous=anonymous, to=to)
@@ -270,8 +273,8 @@ def _headers(request: Request) -> dict[str, str]:
 
 
 def _answer(request: Request, value: Struct, status: int = 200) -> Response:
-    kind = MSGPACK if MSGPACK in request.headers.get("accept", "") else JSON
-    return Response(encode(value, kind), status, _headers(request), kind)
+    kind = MSGPACK if wants_msgpack(request) else JSON
+    return Response(encode(value, kind), status, _headers(request) | {"Vary": "Accept"}, kind)
 
 
 def _problem_answer(request: Request, error: ProblemError) -> Response:

@@ -237,7 +237,8 @@ def new(
     key, count = new_key(file, name, weight)
     _say(key)
     more = f"; {name} has {count} keys now, remove those no longer used" if count > 1 else ""
-    _note(f"hash appended to {file}{more}; a running service reads it on SIGHUP")
+    _note(f"hash appended to {file}{more}")
+    _note(f"serve with --set auth.keys={file.resolve()}; a service that runs with it reads it on SIGHUP")
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:

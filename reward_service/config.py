@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, StringConstraints, model_validator
 
 from reward_service.images import MAX_PIXELS
 from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS, MAX_PROMPT_CHARS
 from reward_service.settings import DEFAULT_CONFIG, ConfigPath, Settings, load_section
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: Of a pause or a patience; at most twelve days, which a timer takes anywhere.
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 EvaluatorKind = Literal["aesthetic", "clip", "pickscore", "hpsv2"]
 
 
@@ -118,9 +120,9 @@ class Limits(Settings):
     max_decoded_bytes: PositiveInt = 2 * 2**30
     max_client_decoded_bytes: PositiveInt = 2**30
     max_connections: PositiveInt = 4096
-    header_timeout_s: PositiveFloat = 15.0
-    body_timeout_s: PositiveFloat = 60.0
-    keep_alive_s: PositiveFloat = 75.0
+    header_timeout_s: Seconds = 15.0
+    body_timeout_s: Seconds = 60.0
+    keep_alive_s: Seconds = 75.0
 
 
 class Auth(Settings):
@@ -145,11 +147,11 @@ class Watch(Settings):
     fails, up to ``breaker_longest_pause_s``.
     """
 
-    canary_every_s: PositiveFloat = 60.0
-    stuck_s: PositiveFloat = 300.0
+    canary_every_s: Seconds = 60.0
+    stuck_s: Seconds = 300.0
     breaker_failures: PositiveInt = 5
-    breaker_pause_s: PositiveFloat = 5.0
-    breaker_longest_pause_s: PositiveFloat = 300.0
+    breaker_pause_s: Seconds = 5.0
+    breaker_longest_pause_s: Seconds = 300.0
 
 
 class Tracing(Settings):
@@ -198,7 +200,7 @@ class ServiceConfig(Settings):
     prepare_ahead: bool | None = None
     batch_pairs: PositiveInt = 64
     text_cache_entries: Annotated[int, Field(ge=0)] = 4096
-    drain_s: PositiveFloat = 20.0
+    drain_s: Seconds = 20.0
     limits: Limits = Limits()
     watch: Watch = Watch()
     tracing: Tracing = Tracing()

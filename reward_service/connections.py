@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import uuid
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ class Connections(H11Protocol):
 
     limits: ClassVar[Limits]
     most: ClassVar[int]
+    #: Told status and problem code of what never becomes a request.
+    on_refusal: Callable[[int, str], None]
     #: Connections without a request under way, the longest idle first.
     idle: ClassVar[dict[Connections, None]]
 
@@ -116,6 +119,7 @@ class Connections(H11Protocol):
         return longest is not None
 
     def _refuse(self, error: ProblemError) -> None:
+        self.on_refusal(int(error.status), error.code)
         body = encode(error.as_problem(uuid.uuid4().hex), JSON)
         headers = [("content-type", PROBLEM), ("content-length", str(len(body))), ("connection", "close")]
         if error.retry_after_s is not None:
@@ -127,9 +131,14 @@ class Connections(H11Protocol):
         self._close()
 
 
-def connections(limits: Limits) -> type[Connections]:
+def connections(limits: Limits, on_refusal: Callable[[int, str], None]) -> type[Connections]:
     """The protocol for uvicorn's ``http`` option; one for each server."""
-    shared: dict[str, Any] = {"limits": limits, "most": _allow_files(limits.max_connections), "idle": {}}
+    shared: dict[str, Any] = {
+        "limits": limits,
+        "most": _allow_files(limits.max_connections),
+        "on_refusal": staticmethod(on_refusal),
+        "idle": {},
+    }
     return type("ServiceConnections", (Connections,), shared)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 Pixels = NDArray[np.uint8]  # height x width x 3, RGB
 
@@ -34,6 +34,16 @@ MAX_ASPECT = 100
 _PILLOW_NAMES = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _CHANNELS = 3
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF = ("exif", "Raw profile type exif")
 
 
 class ImageError(ValueError):
@@ -226,8 +236,12 @@ def _webp_lossless(data: bytes) -> bool:
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; broken EXIF data does not spoil a whole picture."""
     image.load()
+    # A picture with nothing but the EXIF data: where these say nothing, Pillow looks for XMP's orientation.
+    bare = Image.new("1", (1, 1))
+    bare.info = {name: image.info[name] for name in _EXIF if name in image.info}
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        turn = _TURNS.get(bare.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - the EXIF reader raises nearly every kind on hostile bytes
         return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    # Pillow's exif_transpose would write the EXIF data anew, and fails on odd ones.
+    return image if turn is None else image.transpose(turn)

@@ -169,7 +169,7 @@ class Intake:
         self._check_known(given)
         weights = {name: given.get(name, 0.0) for name in names}
         if not 0.0 < sum(weights.values()) < float("inf"):
-            message = "the weights of the evaluators asked for must be finite and not all 0"
+            message = "the weights of the evaluators asked for must be finite and not all 0; others weigh 0"
             raise at_item("bad_weights", message, None)
         return weights
 

@@ -46,7 +46,7 @@ Build: TypeAlias = "Callable[[ServiceConfig], RewardEngine]"
 Result = TypeVar("Result")
 
 DOWN = "evaluator_down"
-_RETRY_LOADING_S = 2
+RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
 
 
@@ -146,7 +146,12 @@ class Judge:
         current().pairs = len(parsed.request.items)
         ticket.set("pairs", len(parsed.request.items))
         self._refuse_if_down(parsed)
-        request = self._intake.admitted(parsed, await self._decoded(parsed, ticket))
+        try:
+            request = self._intake.admitted(parsed, await self._decoded(parsed, ticket))
+        except asyncio.CancelledError:
+            late = deadline_s is not None and time.monotonic() >= deadline_s
+            (self.metrics.on_expired if late else self.metrics.on_cancelled)(len(parsed.request.items))
+            raise
         del parsed
         ticket.set("body bytes", 0)
         completed = await self._completed(request, ticket, deadline_s)
@@ -200,11 +205,11 @@ class Judge:
     def _ready(self) -> Bench:
         if self._bench is None or self._health.status != "ready":
             message = f"the service is {self._health.status}: {self._health.detail}"
-            raise ProblemError("not_ready", message, retry_after_s=_RETRY_LOADING_S)
+            raise ProblemError("not_ready", message, retry_after_s=RETRY_LOADING_S)
         return self._bench
 
     def _retry_after_s(self) -> int:
-        return self._bench.queue.retry_after_s() if self._bench else _RETRY_LOADING_S
+        return self._bench.queue.retry_after_s() if self._bench else RETRY_LOADING_S
 
     def _refuse_if_down(self, parsed: Parsed) -> None:
         """Say at once what cannot be had for some time."""
@@ -290,7 +295,7 @@ def _as_problems() -> Iterator[None]:
     except DeadlineError:
         raise ProblemError("deadline_exceeded", "it could not be scored before X-Deadline-Ms") from None
     except (ClosedError, StuckError) as error:
-        raise ProblemError("not_ready", one_line(error), retry_after_s=_RETRY_LOADING_S) from None
+        raise ProblemError("not_ready", one_line(error), retry_after_s=RETRY_LOADING_S) from None
     except PairFailedError as error:
         cause = one_line(error.__cause__)[:200]
         raise at_item("scoring_failed", f"item {error.index}: {cause}", error.index) from error

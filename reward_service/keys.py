@@ -112,10 +112,17 @@ def load_keys(path: Path) -> tuple[Key, ...]:
 
     :raises ConfigError: it is missing, malformed, empty, or others than its owner may write to it
     """
+    entries = _entries(path)
+    if not entries:
+        raise ConfigError(f"{path}: it holds no keys; make one with reward-service keys new NAME")
+    return entries
+
+
+def _entries(path: Path) -> tuple[Key, ...]:
     try:
         with path.open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
-            entries = TypeAdapter(list[Key]).validate_python(yaml.safe_load(file))
+            entries = _parsed(file.read())
     except OSError as error:
         remedy = "make one with reward-service keys new NAME"
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
@@ -127,11 +134,14 @@ def load_keys(path: Path) -> tuple[Key, ...]:
         raise ConfigError(f"{path}: not a YAML list of keys ({type(error).__name__}); correct it") from None
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"{path}: others may write to it, and so let themselves in; chmod go-w")
-    if not entries:
-        raise ConfigError(f"{path}: it holds no keys; make one with reward-service keys new NAME")
     if len({entry.sha256 for entry in entries}) < len(entries):
         raise ConfigError(f"{path}: one key is there twice; remove an entry")
     return tuple(entries)
+
+
+def _parsed(text: str) -> list[Key]:
+    found = yaml.safe_load(text)
+    return TypeAdapter(list[Key]).validate_python([] if found is None else found)
 
 
 def new_key(path: Path, name: str, weight: float = 1.0) -> tuple[str, int]:
@@ -146,8 +156,9 @@ def new_key(path: Path, name: str, weight: float = 1.0) -> tuple[str, int]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{first['loc'][0]}: {one_line(first['msg'])}") from None
-    before = load_keys(path) if path.exists() and path.stat().st_size else ()
+    before = _entries(path) if path.exists() else ()
     lines = f"- name: {entry.name!r}\n  sha256: {entry.sha256!r}\n  weight: {entry.weight!r}\n"
+    _check_appendable(path, lines, [*before, entry])
     try:
         # Its owner alone may read and write it, from the first moment.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -156,6 +167,18 @@ def new_key(path: Path, name: str, weight: float = 1.0) -> tuple[str, int]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     return key, 1 + sum(entry.name == name for entry in before)
+
+
+def _check_appendable(path: Path, lines: str, expected: list[Key]) -> None:
+    """A list that is indented or in brackets is valid, but not with an entry behind it."""
+    text = path.read_text(encoding="utf-8") + _line_end(path) if path.exists() else ""
+    try:
+        fits = _parsed(text + lines) == expected
+    except (yaml.YAMLError, ValueError):
+        fits = False
+    if not fits:
+        remedy = "begin each entry with `- ` at the start of a line"
+        raise ConfigError(f"{path}: nothing can be appended to a list of this form; {remedy}")
 
 
 def _line_end(path: Path) -> str:

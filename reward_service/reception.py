@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLIENT_ID = re.compile(CLIENT_ID.strip("^$"))
 _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
+_QUALITY = re.compile(r"[01](\.[0-9]{0,3})?")
 _CHALLENGE = 'Bearer realm="reward-service"'
 
 
@@ -97,16 +98,28 @@ def deadline(request: Request) -> float | None:
 
 
 def announced_bytes(request: Request, limit: int) -> int | None:
-    """The body's bytes as the header has them; None if it does not.
+    """The body's bytes as the header has them; None if it does not, or if they come in chunks all the same.
 
     :raises ProblemError: they are more than ``limit``
     """
     given = request.headers.get("content-length", "")
+    if "transfer-encoding" in request.headers:  # then Content-Length means nothing (RFC 9112, section 6.3)
+        return None
     if not (given.isascii() and given.isdecimal()):
         return None
     if len(given) > 18 or int(given) > limit:
         raise _too_large(limit)
     return int(given)
+
+
+def wants_msgpack(request: Request) -> bool:
+    """Whether the answer is to be msgpack: Accept names it, and gives JSON no preference."""
+    wishes = {JSON: 0.0, MSGPACK: 0.0}
+    for wish in request.headers.get("accept", "").lower().split(","):
+        name, *options = (part.strip() for part in wish.split(";"))
+        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
+        wishes[name] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
+    return wishes[MSGPACK] > 0 and wishes[MSGPACK] >= wishes[JSON]
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray:

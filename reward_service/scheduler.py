@@ -195,6 +195,7 @@ class Scheduler(Generic[Work, Result]):
         left_s = request.deadline_s - request.submitted_s
         busy = self._running_pairs > 0 or self._backlog.queued_pairs > 0
         if left_s <= 0 or (busy and left_s < self._lane_s(request.lane, request.pairs)):
+            self._send(partial(self._observer.on_expired, request.pairs))
             raise DeadlineError("the deadline is too early for this many pairs")
 
     def _retry_after_s(self) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -22,7 +23,7 @@ from reward_service.judge import Judge
 from reward_service.keys import Keyring
 from reward_service.logs import Log
 from reward_service.reporting import Reporting, end_soon, reporting
-from reward_service.settings import ConfigError
+from reward_service.settings import ConfigError, one_line
 
 _BACKLOG = 2048
 _LAST_ANSWERS_S = 2.0
@@ -73,7 +74,7 @@ def options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
     """What uvicorn is told."""
     return uvicorn.Config(
         app,
-        http=connections(config.limits),
+        http=connections(config.limits, partial(app.state.judge.metrics.on_answer, "")),
         ws="none",
         # Its lines go to the root logger, and from there into the log.
         log_config=None,
@@ -167,8 +168,9 @@ def _check_exposure(config: ServiceConfig) -> None:
     auth = config.auth
     if auth.keys is None and not auth.allow_anonymous and not _is_loopback(config.host):
         raise ConfigError(
-            f"{config.host} can be reached by other machines and the service has no keys: "
-            "make some with reward-service keys new NAME and set auth.keys=keys.yaml, use --host 127.0.0.1, "
+            f"--host {config.host!r} can be reached by other machines and the service has no keys: "
+            "make some with reward-service keys new NAME --file /PATH/keys.yaml and set "
+            "auth.keys=/PATH/keys.yaml, use --host 127.0.0.1, "
             "or set auth.allow_anonymous=true where a trusted network surrounds it"
         )
 
@@ -187,8 +189,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ConfigError(
             f"cannot listen on {host}:{port} ({reason}); "
             "choose another --host, or another --port: 0 is a free one"

@@ -119,6 +119,56 @@ def test_json_and_msgpack_are_one_schema(app: FastAPI, pictures: list[Pixels]) -
     assert scores[0] == scores[1] == scores[2]
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("", JSON),
+        ("*/*", JSON),
+        (MSGPACK, MSGPACK),
+        ("Application/MsgPack; q=0.5", MSGPACK),
+        ("application/json, application/msgpack", MSGPACK),
+        ("application/json, application/msgpack;q=0.1", JSON),
+        ("application/msgpack;q=0, application/json", JSON),
+        ("application/msgpack;q=lots", JSON),
+        ("application/msgpackish", JSON),
+        (";,;q=,", JSON),
+    ],
+)
+def test_the_form_of_the_answer_is_the_callers_wish(app: FastAPI, accept: str, kind: str) -> None:
+    """msgpack where Accept names it and does not prefer JSON; a cache is told that it matters."""
+    answer = talk(app, lambda client: client.get("/v1/evaluators", headers={"Accept": accept}))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+    assert answer.headers["vary"] == "Accept"
+
+
+def test_pairs_dropped_before_they_were_queued_are_counted(
+    config: ServiceConfig, engine: RewardEngine, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While their pictures were being decoded: by their reason, as those that wait in the queue are."""
+    judge = Judge(config, build=lambda _: engine)
+    judge.start()
+    wait_for(judge, "ready")
+    app, body = create_app(config, judge), json.dumps({"items": [item] * 3}).encode()
+
+    async def never(*_: Any) -> Any:
+        await asyncio.sleep(READY_S)
+
+    monkeypatch.setattr(judge, "_decoded", never)
+
+    async def leave(client: httpx.AsyncClient) -> None:
+        asking = asyncio.ensure_future(client.post("/score", content=body, headers={"Content-Type": JSON}))
+        while judge.admission.used["pairs"] < 3:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    talk(app, leave)
+    assert b"reward_cancelled_pairs_total 3.0" in judge.metrics.render()
+    assert post(app, body, **{"X-Deadline-Ms": "100"}).status_code == 504
+    assert b"reward_expired_pairs_total 3.0" in judge.metrics.render()
+    judge.close()
+
+
 def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item: dict[str, Any]) -> None:
     """The reward is the weighted mean of the normalization asked for, over the evaluators asked for."""
     body = {"items": [item], "evaluators": ["clip", "pickscore"], "weights": {"clip": 3, "pickscore": 1}}

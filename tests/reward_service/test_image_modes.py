@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from reward_service.images import ImageError, decode
 from reward_service.pictures import picture
@@ -138,6 +139,28 @@ def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
     found = decode(saved(image, kind, exif=exif, **options)).rgb
     np.testing.assert_allclose(found, upright, atol=4)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_exifs_alone(kind: str) -> None:
+    """XMP's, which viewers do not look at, turns nothing; an odd EXIF entry beside it spoils nothing."""
+    image = Image.new("RGB", (40, 20), "red")
+    if kind == "PNG":
+        note = PngInfo()
+        note.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        flat = saved(image, kind, pnginfo=note)
+    else:
+        flat = saved(image, kind, xmp=XMP)
+    assert b"tiff:Orientation" in flat
+    assert decode(flat).rgb.shape == (20, 40, 3)
+
+    # Orientation 6; XResolution of type UNDEFINED, which Pillow reads but cannot write again.
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 282, 7, 4, b"odd!")
+    odd = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    assert decode(saved(image, kind, exif=odd)).rgb.shape == (40, 20, 3)
 
 
 def test_a_colour_key_survives_rotation() -> None:

@@ -80,9 +80,30 @@ def test_a_missing_line_end_does_not_spoil_the_file(path: Path) -> None:
     assert [entry.name for entry in load_keys(path)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("text", ["", "# nobody yet\n", "---\n"])
+def test_a_file_without_keys_gets_its_first(path: Path, text: str) -> None:
+    """Comments are not in the way."""
+    path.write_text(text)
+    path.chmod(0o600)
+    new_key(path, "a")
+    assert [entry.name for entry in load_keys(path)] == ["a"]
+
+
+@pytest.mark.parametrize("form", ["[{{name: a, sha256: {0}}}]", "  - name: a\n    sha256: {0}\n"])
+def test_a_list_that_cannot_be_appended_to_stays_as_it_is(path: Path, form: str) -> None:
+    """In brackets or indented: valid, but one more entry behind it would lock everybody out."""
+    path.write_text(form.format("'" + "0" * 64 + "'"))
+    path.chmod(0o600)
+    before = path.read_text()
+    with pytest.raises(ConfigError, match="at the start of a line"):
+        new_key(path, "b")
+    assert path.read_text() == before
+    assert [entry.name for entry in load_keys(path)] == ["a"]
+
+
 HASH = "0" * 64
 BROKEN = {
-    "empty": ("", "list"),
+    "empty": ("", "no keys"),
     "no keys": ("[]", "no keys"),
     "not YAML": ("- [", "not a YAML list"),
     "no hash": ("- name: a", "sha256"),

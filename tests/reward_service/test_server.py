@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from reward_service.admission import Admission
 from reward_service.config import Auth, Limits, ServiceConfig
 from reward_service.engine import RewardEngine
 from reward_service.images import Pixels
@@ -83,10 +84,13 @@ def still_serves(running: Running, body: bytes) -> bool:
     return answer.status_code == 200
 
 
+def admission(running: Running) -> Admission:
+    return running[0].config.app.state.judge.admission  # type: ignore[union-attr,no-any-return]
+
+
 def nothing_left(running: Running) -> bool:
-    admission = running[0].config.app.state.judge.admission  # type: ignore[union-attr]
-    wait_until(lambda: admission.idle, "an end of everything under way")
-    return not any(admission.used.values())
+    wait_until(lambda: admission(running).idle, "an end of everything under way")
+    return not any(admission(running).used.values())
 
 
 def test_a_slow_body_is_given_up(running: Running, body: bytes) -> None:
@@ -162,6 +166,22 @@ def test_a_long_body_is_refused_before_it_is_sent(running: Running, body: bytes)
     assert still_serves(running, body)
 
 
+def test_a_body_in_chunks_counts_as_the_longest(config: ServiceConfig, engine: RewardEngine) -> None:
+    """Also with a Content-Length beside them that says it is short."""
+    limits = Limits(max_body_bytes=100_000, max_client_bytes=150_000, body_timeout_s=5.0)
+    with serving(config.model_copy(update={"limits": limits}), engine) as running:
+        for more in ("", "Content-Length: 1\r\n"):
+            start = head(0, more=more).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+            with closing(connect(running)) as first, closing(connect(running)) as second:
+                first.sendall(start + b"1\r\n{\r\n")
+                wait_until(
+                    lambda: admission(running).used["body bytes"] == limits.max_body_bytes, "the first one"
+                )
+                second.sendall(start)
+                assert code_of(second) == (429, "client_busy")
+            assert nothing_left(running)
+
+
 NOT_HTTP = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "version": b"GET / HTTP/x\r\n\r\n",
@@ -198,6 +218,10 @@ def test_too_many_requests_at_once_are_refused(running: Running, body: bytes) ->
     with closing(connect(running)) as late:
         late.sendall(head(len(body)) + body)
         assert code_of(late) == (503, "too_many_connections")
+    # Below the application, but counted like any other answer.
+    rendered = running[0]._judge.metrics.render().decode()
+    assert 'reward_rejections_total{reason="too_many_connections"} 1.0' in rendered
+    assert 'reward_requests_total{code="503",route="other"} 1.0' in rendered
     for caller in busy:
         caller.close()
     assert nothing_left(running)

@@ -126,3 +126,11 @@ def test_contradictions_are_refused(override: str, words: str) -> None:
     """What cannot be meant is told before anything is loaded."""
     with pytest.raises(ConfigError, match=words):
         load_config(CONFIGS / "miniature.yaml", [override])
+
+
+@pytest.mark.parametrize("name", ["drain_s", "watch.canary_every_s", "limits.keep_alive_s"])
+@pytest.mark.parametrize("value", [".inf", ".nan", "0", "-1", "1e9"])
+def test_times_are_such_as_a_timer_takes(name: str, value: str) -> None:
+    """No infinity to end in a traceback, or in a watch that never comes round."""
+    with pytest.raises(ConfigError, match=name):
+        load_config(overrides=[f"{name}={value}"])
