@@ -2,3 +2,5 @@
 
 Importing this package, its ``client``, ``protocol`` or ``settings`` never imports torch.
 """
+
+__version__ = "0.1.0"

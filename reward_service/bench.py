@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, cast
 
+from reward_service import __version__
 from reward_service.calibration import Calibration
 from reward_service.canary import load_golden
 from reward_service.config import ServiceConfig
@@ -88,8 +88,7 @@ def open_bench(
 def tell_loaded(bench: Bench, calibration: Calibration, metrics: Metrics) -> None:
     """Have the metrics say what runs."""
     made_by = {name: (print_, calibration.evaluators[name].identity) for name, print_ in bench.prints.items()}
-    version = importlib.metadata.version("karlo-reward-lab")
-    metrics.on_loaded(made_by, version, str(bench.engine.device), bench.dtype)
+    metrics.on_loaded(made_by, __version__, str(bench.engine.device), bench.dtype)
 
 
 def _ahead(config: ServiceConfig, engine: RewardEngine) -> bool:

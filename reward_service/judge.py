@@ -183,18 +183,17 @@ class Judge:
         try:
             engine = self._build(self.config)
             bench = open_bench(self.config, engine, self.metrics, self.fail, self._on_notice)
+            if self._health.status != "loading":  # told to stop in the meantime
+                bench.close(0.0)
+                return
+            if notice := self.calibration.notice(bench.prints):
+                self._on_notice(notice)
+            tell_loaded(bench, self.calibration, self.metrics)
+            self._bench = bench
+            self._health = Health("ready", f"{len(bench.prints)} evaluators on {engine.device}")
+            self._on_ready(self._health.detail)
         except Exception as error:  # noqa: BLE001 - reported in one line, whatever it was
             self.fail(one_line(error) or type(error).__name__)
-            return
-        if self._health.status != "loading":  # told to stop in the meantime
-            bench.close(0.0)
-            return
-        if notice := self.calibration.notice(bench.prints):
-            self._on_notice(notice)
-        tell_loaded(bench, self.calibration, self.metrics)
-        self._bench = bench
-        self._health = Health("ready", f"{len(bench.prints)} evaluators on {engine.device}")
-        self._on_ready(self._health.detail)
 
     def _observe(self) -> None:
         used = self.admission

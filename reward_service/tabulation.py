@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from reward_service import __version__
 from reward_service.preferences import CHANCE_LOG_LOSS, Preference, fit_preference
 from reward_service.recalibration import Floats, Spread, spread
 from reward_service.scorebook import Book, Key, Scored
@@ -74,7 +74,7 @@ def _heading(found: Spread, std: Deviation, seed: int, resamples: int) -> Json:
     kind = "pooled within-prompt deviation" if std == "within" else "deviation over all pictures"
     counts = f"{found.pictures} pictures of {found.prompts} prompts"
     provenance = (
-        f"reward-service calibrate {_version()}, {datetime.now(UTC).date()}: {counts}; std is the {kind}"
+        f"reward-service calibrate {__version__}, {datetime.now(UTC).date()}: {counts}; std is the {kind}"
     )
     return {
         "provisional": False,
@@ -163,13 +163,6 @@ def _warnings(names: Sequence[str], found: Spread, rows: Sequence[Scored]) -> li
             reason = "a few pictures or prompts dominate, or many score alike"
             lines.append(f"{name}: robust within-prompt σ {robust:.4g} against plain {plain:.4g}: {reason}")
     return lines
-
-
-def _version() -> str:
-    try:
-        return version("karlo-reward-lab")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "(uninstalled)"
 
 
 # What a person sees -----------------------------------------------------------------------------------

@@ -446,3 +446,20 @@ def test_evaluators_are_listed(app: FastAPI) -> None:
     assert listed["device"] == "cpu"
     assert listed["evaluators"]["pickscore"]["formula"] == "exp(logit_scale)·cos(e, t)"
     assert listed["evaluators"]["clip"]["provisional"] is True
+
+
+def test_whatever_goes_wrong_while_loading_is_told(
+    config: ServiceConfig, engine: RewardEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the models are there: it never loads for ever."""
+
+    def fail(*_: Any) -> None:
+        raise LookupError("no such thing")
+
+    monkeypatch.setattr("reward_service.judge.tell_loaded", fail)
+    failures: list[str] = []
+    judge = Judge(config, build=lambda _: engine, on_failure=failures.append)
+    judge.start()
+    wait_for(judge, "failed")
+    assert failures == [judge.health.detail] == ["no such thing"]
+    judge.close()
