@@ -14,6 +14,7 @@ import msgspec
 import tenacity
 
 from reward_service.failures import (
+    UNREADABLE,
     ClientClosedError,
     DeadlineError,
     InputError,
@@ -167,7 +168,7 @@ class Exchange:
         raise_for_problem(answer, chunk.first)
         try:
             response = decode_response(answer.content, answer.headers.get("content-type", ""))
-        except (ValueError, msgspec.DecodeError) as error:
+        except UNREADABLE as error:
             raise self._foreign(str(error)) from None
         if len(response.results) != chunk.pairs:
             raise self._foreign(f"{len(response.results)} results for {chunk.pairs} pairs")
@@ -189,7 +190,7 @@ class Exchange:
         raise_for_problem(answer)
         try:
             return msgspec.json.decode(answer.content, type=EvaluatorList)
-        except (ValueError, msgspec.DecodeError) as error:
+        except UNREADABLE as error:
             raise self._foreign(str(error)) from None
 
     def _not_sent(self, error: Exception) -> RewardClientError:

@@ -16,6 +16,8 @@ from reward_service.protocol import Health, Problem
 
 #: Of answers that say nothing themselves: a proxy's words for "not now".
 RETRYABLE_STATUS = frozenset({429, 502, 503, 504})
+#: What decoding another program's answer can raise; msgspec's own error is a ValueError.
+UNREADABLE = (ValueError, RecursionError)
 
 
 class RewardClientError(Exception):
@@ -85,7 +87,7 @@ def raise_for_problem(answer: httpx.Response, first_pair: int = 0) -> None:
 def _problem(answer: httpx.Response, first_pair: int) -> Problem | None:
     try:
         problem = msgspec.json.decode(answer.content, type=Problem)
-    except (ValueError, msgspec.DecodeError):
+    except UNREADABLE:
         return None
     errors = [
         error if error.index is None else msgspec.structs.replace(error, index=first_pair + error.index)
@@ -107,11 +109,11 @@ def _retry_after_s(answer: httpx.Response) -> float:
 def _seconds_until(date: str, sent: str) -> float:
     try:
         then = parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     try:  # by the service's own clock, which need not be ours
         now = parsedate_to_datetime(sent).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         now = time.time()
     return then - now
 
@@ -120,7 +122,7 @@ def readiness(answer: httpx.Response) -> Health:
     """The state that an answer of ``/health/ready`` tells."""
     try:
         return msgspec.json.decode(answer.content, type=Health)
-    except (ValueError, msgspec.DecodeError):
+    except UNREADABLE:
         return Health("loading", f"status {answer.status_code}, not a reward service's answer")
 
 

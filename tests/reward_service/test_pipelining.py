@@ -16,11 +16,12 @@ from reward_service.client import (
     AsyncRewardClient,
     ClientClosedError,
     InputError,
+    OverloadedError,
     RejectedError,
     RewardClient,
 )
 from reward_service.images import Pixels
-from reward_service.protocol import MSGPACK, ScoreResponse, decode_request
+from reward_service.protocol import MSGPACK, PROBLEM, ScoreResponse, decode_request
 from tests.reward_service.fake_service import PIXELS, URL, Handler, answer, client, problem, response_to
 
 Ask = Callable[..., ScoreResponse]
@@ -235,3 +236,24 @@ def test_many_threads_share_a_client() -> None:
         for thread in threads:
             thread.join()
     assert found == {level: 12.0 * level for level in range(20)}
+
+
+NESTED = {"status_code": 500, "content": b'{"type": ' + b"[" * 200_000, "headers": {"content-type": PROBLEM}}
+LONG_AGO, FAR = "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999999999 07:28:00 GMT"
+
+
+@pytest.mark.parametrize("ask", [ask, ask_async])
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        (NESTED, RejectedError),
+        ({"status_code": 503, "headers": {"retry-after": FAR}}, OverloadedError),
+        ({"status_code": 503, "headers": {"retry-after": LONG_AGO, "date": FAR}}, OverloadedError),
+    ],
+)
+def test_what_another_program_answers_is_one_of_our_errors(
+    ask: Ask, told: dict[str, Any], error: type[Exception]
+) -> None:
+    """However odd its body and its dates."""
+    with pytest.raises(error):
+        ask(lambda _: httpx.Response(**told), ["x"], [PIXELS], retry_budget_s=0)
