@@ -221,7 +221,7 @@ def encode(value: Struct, content_type: str) -> bytes:
 
 
 def decode_response(body: bytes, content_type: str) -> ScoreResponse:
-    """Decode a response and refuse one with a missing or non-finite number.
+    """Decode a response and refuse one with a missing, unexplained or non-finite number.
 
     :raises ValueError: not a score response; msgspec's errors are ValueErrors too
     """
@@ -232,6 +232,8 @@ def decode_response(body: bytes, content_type: str) -> ScoreResponse:
             raise ValueError(f"result {position} carries index {result.index}")
         if result.reward is None and not response.failed:
             raise ValueError(f"result {position} has no reward, though no evaluator failed")
+        if result.scores.keys() != response.evaluators.keys() or not (result.scores or response.failed):
+            raise ValueError(f"result {position} has not the scores of the evaluators named")
         if not finite(result.reward, result.scores):
             raise ValueError(f"result {position} holds a number that is not finite")
     return response

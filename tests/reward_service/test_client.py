@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -280,3 +281,20 @@ def test_light_modules_bring_no_torch(module: str) -> None:
     code = f"import sys, reward_service.{module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_reward_without_the_scores_behind_it_is_refused() -> None:
+    """A number whose evaluators are not named could be anybody's."""
+
+    def bare(request: httpx.Request) -> httpx.Response:
+        full = response_to(decode_request(request.content, MSGPACK))
+        results = [msgspec.structs.replace(result, scores={}) for result in full.results]
+        return answer(msgspec.structs.replace(full, results=results, evaluators={}))
+
+    def other(request: httpx.Request) -> httpx.Response:
+        full = response_to(decode_request(request.content, MSGPACK))
+        return answer(msgspec.structs.replace(full, evaluators={"hpsv2": full.evaluators["clip"]}))
+
+    for handler in (bare, other):
+        with pytest.raises(ProtocolError, match="not the scores"), client(handler) as judge:
+            judge.score(["x"], [PIXELS])
