@@ -77,7 +77,7 @@ lock:  ## resolve the dependencies anew into the locks and environment.yml
 	@test -x $(BIN)/uv || { echo "make: $(BIN)/uv not found; say make venv first" >&2; exit 1; }
 	$(COMPILE) --all-extras -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements/light.lock
-	for extra in torch service trainer; do \
+	for extra in torch service ray trainer; do \
 	  $(COMPILE) -c requirements.lock --extra $$extra -o requirements/$$extra.lock || exit 1; done
 	$(BIN)/python tools/environment.py --write
 

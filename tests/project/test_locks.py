@@ -13,7 +13,7 @@ from tools.environment import locked_requirements, render
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CUTS = {"light": (), "torch": ("torch",), "service": ("service",), "trainer": ("trainer",)}
+CUTS = {"light": (), "torch": ("torch",), "service": ("service",), "ray": ("ray",), "trainer": ("trainer",)}
 
 
 def read_lock(name: str) -> str:
