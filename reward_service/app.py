@@ -82,13 +82,18 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.judge, app.state.log, app.state.tracer = scorer, log, tracer
     scorer.metrics.routes = frozenset(ROUTES)
-    app.state.keys = Keyring(config.auth.keys) if config.auth.keys else None
+    app.state.keys = _keyring(config, log)
     _add_scoring(app, scorer)
     _add_listings(app, scorer)
     _add_health(app, scorer)
     _add_pages(app)
     _add_error_answers(app)
     return app
+
+
+def _keyring(config: ServiceConfig, log: Log | None) -> Keyring | None:
+    note = log.warning if log else lambda _: None
+    return Keyring(config.auth.keys, note) if config.auth.keys else None
 
 
 class _Application(FastAPI):

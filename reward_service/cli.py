@@ -31,6 +31,7 @@ SetOption = Annotated[list[str], typer.Option("--set", help="Override: section.k
 EvaluatorsOption = Annotated[str | None, typer.Option(help="Names, with commas between; all by default.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value ...")]
 
+KEYS_FILE = Path("keys.yaml")
 DETERMINISTIC = "Let scores depend on nothing but the pair: fixed batch shapes, slower."
 
 
@@ -54,6 +55,13 @@ class FormatName(StrEnum):
 
     csv = "csv"
     jsonl = "jsonl"
+
+
+class PermissionName(StrEnum):
+    """Values of --may."""
+
+    score = "score"
+    metrics = "metrics"
 
 
 # typer brings a click of its own from some version on; this is the root of either's usage errors.
@@ -229,16 +237,31 @@ def keys_() -> None:
 def new(
     name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes, underscores.")],
     weight: Annotated[float, typer.Option(help="Share of the device beside the other clients.")] = 1.0,
-    file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = Path("keys.yaml"),
+    may: Annotated[
+        list[PermissionName] | None, typer.Option(help="What it is for; repeatable, everything by default.")
+    ] = None,
+    file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = KEYS_FILE,
 ) -> None:
     """Make a key, print it this once, and append its hash to a file for `auth.keys` to name."""
     from reward_service.keys import new_key
 
-    key, count = new_key(file, name, weight)
+    key, count = new_key(file, name, weight, [permission.value for permission in may] if may else None)
     _say(key)
     more = f"; {name} has {count} keys now, remove those no longer used" if count > 1 else ""
     _note(f"hash appended to {file}{more}")
-    _note(f"serve with --set auth.keys={file.resolve()}; a service that runs with it reads it on SIGHUP")
+    _note(f"serve with --set auth.keys={file.resolve()}; a service that runs with it notices the change")
+
+
+@keys.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="Whose keys.")],
+    file: Annotated[Path, typer.Option(help="File to take them out of.")] = KEYS_FILE,
+) -> None:
+    """Take all keys of a name out of a file; a service that runs with it lets them in no more."""
+    from reward_service.keys import remove_keys
+
+    count = remove_keys(file, name)
+    _note(f"{file}: {count} key{'s' * (count > 1)} of {name} removed")
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:

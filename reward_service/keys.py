@@ -13,12 +13,15 @@ Two entries of one name are two keys of one client, so that a key can be changed
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,9 +34,11 @@ from reward_service.settings import ConfigError, Settings, one_line
 
 ClientName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Permission = Literal["score", "metrics"]
+_EVERYTHING: tuple[Permission, ...] = ("score", "metrics")
 
 _PREFIX = "rk_"
 _SECRET_BYTES = 32
+_LOOK_EVERY_S = 1.0
 
 
 class Key(Settings):
@@ -43,7 +48,7 @@ class Key(Settings):
     sha256: Sha256
     weight: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     max_pairs: PositiveInt | None = None
-    may: frozenset[Permission] = frozenset({"score", "metrics"})
+    may: frozenset[Permission] = frozenset(_EVERYTHING)
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,21 @@ class Client:
 
 
 class Keyring:
-    """The keys of a file, read anew on :meth:`reload`.
+    """The keys of a file, which is read anew when it has changed, looked at once a second at most.
 
+    :param note: told in one line what became of reading it anew
     :raises ConfigError: the file cannot be used
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, note: Callable[[str], None] = lambda _: None) -> None:
+        self._path, self._note = path, note
+        self._seen, self._look_s = _state(path), time.monotonic() + _LOOK_EVERY_S
         self._keys = load_keys(path)
 
     def client(self, key: str, part: str = "") -> Client | None:
         """Whose key it is; None if nobody's. Takes as long whatever was presented."""
+        if time.monotonic() >= self._look_s:
+            self._look()
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
         found = None
         for entry in self._keys:
@@ -94,17 +103,29 @@ class Keyring:
             return None
         return Client(found.name, part, found.weight, found.max_pairs, found.may)
 
-    def reload(self, note: Callable[[str], None]) -> None:
-        """Read the file again; the keys stay as they are if it cannot be used.
-
-        :param note: told in one line what became of it
-        """
+    def reload(self) -> None:
+        """Read the file again; the keys stay as they are if it cannot be used."""
+        self._seen = _state(self._path)
         try:
             self._keys = load_keys(self._path)
         except ConfigError as error:
-            note(f"the keys stay as they were: {error}")
+            self._note(f"the keys stay as they were: {error}")
         else:
-            note(f"keys: {len(self._keys)} read from {self._path}")
+            self._note(f"keys: {len(self._keys)} read from {self._path}")
+
+    def _look(self) -> None:
+        self._look_s = time.monotonic() + _LOOK_EVERY_S
+        if _state(self._path) != self._seen:
+            self.reload()
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What tells that a file was changed or replaced; None without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode
 
 
 def load_keys(path: Path) -> tuple[Key, ...]:
@@ -144,29 +165,97 @@ def _parsed(text: str) -> list[Key]:
     return TypeAdapter(list[Key]).validate_python([] if found is None else found)
 
 
-def new_key(path: Path, name: str, weight: float = 1.0) -> tuple[str, int]:
+def new_key(
+    path: Path, name: str, weight: float = 1.0, may: Sequence[Permission] | None = None
+) -> tuple[str, int]:
     """Make a key and append its hash to a file, which is made if it is not there.
 
+    :param may: what it is for; everything if None
     :returns: the key, which is nowhere else, and how many keys of this name there are now
     :raises ConfigError: the name, the weight or the file cannot be used
     """
     key = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    digest = hashlib.sha256(key.encode()).hexdigest()
     try:
-        entry = Key(name=name, sha256=hashlib.sha256(key.encode()).hexdigest(), weight=weight)
+        entry = Key(name=name, sha256=digest, weight=weight, may=frozenset(may or _EVERYTHING))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{first['loc'][0]}: {one_line(first['msg'])}") from None
-    before = _entries(path) if path.exists() else ()
     lines = f"- name: {entry.name!r}\n  sha256: {entry.sha256!r}\n  weight: {entry.weight!r}\n"
-    _check_appendable(path, lines, [*before, entry])
-    try:
+    lines += "" if may is None else f"  may: {sorted(entry.may)}\n"
+    with _alone(path):
+        before = _entries(path) if path.exists() else ()
+        _check_appendable(path, lines, [*before, entry])
         # Its owner alone may read and write it, from the first moment.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         with path.open("a", encoding="utf-8") as file:
             file.write(_line_end(path) + lines)
+    return key, 1 + sum(entry.name == name for entry in before)
+
+
+def remove_keys(path: Path, name: str) -> int:
+    """Take all keys of a name out of a file, whose other lines stay as they are.
+
+    :returns: how many there were
+    :raises ConfigError: there is none, there would be none left, or the file cannot be used
+    """
+    with _alone(path):
+        before = _entries(path)
+        after = [entry for entry in before if entry.name != name]
+        if len(after) == len(before):
+            raise ConfigError(f"{path}: no key is named {name!r}; it has {_listed(before)}")
+        if not after:
+            remedy = (
+                "a service needs one to go on: make another first, or end the service and delete the file"
+            )
+            raise ConfigError(f"{path}: there is no key beside {name!r}; {remedy}")
+        text = _without(path.read_text(encoding="utf-8"), [entry.name == name for entry in before])
+        if text is None or _parsed(text) != after:
+            raise ConfigError(f"{path}: its form is not one that lines can be taken out of; edit it")
+        beside = path.with_name(f".{path.name}.new")
+        beside.unlink(missing_ok=True)
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        beside.replace(path)
+    return len(before) - len(after)
+
+
+def _without(text: str, leave: Sequence[bool]) -> str | None:
+    """The lines of a list in YAML without those of some of its entries; None if these share lines."""
+    lines = text.splitlines(keepends=True)
+    for node, gone in reversed(list(zip(_nodes(text), leave, strict=True))):
+        first, end = node.start_mark.line, node.end_mark.line + (node.end_mark.column > 0)
+        if gone and not lines[first].startswith("- "):
+            return None
+        # What stands between two entries is about the next one.
+        while lines[end - 1].lstrip().startswith(("#", "\n")):
+            end -= 1
+        if gone:
+            del lines[first:end]
+    return "".join(lines)
+
+
+def _nodes(text: str) -> list[yaml.Node]:
+    document = yaml.compose(text)
+    return list(document.value) if document else []
+
+
+def _listed(entries: Sequence[Key]) -> str:
+    return ", ".join(sorted({entry.name for entry in entries})) or "none"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Nobody else changes the file meanwhile; what its folder or its disk refuses is a ConfigError."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-    return key, 1 + sum(entry.name == name for entry in before)
 
 
 def _check_appendable(path: Path, lines: str, expected: list[Key]) -> None:

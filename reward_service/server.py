@@ -30,7 +30,7 @@ _LAST_ANSWERS_S = 2.0
 
 
 def serve(config: ServiceConfig, say: Callable[[str], None]) -> str | None:
-    """Serve until SIGTERM or SIGINT; then finish what was admitted. SIGHUP reads the keys again.
+    """Serve until SIGTERM or SIGINT; then finish what was admitted. SIGHUP reads the keys again at once.
 
     :param say: gets ``listening on http://HOST:PORT`` once connections are taken
     :returns: None after an orderly end, else one line that says why nothing can be scored
@@ -161,7 +161,7 @@ class Server(uvicorn.Server):
         if keys is None:
             self._log.warning("there is no file of keys to read again; see auth.keys")
         else:
-            keys.reload(self._log.warning)
+            keys.reload()
 
 
 def _check_exposure(config: ServiceConfig) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from reward_service.cli import main
 from reward_service.config import Auth, ServiceConfig
 from reward_service.engine import RewardEngine
 from reward_service.judge import Judge
-from reward_service.keys import Client, Keyring, load_keys, new_key
+from reward_service.keys import Client, Keyring, load_keys, new_key, remove_keys
 from reward_service.settings import ConfigError
 from tests.reward_service.serving import judging
 
@@ -137,17 +138,94 @@ def test_a_file_that_others_may_write_to_is_refused(path: Path) -> None:
 def test_a_broken_file_keeps_the_old_keys(path: Path) -> None:
     """Read again, a broken or missing file changes nothing and is told; a mended one counts at once."""
     key, _ = new_key(path, "a")
-    ring, said = Keyring(path), list[str]()
+    said = list[str]()
+    ring = Keyring(path, said.append)
     path.write_text("- nonsense")
-    ring.reload(said.append)
+    ring.reload()
     path.unlink()
-    ring.reload(said.append)
+    ring.reload()
     assert ring.client(key) is not None
     other, _ = new_key(path, "b")
-    ring.reload(said.append)
+    ring.reload()
     assert ring.client(key) is None
     assert ring.client(other) == Client("b")
     assert [line.startswith("the keys stay") for line in said] == [True, True, False]
+
+
+def test_a_changed_file_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new key counts and a removed one does not, within a second, without anybody's signal."""
+    key, _ = new_key(path, "a")
+    said, now = list[str](), [100.0]
+    monkeypatch.setattr("reward_service.keys.time.monotonic", lambda: now[0])
+    ring = Keyring(path, said.append)
+    other, _ = new_key(path, "b")
+    assert ring.client(other) is None
+    now[0] += 1
+    assert ring.client(other) == Client("b")
+    assert ring.client(key) == Client("a")
+    remove_keys(path, "a")
+    now[0] += 1
+    assert ring.client(key) is None
+    assert len(said) == 2
+
+
+def test_a_broken_change_is_told_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that became unusable does not fill the log."""
+    key, _ = new_key(path, "a")
+    said, now = list[str](), [100.0]
+    monkeypatch.setattr("reward_service.keys.time.monotonic", lambda: now[0])
+    ring = Keyring(path, said.append)
+    path.write_text("- nonsense")
+    for _ in range(3):
+        now[0] += 1
+        assert ring.client(key) == Client("a")
+    assert len(said) == 1
+
+
+def test_keys_are_removed_by_name(path: Path) -> None:
+    """All keys of the name go, the others and every comment stay, and the file is still its owner's alone."""
+    made = {name: new_key(path, name)[0] for name in ("a", "b", "c")}
+    new_key(path, "b")
+    path.write_text("# ours\n" + path.read_text().replace("- name: 'c'", "\n# of c\n- name: 'c'"))
+    assert remove_keys(path, "b") == 2
+    ring = Keyring(path)
+    assert [name for name, key in made.items() if ring.client(key)] == ["a", "c"]
+    assert [line for line in path.read_text().splitlines() if line.startswith("#")] == ["# ours", "# of c"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("z", "no key is named 'z'; it has a, b"), ("a", None)], ids=["unknown", "known"]
+)
+def test_what_cannot_be_removed_is_told(path: Path, name: str, told: str | None) -> None:
+    """An unknown name, the last name, and a form without lines of its own: one line, the file as it was."""
+    new_key(path, "a")
+    new_key(path, "b")
+    if told is None:
+        remove_keys(path, "b")
+        told = "there is no key beside 'a'"
+    before = path.read_text()
+    with pytest.raises(ConfigError, match=told):
+        remove_keys(path, name)
+    assert path.read_text() == before
+
+
+def test_entries_on_one_line_are_not_taken_apart(path: Path) -> None:
+    """A list in brackets has to be edited by hand; it stays as it is."""
+    path.write_text(f"[{{name: a, sha256: '{'0' * 64}'}}, {{name: b, sha256: '{'1' * 64}'}}]\n")
+    path.chmod(0o600)
+    before = path.read_text()
+    with pytest.raises(ConfigError, match="edit it"):
+        remove_keys(path, "a")
+    assert path.read_text() == before
+
+
+def test_keys_made_at_once_are_all_there(path: Path) -> None:
+    """Several commands at a time lose no key."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: new_key(path, f"k{number}"), range(24)))
+        list(pool.map(lambda number: remove_keys(path, f"k{number}"), range(12)))
+    assert sorted(entry.name for entry in load_keys(path)) == sorted(f"k{n}" for n in range(12, 24))
 
 
 @pytest.mark.parametrize("route", ["/v1/evaluators", "/metrics"])
@@ -180,8 +258,7 @@ def test_what_needs_no_key(judge: Judge, path: Path) -> None:
 
 def test_a_key_may_be_for_metrics_only(judge: Judge, path: Path) -> None:
     """A key that may not score is a 403, not a 401: another key would help, a better one not."""
-    key, _ = new_key(path, "prometheus")
-    path.write_text(path.read_text() + "  may: [metrics]\n")
+    key, _ = new_key(path, "prometheus", may=["metrics"])
     app = locked(judge, path)
     assert get(app, "/metrics", key).status_code == 200
     answer = get(app, "/v1/evaluators", key)
@@ -203,6 +280,17 @@ def test_the_command_makes_a_key(path: Path, capsys: pytest.CaptureFixture[str])
     assert left.value.code in (0, None)
     key = capsys.readouterr().out.strip()
     assert Keyring(path).client(key) == Client("trainer", weight=3.0)
+
+
+def test_the_command_removes_a_client(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`keys remove NAME` is told on standard error; for a name that is not there it exits with 2."""
+    for name in ("a", "b"):
+        new_key(path, name, may=["score"])
+    for code, told in ((0, "1 key of a removed"), (2, "no key is named 'a'")):
+        with pytest.raises(SystemExit) as left:
+            main(["keys", "remove", "a", "--file", str(path)])
+        assert (left.value.code or 0) == code
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["a b"], ["a", "--weight", "0"], ["a", "--weight", "nan"], ["ä"]])
