@@ -78,6 +78,7 @@ class Judge:
         self._intake = Intake(config)
         self._bench: Bench | None = None
         self._health = Health("loading", "the models are being loaded")
+        self._started = False
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
         self._stop_by_s = math.inf
         self._observe()
@@ -93,8 +94,10 @@ class Judge:
         return self._bench is not None
 
     def start(self) -> None:
-        """Begin to load the models; returns at once."""
-        threading.Thread(target=self._load, name="loading", daemon=True).start()
+        """Begin to load the models, the first time; returns at once."""
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._load, name="loading", daemon=True).start()
 
     def fail(self, message: str) -> None:
         """Nothing can be scored any more: say so to everybody who asks, and to who runs this.

@@ -167,6 +167,14 @@ def test_what_is_retryable_is_retried() -> None:
     assert len(pauses) == 4
 
 
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_proxys_bare_words_are_retried(status: int) -> None:
+    """What stands before the service may say that nobody answered: without a reason, it is asked again."""
+    service = Service(httpx.Response(status, text="Internal Server Error"))
+    assert len(client(service, []).score(["x"], [PIXELS]).results) == 1
+    assert len(service.requests) == 2
+
+
 def test_retry_after_is_honoured() -> None:
     """The pause is never shorter than the service asked for, and pauses differ between clients."""
     found = []

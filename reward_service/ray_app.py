@@ -1,0 +1,201 @@
+"""The service on Ray Serve: replicas of the same application behind one address, on one machine or many.
+
+``serve run configs/ray.yaml``, or ``serve run reward_service.ray_app:app config=FILE``. What differs from one
+process is in docs/ray.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from pydantic import BeforeValidator, ValidationError
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from reward_service.app import create_app
+from reward_service.calibration import load_calibration
+from reward_service.config import ServiceConfig, load_config
+from reward_service.judge import RETRY_LOADING_S, Judge
+from reward_service.keys import load_keys
+from reward_service.ray_door import Door
+from reward_service.ray_metrics import ReplicaMetrics
+from reward_service.ray_scaling import PAIRS
+from reward_service.reporting import Reporting, end_soon, reporting
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, one_line, rest_idle_threads
+
+#: Of the deployment; a file of Ray's calls it so.
+NAME = "judge"
+_DRAIN_MARGIN_S = 10.0
+_LAST_ANSWERS_S = 2.0
+_PAGE_TIMEOUT_S = 5.0
+
+
+class DeployError(RayServeException, click.ClickException):
+    """What to serve cannot be served. Ray shows a RayServeException, and its command line a click one, in a
+    line and without a traceback.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        click.ClickException.__init__(self, message)
+
+
+def _one_or_more(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
+class Arguments(Settings):
+    """``args`` in a configuration of Ray's, or ``key=value`` after the import path.
+
+    ``config``: the file with the section ``service:``; a relative path starts in the folder of the process,
+    or, if it is not there, in the one that holds ``configs/``. It is read on the machine of each replica.
+    ``set``: overrides, as ``reward-service serve --set`` takes them.
+    """
+
+    config: Path = DEFAULT_CONFIG
+    set: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = ()
+
+
+def app(arguments: dict[str, Any]) -> serve.Application:
+    """The application for ``serve run``, ``serve deploy`` and ``serve.run``.
+
+    :param arguments: see :class:`Arguments`
+    :raises DeployError: they, the configuration or what it names cannot be used, in one line
+    """
+    try:
+        given = _arguments(arguments)
+        config = load_config(given.config, given.set)
+        load_calibration(config.calibration, tuple(config.enabled))
+        if config.auth.keys is not None:
+            load_keys(config.auth.keys)
+    except ConfigError as error:
+        raise DeployError(str(error)) from None
+    ingress: serve.Deployment = serve.deployment(name=NAME)(serve.ingress()(Replica))
+    return ingress.options(**deployment(config)).bind(str(given.config), list(given.set))
+
+
+def _arguments(given: Mapping[str, Any]) -> Arguments:
+    try:
+        arguments = Arguments.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(Arguments.model_fields)
+        raise ConfigError(f"args: {where}: {one_line(first['msg'])}; known here: {known}") from None
+    path = arguments.config.expanduser()
+    if not path.exists() and not path.is_absolute():
+        path = DEFAULT_CONFIG.parent.parent / path
+    return arguments.model_copy(update={"config": path.absolute()})
+
+
+def deployment(config: ServiceConfig) -> dict[str, Any]:
+    """Options of Ray's that suit a configuration; a file of Ray's may say otherwise.
+
+    Ray's own bounds stand above ours, so that ours decide, in our words: an admitted request is at least a
+    pair, and Ray counts those too that are being refused.
+    """
+    return {
+        "max_ongoing_requests": 2 * config.limits.max_queued_pairs,
+        # Where no replica takes requests. Ray's proxy holds their bodies, so there is an end to it.
+        "max_queued_requests": config.limits.max_connections,
+        "backpressure_config": {"status_code": 503, "retry_after_s": RETRY_LOADING_S},
+        "graceful_shutdown_timeout_s": config.drain_s + _DRAIN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 5.0,
+        "health_check_timeout_s": 10.0,
+        "logging_config": {"enable_access_log": False},  # ours says more
+        "ray_actor_options": {
+            "num_cpus": config.threads or 1,
+            "num_gpus": 1 if config.device.startswith("cuda") else 0,
+        },
+    }
+
+
+class Replica:
+    """One judge of several, as Ray Serve runs it. It takes requests once its models are loaded and proven.
+
+    :param config: path of the configuration
+    :param overrides: of its section ``service:``
+    :raises ConfigError: they cannot be used on this machine
+    """
+
+    def __init__(self, config: str, overrides: list[str]) -> None:
+        rest_idle_threads()
+        self._closing = ExitStack()
+        self._config = load_config(Path(config), overrides)
+        self._report = self._closing.enter_context(reporting(self._config))
+        self._metrics = ReplicaMetrics(self._pages)
+        self._metrics.lost_log_lines.set_function(lambda: self._report.sink.lost)
+        self._name = str(serve.get_replica_context().replica_id.unique_id)
+
+    async def __serve_build_asgi_app__(self) -> Door:
+        """The service, for Ray to run, which sends nothing to it before this returns.
+
+        :raises RuntimeError: it will never score, in one line
+        """
+        self._judge = await _loaded(self._config, self._metrics, self._report)
+        auth = self._config.auth
+        service = create_app(self._config, self._judge, self._report.log, self._report.tracer)
+        return Door(service, loopback_only=auth.keys is None and not auth.allow_anonymous)
+
+    async def check_health(self) -> None:
+        """Ray asks every few seconds, and replaces a replica that raises thrice."""
+        if self._judge.health.status == "failed":
+            raise RuntimeError(self._judge.health.detail)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`~reward_service.ray_scaling.PairsPerReplica` decides by."""
+        return {PAIRS: self._judge.admission.used["pairs"]}
+
+    async def own_metrics(self) -> tuple[str, bytes]:
+        """This replica's name and its page of metrics."""
+        return self._name, await asyncio.to_thread(self._metrics.own)
+
+    @functools.cached_property
+    def _siblings(self) -> Any:
+        context = serve.get_replica_context()
+        return serve.get_deployment_handle(context.deployment, context.app_name)
+
+    def _pages(self) -> dict[str, bytes]:
+        own = {self._name: self._metrics.own()}
+        try:
+            found = self._siblings.broadcast("own_metrics").results(timeout_s=_PAGE_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - one that is ending, or Ray's own trouble: ours at least
+            self._report.log.warning(f"metrics of this replica only: {one_line(error)}")
+            return own
+        return dict(found) | own
+
+    def __del__(self) -> None:
+        """Ray calls it at the end, after everything is answered."""
+        self._closing.close()
+
+
+async def _loaded(config: ServiceConfig, metrics: ReplicaMetrics, report: Reporting) -> Judge:
+    settled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ready(detail: str) -> None:
+        report.log.info(f"ready: {detail}", pid=os.getpid())
+        loop.call_soon_threadsafe(settled.set)
+
+    def failed(message: str) -> None:
+        if judge.served:  # a device that hangs could hold up any orderly end
+            end_soon(message, report.log, _LAST_ANSWERS_S)
+        loop.call_soon_threadsafe(settled.set)
+
+    judge = Judge(config, on_ready=ready, on_failure=failed, on_notice=report.log.warning, metrics=metrics)
+    judge.start()
+    await settled.wait()
+    if judge.health.status == "failed":
+        raise RuntimeError(judge.health.detail)
+    return judge
