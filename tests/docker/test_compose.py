@@ -1,113 +1,203 @@
-"""The composition serves the miniature and leaves a trained LoRA on the host."""
+"""The composition serves the miniature to those with a key and leaves a trained LoRA on the host."""
 
-import os
-import shutil
-import socket
-import subprocess
+import base64
+import json
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import docker
+import httpx
 import pytest
 from docker.models.containers import Container
 from PIL import Image
 
 from reward_service.client import RewardClient
+from tests.docker.composing import BASE_IMAGE, Composition
+from tests.docker.conftest import composition_of
 
-ROOT = Path(__file__).resolve().parents[2]
-PROJECT = f"karlo-reward-lab-test-{os.getpid()}"
 UID, GID = 12345, 12346  # neither root, nor the images' own user, nor anybody on the host
+SERVICES = ("setup", "reward", "trainer")
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
-class Composition(NamedTuple):
+class Done(NamedTuple):
     """What one `up --exit-code-from trainer` left."""
 
     exit_code: int
     output: str
-    runs: Path
-    port: int
+    composition: Composition
     containers: dict[str, Container]
 
 
-def compose(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the composition's command in the repository, output captured."""
-    classic = shutil.which("docker-compose")
-    command = [classic] if classic else ["docker", "compose"]
-    return subprocess.run(
-        [*command, "-p", PROJECT, *arguments],
-        cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False,
-    )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="module")
+def done(images: None, engine: docker.DockerClient, tmp_path_factory) -> Iterator[Done]:
+    """Run the composition to the end with a short training, for a folder that is not there yet."""
+    composition = composition_of(
+        tmp_path_factory.mktemp("compose") / "not" / "there",
+        "compose",
+        RUN_UID=str(UID),
+        RUN_GID=str(GID),
+        TRAINER_ARGS="--set iterations=2 --set prompts.validation_limit=4",
+    )
+    try:
+        up = composition("up", "--exit-code-from", "trainer")
+        yield Done(up.returncode, up.stdout, composition, composition.containers(engine))
+    finally:
+        composition.down()
 
 
 @pytest.fixture(scope="module")
-def composition(tmp_path_factory) -> Iterator[Composition]:
-    """Build both images, run the composition to the end with a short training, take it down afterwards."""
-    runs, port = tmp_path_factory.mktemp("runs"), free_port()
-    environment = {
-        "RUNS_DIR": str(runs),
-        "REWARD_PORT": str(port),
-        "RUN_UID": str(UID),
-        "RUN_GID": str(GID),
-        "TRAINER_ARGS": "--set iterations=2 --set prompts.validation_limit=4",
-    }
-    built = compose("build", **environment)
-    assert built.returncode == 0, built.stdout[-4000:]
-    engine = docker.from_env()
-    try:
-        done = compose("up", "--exit-code-from", "trainer", **environment)
-        found = engine.containers.list(all=True, filters={"label": f"com.docker.compose.project={PROJECT}"})
-        containers = {c.labels["com.docker.compose.service"]: c for c in found}
-        yield Composition(done.returncode, done.stdout, runs, port, containers)
-    finally:
-        compose("down", "--volumes", "--timeout", "5", **environment)
-        engine.close()
+def served(done: Done) -> Composition:
+    """The same composition with the judge up again."""
+    up = done.composition("up", "-d", "reward")
+    assert up.returncode == 0, up.stdout
+    with RewardClient(done.composition.url) as client:
+        client.wait_until_ready(timeout_s=120)
+    return done.composition
 
 
-def test_the_training_ends_well(composition):
+def test_the_training_ends_well(done):
     """`docker-compose up --exit-code-from trainer` answers with the trainer's own exit code, 0."""
-    assert composition.exit_code == 0, composition.output[-6000:]
+    assert done.exit_code == 0, done.output[-6000:]
 
 
-def test_lora_and_pictures_lie_on_the_host(composition):
+def test_lora_pictures_and_report_lie_on_the_host(done):
     """What was trained in a container outlives it, as files of the user who asked."""
-    weights = list(composition.runs.glob("compose/**/*.safetensors"))
-    pictures = list(composition.runs.glob("compose/**/*.png"))
-    assert weights
-    assert pictures
-    assert {(p.stat().st_uid, p.stat().st_gid) for p in weights + pictures} == {(UID, GID)}
+    runs = done.composition.runs
+    found = [
+        next(iter(runs.glob(f"compose/{name}")), None)
+        for name in ("lora/*.safetensors", "*.png", "report.html")
+    ]
+    assert None not in found
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(UID, GID)}
 
 
-@pytest.mark.parametrize("service", ["reward", "trainer"])
-def test_no_program_of_ours_runs_as_root(composition, service):
-    """A hole in the judge or the learner opens no root shell."""
-    user = composition.containers[service].attrs["Config"]["User"]
-    assert user.partition(":")[0] not in {"", "0", "root"}
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_is_locked(done, service):
+    """A hole in a program of ours opens no root shell, no file system and no capability."""
+    found = done.containers[service].attrs
+    host = found["HostConfig"]
+    assert found["Config"]["User"] == f"{UID}:{GID}"
+    assert host["ReadonlyRootfs"]
+    assert not host["CapAdd"]
+    assert not host["Privileged"]
+    assert host["Init"]
+    left = {"CHOWN"} if service == "setup" else set()
+    assert host["CapDrop"] == ["ALL"] or left == DEFAULT_CAPABILITIES - set(host["CapDrop"])
+    assert left or "no-new-privileges:true" in host["SecurityOpt"]
 
 
-def test_the_judge_is_published_on_loopback_only(composition):
-    """Without keys the judge answers this machine and nobody else."""
-    bindings = composition.containers["reward"].attrs["HostConfig"]["PortBindings"]
+#: What Docker gives a container that asks for nothing.
+DEFAULT_CAPABILITIES = {
+    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE",
+    "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+}  # fmt: skip
+
+
+def test_no_secret_stands_where_others_look(done):
+    """Keys are in a volume, not in what `docker inspect` or `docker history` show."""
+    for container in done.containers.values():
+        assert "rk_" not in str(container.attrs)
+        assert "rk_" not in str(container.image.history())
+
+
+def test_the_judge_is_published_on_loopback_only(done):
+    """The port answers this machine and nobody else."""
+    bindings = done.containers["reward"].attrs["HostConfig"]["PortBindings"]
     assert {b["HostIp"] for ports in bindings.values() for b in ports} == {"127.0.0.1"}
 
 
-def test_the_host_can_ask_the_judge(composition):
-    """The published port answers the light client with four scores."""
-    judge = composition.containers["reward"]
-    judge.start()
-    try:
-        with RewardClient(f"http://127.0.0.1:{composition.port}") as client:
-            client.wait_until_ready(timeout_s=120)
-            answer = client.score(["a red circle"], [Image.new("RGB", (48, 40), "red")])
-    finally:
-        judge.stop(timeout=10)
+@pytest.mark.parametrize("route", ["/v1/evaluators", "/metrics"])
+def test_without_a_key_there_is_no_answer(served, route):
+    """The published port tells nobody anything without a key."""
+    assert httpx.get(served.url + route).status_code == 401
+    assert httpx.post(served.url + "/score", json={}).status_code == 401
+
+
+def test_the_host_can_ask_the_judge(served):
+    """A new key counts at once, and the light client gets four scores."""
+    with RewardClient(served.url, api_key=served.key("host")) as client:
+        answer = client.score(["a red circle"], [Image.new("RGB", (48, 40), "red")])
     assert set(answer.results[0].scores) == {"aesthetic", "clip", "pickscore", "hpsv2"}
+
+
+def test_another_container_can_ask_the_judge(served, engine):
+    """Curl, from a container that knows nothing but the network, the judge's name and a key."""
+    picture = {"format": "raw", "shape": [8, 8, 3], "data": base64.b64encode(bytes(8 * 8 * 3)).decode()}
+    body = json.dumps({"items": [{"prompt": "a black square", "image": picture}]})
+    curl = "command -v curl || { apt-get update && apt-get install -y curl; }"
+    headers = '-H "Authorization: Bearer $KEY" -H "Content-Type: application/json"'
+    # The engine forgets a last line without an end.
+    ask = f'curl -sS http://reward:8000/score {headers} --data "$BODY"'
+    said = engine.containers.run(
+        BASE_IMAGE,
+        ["sh", "-c", f"{{ {curl}; }} >/dev/null 2>&1; {ask} 2>&1; echo"],
+        network=served.network,
+        environment={"KEY": served.key("neighbour"), "BODY": body},
+        remove=True,
+    )
+    assert b'"reward":' in said, said
+
+
+def test_prometheus_key_reads_metrics_and_nothing_else(served):
+    """The key that is readable for another container's user cannot score."""
+    found = served("exec", "-T", "setup", "cat", "/keys/prometheus").stdout.strip().splitlines()[-1]
+    headers = {"Authorization": f"Bearer {found}"}
+    codes = [
+        httpx.get(served.url + route, headers=headers).status_code for route in ("/metrics", "/v1/evaluators")
+    ]
+    assert codes == [200, 403]
+
+
+def test_a_judge_that_dies_comes_back(served, engine):
+    """The engine starts it again after a crash, and the same keys count."""
+    judge = served.containers(engine)["reward"]
+    key = served.key("patient")
+    assert judge.exec_run(["sh", "-c", "kill -9 $(cat /proc/1/task/1/children)"]).exit_code == 0
+    deadline = time.monotonic() + 60
+    while judge.attrs["RestartCount"] == 0:
+        assert time.monotonic() < deadline, "it was not started again"
+        time.sleep(0.2)
+        judge.reload()
+    with RewardClient(served.url, api_key=key) as client:
+        client.wait_until_ready(timeout_s=120)
+        assert client.score(["a red circle"], [Image.new("RGB", (48, 40), "red")]).results[0].scores
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_holds_no_tools_to_build_and_no_caches(done, engine, service):
+    """What installing and compiling needs is not left behind."""
+    look = (
+        "for tool in cc gcc g++ make cmake git nvcc; do command -v $tool; done; "
+        "ls -d /root/.cache /tmp/* /var/cache/pip; "
+        "find / -xdev -name '*.a'; find / -xdev -name '*.whl' -size +2M"
+    )
+    said = engine.containers.run(
+        f"karlo-reward-lab/{service}",
+        ["-c", f"({look}) 2>/dev/null; true"],
+        entrypoint="sh",
+        user="0",
+        remove=True,
+    )
+    assert said.decode().split() == []
+
+
+def test_changing_owners_is_for_the_first_step_alone(done, engine):
+    """No image but setup's has a program with a capability or with another user's rights."""
+    look = (
+        "import os, stat\n"
+        "for folder, _, names in os.walk('/'):\n"
+        "    if folder.startswith(('/proc', '/sys')): continue\n"
+        "    for path in (os.path.join(folder, name) for name in names):\n"
+        "        if os.path.isfile(path) and not os.path.islink(path):\n"
+        "            if 'security.capability' in os.listxattr(path): print(path)\n"
+    )
+    found = {
+        service: engine.containers.run(
+            f"karlo-reward-lab/{service}", ["-c", look], entrypoint="python", user="0", remove=True
+        ).decode()
+        for service in SERVICES
+    }
+    assert found == {"setup": "/usr/local/bin/hand-over\n", "reward": "", "trainer": ""}
