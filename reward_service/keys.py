@@ -79,7 +79,8 @@ class Client:
 
 
 class Keyring:
-    """The keys of a file, which is read anew when it has changed, looked at once a second at most.
+    """The keys of a file, which is read anew when it has changed: a new key counts at once, one that was removed
+    for a second more at most.
 
     :param note: told in one line what became of reading it anew
     :raises ConfigError: the file cannot be used
@@ -91,17 +92,23 @@ class Keyring:
         self._keys = load_keys(path)
 
     def client(self, key: str, part: str = "") -> Client | None:
-        """Whose key it is; None if nobody's. Takes as long whatever was presented."""
+        """Whose key it is; None if nobody's. Among the keys, takes as long whatever was presented."""
         if time.monotonic() >= self._look_s:
             self._look()
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+        found = self._find(digest)
+        if found is None and self._look():
+            found = self._find(digest)
+        if found is None:
+            return None
+        return Client(found.name, part, found.weight, found.max_pairs, found.may)
+
+    def _find(self, digest: str) -> Key | None:
         found = None
         for entry in self._keys:
             if hmac.compare_digest(entry.sha256, digest):
                 found = entry
-        if found is None:
-            return None
-        return Client(found.name, part, found.weight, found.max_pairs, found.may)
+        return found
 
     def reload(self) -> None:
         """Read the file again; the keys stay as they are if it cannot be used."""
@@ -113,10 +120,13 @@ class Keyring:
         else:
             self._note(f"keys: {len(self._keys)} read from {self._path}")
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Read the file again if it has changed, and say whether it had."""
         self._look_s = time.monotonic() + _LOOK_EVERY_S
-        if _state(self._path) != self._seen:
+        changed = _state(self._path) != self._seen
+        if changed:
             self.reload()
+        return changed
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
