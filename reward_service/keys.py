@@ -79,8 +79,9 @@ class Client:
 
 
 class Keyring:
-    """The keys of a file, which is read anew when it has changed: a new key counts at once, one that was removed
-    for a second more at most.
+    """The keys of a file, which is read anew when it has changed.
+
+    A new key counts at once, one that was removed for a second more at most.
 
     :param note: told in one line what became of reading it anew
     :raises ConfigError: the file cannot be used
