@@ -1,0 +1,60 @@
+"""The light client in a plain Python image: what other projects install."""
+
+from collections.abc import Iterator
+
+import docker
+import pytest
+from docker.models.containers import Container
+
+from benchmarks.images import light_container, measure_light
+from reward_service.client import RewardClient
+from tests.docker.composing import BASE_IMAGE, Composition
+from tests.docker.conftest import composition_of
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+ASK = """
+import sys
+from PIL import Image
+from reward_service.client import RewardClient
+with RewardClient("http://reward:8000", api_key=sys.stdin.readline().strip()) as judge:
+    print(judge.score(["a red circle"], [Image.new("RGB", (40, 40), "red")]).results[0].reward)
+print(sorted({"torch", "fastapi", "uvicorn", "transformers"} & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
+    composition = composition_of(tmp_path_factory.mktemp("light"), "light")
+    try:
+        up = composition("up", "-d", "reward")
+        assert up.returncode == 0, up.stdout
+        with RewardClient(composition.url) as client:
+            client.wait_until_ready(timeout_s=120)
+        yield composition
+    finally:
+        composition.down()
+
+
+@pytest.fixture(scope="module")
+def neighbour(judge: Composition, engine: docker.DockerClient) -> Iterator[Container]:
+    container = light_container(engine, BASE_IMAGE, judge.network)
+    yield container
+    container.remove(force=True)
+
+
+def test_the_light_client_scores_without_torch(judge: Composition, neighbour: Container) -> None:
+    """From another container, with nothing but the plain install: a reward, and no torch was imported."""
+    ask = f"echo {judge.key('light')} | /tmp/light/bin/python -c '{ASK}'"
+    said = neighbour.exec_run(["sh", "-c", ask])
+    assert said.exit_code == 0, said.output.decode()
+    reward, heavy = said.output.decode().splitlines()
+    assert 0 < float(reward) < 1
+    assert heavy == "[]"
+
+
+def test_the_light_client_is_light(neighbour: Container) -> None:
+    """Megabytes, not gigabytes, and nothing heavy behind its import."""
+    measured = measure_light(neighbour)
+    assert measured["size_mb"] < 200  # type: ignore[operator]
+    assert measured["heavy"] == []
