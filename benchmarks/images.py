@@ -66,7 +66,8 @@ def measure_light(container: Container) -> dict[str, object]:
 
 def _said(container: Container, command: list[str]) -> str:
     code, output = container.exec_run(command)
-    text = bytes(output).decode()
+    assert isinstance(output, bytes)  # it is an iterator only where that is asked for
+    text = output.decode()
     if code:
         raise RuntimeError(text[-2000:])
     return text
