@@ -14,8 +14,8 @@ import msgspec
 
 from reward_service.protocol import Health, Problem
 
-#: Of answers that say nothing themselves: a proxy's words for "not now". A bare 500 is Ray's for a replica that
-#: died over a request; one of the service's own always says whether asking again can help.
+#: Of answers that say nothing themselves: a proxy's words for "not now". A bare 500 is Ray's for a replica
+#: that died over a request; one of the service's own always says whether asking again can help.
 RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 #: What decoding another program's answer can raise; msgspec's own error is a ValueError.
 UNREADABLE = (ValueError, RecursionError)

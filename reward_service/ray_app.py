@@ -61,9 +61,7 @@ class Arguments(Settings):
     """
 
     config: Path = DEFAULT_CONFIG
-    set: Annotated[
-        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
-    ] = ()
+    set: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
@@ -72,6 +70,11 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     :param arguments: see :class:`Arguments`
     :raises DeployError: they, the configuration or what it names cannot be used, in one line
     """
+    return application(arguments, Replica)
+
+
+def application(arguments: Mapping[str, Any], replica: type[Replica], **options: Any) -> serve.Application:
+    """:func:`app` with another replica, and with options of Ray's in place of :func:`deployment`'s."""
     try:
         given = _arguments(arguments)
         config = load_config(given.config, given.set)
@@ -80,8 +83,8 @@ def app(arguments: dict[str, Any]) -> serve.Application:
             load_keys(config.auth.keys)
     except ConfigError as error:
         raise DeployError(str(error)) from None
-    ingress: serve.Deployment = serve.deployment(name=NAME)(serve.ingress()(Replica))
-    return ingress.options(**deployment(config)).bind(str(given.config), list(given.set))
+    ingress: serve.Deployment = serve.deployment(name=NAME)(serve.ingress()(replica))
+    return ingress.options(**deployment(config) | options).bind(str(given.config), list(given.set))
 
 
 def _arguments(given: Mapping[str, Any]) -> Arguments:
@@ -106,12 +109,12 @@ def deployment(config: ServiceConfig) -> dict[str, Any]:
     """
     return {
         "max_ongoing_requests": 2 * config.limits.max_queued_pairs,
-        # Where no replica takes requests. Ray's proxy holds their bodies, so there is an end to it.
+        # While no replica takes requests: Ray's proxy holds their bodies, so there is an end to it.
         "max_queued_requests": config.limits.max_connections,
         "backpressure_config": {"status_code": 503, "retry_after_s": RETRY_LOADING_S},
         "graceful_shutdown_timeout_s": config.drain_s + _DRAIN_MARGIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_period_s": 5.0,
+        "health_check_period_s": 2.0,
         "health_check_timeout_s": 10.0,
         "logging_config": {"enable_access_log": False},  # ours says more
         "ray_actor_options": {

@@ -92,7 +92,8 @@ class Callers:
     """
 
     def __init__(self, crowd: Crowd) -> None:
-        self._crowd, self._address = crowd, urlsplit(crowd.url).netloc
+        self._crowd, url = crowd, urlsplit(crowd.url)
+        self._address, self._path = url.netloc, f"{url.path}/v1/score"
         self.bodies = list(_bodies(crowd))
         self._idle: list[HTTPConnection] = []
         self._threads = ThreadPoolExecutor(_MOST_UNDER_WAY)
@@ -131,7 +132,7 @@ class Callers:
         sent_s = time.monotonic()
         connection = self._connection()
         try:
-            answer = _answer(connection, sent, headers)
+            answer = _answer(connection, self._path, sent, headers)
             status, again = answer.status, answer.getheader("retry-after") or ""
         except (OSError, HTTPException):
             connection.close()
@@ -153,11 +154,11 @@ class Callers:
             connection.close()
 
 
-def _answer(connection: HTTPConnection, sent: Body, headers: dict[str, str]) -> HTTPResponse:
+def _answer(connection: HTTPConnection, path: str, sent: Body, headers: dict[str, str]) -> HTTPResponse:
     """The answer, read to its end."""
     # One that was refused before its body was read may be answered and closed while it is sent.
     with suppress(BrokenPipeError, ConnectionResetError):
-        connection.request("POST", "/v1/score", sent.content, headers)
+        connection.request("POST", path, sent.content, headers)
     answer = connection.getresponse()
     answer.read()
     return answer

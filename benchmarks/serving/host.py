@@ -134,7 +134,8 @@ def _helping_s() -> float:
     return nanoseconds / 1e9
 
 
-def _sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
+def sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
+    """In place of its ``score``: a device that takes so long for any batch."""
     from reward_service.pairs import PairScores
 
     def score(
@@ -148,7 +149,8 @@ def _sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairSc
     return score
 
 
-def _full(setup: Setup, batch_pairs: int) -> RewardEngine:
+def full_size(setup: Setup, batch_pairs: int) -> RewardEngine:
+    """Towers of ViT-L/14 and ViT-H/14 with random weights."""
     import torch
 
     from benchmarks.models import random_engine
@@ -172,9 +174,9 @@ def main() -> None:
 
         from reward_service.loading import build_engine
 
-        torch.set_num_threads(len(setup.cores))
-        engine = _full(setup, config.batch_pairs) if setup.full else build_engine(config)
-        score = engine.score if setup.sleep_s is None else _sleeping(engine, setup.sleep_s)
+        torch.set_num_threads(config.threads)
+        engine = full_size(setup, config.batch_pairs) if setup.full else build_engine(config)
+        score = engine.score if setup.sleep_s is None else sleeping(engine, setup.sleep_s)
         watch = Watch(score, keep=setup.full)
         engine.score = watch  # type: ignore[method-assign]
         threading.Thread(target=_answer, args=(watch,), daemon=True).start()

@@ -77,13 +77,14 @@ class Child:
 
 
 @contextmanager
-def _child(module: str, first: msgspec.Struct) -> Iterator[Child]:
+def child(module: str, first: msgspec.Struct) -> Iterator[Child]:
+    """Start a process, and end it at the end."""
     with tempfile.TemporaryFile() as log:
-        child = Child(module, first, log)
+        started = Child(module, first, log)
         try:
-            yield child
+            yield started
         finally:
-            child.end()
+            started.end()
 
 
 class Host:
@@ -114,16 +115,16 @@ def hosting(setup: Setup) -> Iterator[Host]:
 
     :raises FailedError: it never is
     """
-    with _child("benchmarks.serving.host", setup) as child:
-        url = child.line().decode().split()[-1]
+    with child("benchmarks.serving.host", setup) as started:
+        url = started.line().decode().split()[-1]
         deadline = time.monotonic() + _READY_S
         with httpx.Client(base_url=url) as connection:
             while connection.get("/health/ready").status_code != httpx.codes.OK:
-                if time.monotonic() > deadline or child.process.poll() is not None:
-                    child.line()
+                if time.monotonic() > deadline or started.process.poll() is not None:
+                    started.line()
                     raise FailedError("the service did not become ready")
                 time.sleep(0.2)
-        host = Host(child, url)
+        host = Host(started, url)
         host.batches()  # those of the warm-up
         yield host
 
@@ -155,5 +156,5 @@ class Calling:
 def calling(host: Host, clients: Sequence[str], cores: Sequence[int], **crowd: Any) -> Iterator[Calling]:
     """Start callers of a service."""
     who = Crowd(host.url, list(clients), cores=list(cores), **crowd)
-    with _child("benchmarks.serving.callers", who) as child:
-        yield Calling(child)
+    with child("benchmarks.serving.callers", who) as started:
+        yield Calling(started)

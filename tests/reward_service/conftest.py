@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from reward_service.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.loading import build_engine
 from tests.reward_service.checkpoints import Checkpoints, write_checkpoints
+from tests.reward_service.serving import png
 
 SIZES = ((32, 32), (33, 47), (80, 35), (7, 90), (128, 64), (31, 31), (100, 39))
 PROMPTS = (
@@ -49,3 +53,10 @@ def pictures() -> list[Pixels]:
         blocks = coarse.repeat(5, axis=0).repeat(5, axis=1)[:height, :width]
         made.append((blocks + fine).clip(0, 255).astype(np.uint8))
     return made
+
+
+@pytest.fixture
+def item(pictures: list[Pixels]) -> dict[str, Any]:
+    """A pair as JSON has it."""
+    data = base64.b64encode(png(pictures[1])).decode()
+    return {"prompt": "a red square", "image": {"data": data, "format": "png"}}

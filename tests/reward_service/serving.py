@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
+from fastapi import FastAPI
 from PIL import Image
 
 from reward_service.app import create_app
@@ -21,6 +23,14 @@ from reward_service.logs import open_log
 from reward_service.server import Server, options
 
 READY_S = 20.0
+
+
+def asking(app: FastAPI | str) -> httpx.AsyncClient:
+    """A client of an application in this process, or of a server at an address."""
+    if isinstance(app, str):
+        return httpx.AsyncClient(base_url=app, timeout=30.0)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://judge")
 
 
 def wait_until(true: Any, what: object = "it") -> None:

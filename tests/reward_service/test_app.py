@@ -25,6 +25,7 @@ from reward_service.images import Pixels
 from reward_service.judge import Judge
 from reward_service.pairs import Pair
 from reward_service.protocol import JSON, MSGPACK, PROBLEM
+from tests.reward_service.serving import asking
 
 Answer = httpx.Response
 READY_S = 20.0
@@ -51,16 +52,17 @@ def app(config: ServiceConfig, judge: Judge) -> FastAPI:
     return create_app(config, judge)
 
 
-def talk(app: FastAPI, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+def talk(app: FastAPI | str, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
     async def run() -> Any:
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://judge") as client:
+        async with asking(app) as client:
             return await conversation(client)
 
     return asyncio.run(run())
 
 
-def post(app: FastAPI, body: Any, content_type: str = JSON, path: str = "/score", **headers: str) -> Answer:
+def post(
+    app: FastAPI | str, body: Any, content_type: str = JSON, path: str = "/score", **headers: str
+) -> Answer:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": content_type, **headers}
     return talk(app, lambda client: client.post(path, content=content, headers=headers))  # type: ignore[no-any-return]
@@ -76,11 +78,6 @@ def jpeg(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
     return file.getvalue()
-
-
-@pytest.fixture
-def item(pictures: list[Pixels]) -> dict[str, Any]:
-    return {"prompt": "a red square", "image": {"data": png(pictures[1]), "format": "png"}}
 
 
 def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, pictures: list[Pixels]) -> None:

@@ -17,7 +17,7 @@ from reward_service.engine import RewardEngine
 from reward_service.forms import decode_form
 from reward_service.images import Pixels
 from reward_service.protocol import MAX_PAIRS, Item, MalformedBodyError, Picture, ScoreRequest
-from tests.reward_service.serving import judging, png
+from tests.reward_service.serving import asking, judging, png
 
 BOUNDARY = "multipart/form-data; boundary=xx"
 Part = tuple[str, bytes]
@@ -37,10 +37,9 @@ def app(config: ServiceConfig, engine: RewardEngine) -> Iterator[FastAPI]:
         yield create_app(config, judge)
 
 
-def post(app: FastAPI, **how: Any) -> httpx.Response:
+def post(app: FastAPI | str, **how: Any) -> httpx.Response:
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://judge") as client:
+        async with asking(app) as client:
             return await client.post("/score", **how)
 
     return asyncio.run(ask())
