@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -243,6 +244,24 @@ def test_rays_configuration_fits_its_schema(ray_app: Any) -> None:
         given = ray_app._arguments(application.args)
         assert load_config(given.config, given.set).threads == 1
     assert schema.applications[0].deployments[0].autoscaling_config["max_replicas"] == 4
+
+
+def test_the_page_shows_what_ray_takes(ray_app: Any) -> None:
+    """docs/ray.md: the resource for Kubernetes is YAML, and what it has for Ray fits Ray's schema."""
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (REPOSITORY / "docs" / "ray.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    service, policy = yaml.safe_load_all(blocks[-1])
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    judge = schema.applications[0].deployments[0]
+    assert judge.name == ray_app.NAME
+    assert judge.autoscaling_config["policy"]["policy_function"].endswith(":PairsPerReplica")
+    assert set(schema.applications[0].args) <= set(ray_app.Arguments.model_fields)
+    assert service["spec"]["rayClusterConfig"]["rayVersion"] == importlib.metadata.version("ray")
+    assert policy["kind"] == "NetworkPolicy"
+    [described] = yaml.safe_load(blocks[1])
+    assert described["autoscaling_config"]["max_replicas"] == 4
 
 
 def test_a_judge_that_failed_is_unhealthy(ray_app: Any, config: ServiceConfig) -> None:
