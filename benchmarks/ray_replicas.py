@@ -1,6 +1,6 @@
 """What replicas on one machine bring: pairs a second of Ray Serve with 1 and 2, beside one uvicorn process.
 
-    python -m benchmarks.ray_replicas --out benchmarks/results/ray-cpu    # about 8 minutes, 10 GB
+    python -m benchmarks.ray_replicas --out benchmarks/results/ray-cpu    # about 7 minutes, 8 GB
     python -m benchmarks.ray_replicas --quick                             # shows that it runs
 
 Every judge has one thread. All three arrangements are up at the same time and are asked in turn, round
@@ -41,8 +41,8 @@ _LAYERS = 1
 class Plan:
     """How long."""
 
-    rounds: int = 7
-    seconds: float = 8.0
+    rounds: int = 5
+    seconds: float = 6.0
 
 
 @dataclass
@@ -123,7 +123,7 @@ def _rate(callers: Calling, pairs: int, seconds: float) -> float:
 
 def _summary(device: str, rows: Rows) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device}
-    found |= {f"{name}, pairs/s": median(row[name] for row in rows) for name in (UVICORN, ONE, TWO)}
+    found |= {f"{name}, pairs/s": round(median(row[name] for row in rows), 1) for name in (UVICORN, ONE, TWO)}
     for what, above, below in (
         ("Ray 1 ÷ uvicorn", ONE, UVICORN),
         ("Ray 2 ÷ Ray 1", TWO, ONE),

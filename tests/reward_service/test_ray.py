@@ -47,6 +47,7 @@ SCALING = {
 REAL, BREAKABLE = "reward_service.ray_app:app", "tests.reward_service.ray_faults:app"
 #: A new replica imports and loads everything, perhaps on a busy machine.
 WAIT_S = 150.0
+_CALLERS = 3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -91,13 +92,15 @@ globals().update(over_http.tests())
 class Load:
     """Callers who check every score that they get. They rest in between: a new replica shares the cores."""
 
-    def __init__(self, url: str, engine: RewardEngine, pictures: list[Pixels], callers: int = 3) -> None:
-        self._url, self._ended = url, threading.Event()
+    def __init__(
+        self, url: str, engine: RewardEngine, pictures: list[Pixels], retry_budget_s: float = WAIT_S
+    ) -> None:
+        self._url, self._retry_budget_s, self._ended = url, retry_budget_s, threading.Event()
         self._prompts, self._pictures = list(PROMPTS), pictures
         pairs = [Pair(prompt, image) for prompt, image in zip(PROMPTS, pictures, strict=True)]
         self._expected = [scores.raw for scores in engine.score(pairs, deterministic=True)]
-        self._pool = ThreadPoolExecutor(callers)
-        self._calls = [self._pool.submit(self._ask) for _ in range(callers)]
+        self._pool = ThreadPoolExecutor(_CALLERS)
+        self._calls = [self._pool.submit(self._ask) for _ in range(_CALLERS)]
         self.answered = 0
 
     def __enter__(self) -> Load:
@@ -119,7 +122,9 @@ class Load:
             time.sleep(0.01)
 
     def _ask(self) -> None:
-        with RewardClient(self._url, retry_budget_s=WAIT_S, chunk_pairs=4, pin="first") as judge:
+        with RewardClient(
+            self._url, retry_budget_s=self._retry_budget_s, chunk_pairs=4, pin="first"
+        ) as judge:
             while not self._ended.is_set():
                 assert raw(judge.score(self._prompts, self._pictures, deterministic=True)) == self._expected
                 self.answered += 1
@@ -176,6 +181,21 @@ def test_keys_are_checked_by_every_replica(app: str, key: tuple[Path, str]) -> N
     assert list(statuses.values()) == [{200}, {401}]
 
 
+def test_what_cannot_be_deployed_is_told_and_changes_nothing(
+    running: Cluster, judges: Callable[..., Cluster]
+) -> None:
+    """Ray's status has our one line, and the version before goes on."""
+    judges()
+    before = running.pids()
+    running.deploy(wait=False, import_path=REAL, args={"config": "/no/such.yaml"})
+    wait_until(lambda: running.status()["status"] == "DEPLOY_FAILED", "the refusal")
+    message = running.status()["message"].strip()
+    assert message.splitlines()[-1] == "/no/such.yaml: no such configuration file; name one with --config"
+    assert "Traceback" not in message
+    assert httpx.get(f"{running.url}/health/ready").status_code == 200
+    assert running.pids() == before
+
+
 def test_a_killed_replica_loses_no_request(
     judges: Callable[..., Cluster], engine: RewardEngine, pictures: list[Pixels]
 ) -> None:
@@ -196,7 +216,7 @@ def test_another_version_is_deployed_without_losing_a_request(
     """Replicas are replaced one after the other under load; who asks without retries gets every answer."""
     running = judges()
     before = running.pids()
-    with Load(running.url, engine, pictures) as load:
+    with Load(running.url, engine, pictures, retry_budget_s=0.0) as load:
         judges(BREAKABLE, SCALING)
         wait_until(lambda: replaced(running, before), "new replicas")
         load.wait_for(20)
