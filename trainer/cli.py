@@ -15,6 +15,7 @@ from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
 from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.errors import DivergenceError, GuardError, JobError, RunError, said
 from trainer.experimenting import commands, judged
+from trainer.jobbing import jobs_app
 from trainer.launching import first_of_job, open_processes, second_on_its_machine
 from trainer.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, given, refuse_several
 from trainer.preparing import prompts_app
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(commands)
 app.add_typer(prompts_app, name="prompts")
+app.add_typer(jobs_app, name="jobs")
 
 ResumeOption = Annotated[
     bool,

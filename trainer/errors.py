@@ -8,6 +8,7 @@ RunError                                a run cannot go on
 ├── EvaluationError                         the comparison cannot be finished
 ├── StorageError                            the run folder cannot be written, or is no run to go on with
 ├── JobError                                a process of the job cannot go on, or is gone
+├── ContainerError                          the container engine, or a job in it, cannot do what was asked
 ├── GuardError                              the composite rose while the guard fell; exit code 3
 └── DemoError                               the demo's own service does not start
 """
@@ -55,6 +56,10 @@ class JobError(RunError):
     def __init__(self, message: str, *, quiet: bool = False) -> None:
         super().__init__(message)
         self.quiet = quiet
+
+
+class ContainerError(RunError):
+    """The container engine, or a job in it, cannot do what was asked."""
 
 
 class DemoError(RunError):

@@ -1,0 +1,218 @@
+"""Three jobs and one scorer: all end whatever befalls them, and share it fairly."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import docker
+import httpx
+import pytest
+
+from reward_service.client import RewardClient
+from tests.docker.composing import ROOT, Composition
+from tests.docker.conftest import composition_of
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NAMES = tuple(f"test-{os.getpid()}-{letter}" for letter in "abc")
+UNSTOPPED, STOPPED = NAMES[:2]
+# Scores that do not depend on who else is scored, or on restarts: then neither do the results.
+SETTINGS = {
+    "service.deterministic": "true",
+    "checkpoints.every": 1,
+    "iterations": 4,
+    "prompts.validation_limit": 4,
+    "rollout.prompts_per_iteration": 4,
+    "evaluation.images_per_prompt": 2,
+}
+TRAIN = ["train", "--config", "configs/miniature.yaml", "--seed", "1"]
+TRAIN += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+
+
+def jobs(*words: str, runs: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`reward-trainer jobs WORDS`, output captured."""
+    where = ["--runs", str(runs)] if runs else []
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "jobs", words[0], *where, *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def well(*words: str, runs: Path | None = None) -> str:
+    """The same, which has to end well; what it says."""
+    done = jobs(*words, runs=runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def states() -> dict[str, str]:
+    """Each of these jobs' state, as `jobs list` tells it."""
+    return {job["name"]: job["state"] for job in json.loads(well("list", "--json")) if job["name"] in NAMES}
+
+
+@pytest.fixture(scope="module")
+def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
+    """A scorer in a composition, and afterwards neither it nor a job."""
+    composition = composition_of(tmp_path_factory.mktemp("runs"), "jobs")
+    try:
+        up = composition("up", "-d", "reward")
+        assert up.returncode == 0, up.stdout
+        with RewardClient(composition.url) as client:
+            client.wait_until_ready(timeout_s=120)
+        yield composition
+    finally:
+        engine = docker.from_env()
+        for name in NAMES:
+            for container in engine.containers.list(all=True, filters={"name": f"job-{name}"}):
+                container.remove(force=True)
+        engine.close()
+        composition.down()
+
+
+class Story(NamedTuple):
+    """What was seen while three jobs ran."""
+
+    runs: Path
+    users: dict[str, dict[str, object]]
+    shares: dict[str, float]
+    stopped: str
+    waited: str
+    states: dict[str, str]
+
+
+def pairs(url: str, key: str) -> dict[str, float]:
+    """How many pairs the scorer has scored for each job, by its own metrics."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    return {
+        name: float(count)
+        for name, count in re.findall(r'^reward_client_pairs_total\{client="job-([^"]+)"\} (\S+)', text, re.M)
+    }
+
+
+@pytest.fixture(scope="module")
+def story(judge: Composition, engine: docker.DockerClient) -> Story:
+    """Three jobs at once; one is stopped and resumed, the scorer is killed, and all are waited for."""
+    key = judge.key("watch")
+    for name in NAMES:
+        well("submit", "--name", name, "--cpus", "1", "--memory", "4g", *TRAIN, runs=judge.runs)
+    found = {name: engine.containers.get(f"karlo-reward-lab-job-{name}").attrs for name in NAMES}
+    shares = watched_shares(judge, key)
+    stopped = well("stop", STOPPED)
+    assert states()[STOPPED] == "stopped"
+    engine.containers.get(judge.containers(engine)["reward"].id).kill()
+    well("resume", STOPPED)
+    waited = well("wait", *NAMES)
+    return Story(judge.runs, found, shares, stopped, waited, states())
+
+
+def watched_shares(judge: Composition, key: str) -> dict[str, float]:
+    """The share of each job in the pairs scored from when all were under way until all are in training."""
+    deadline = time.monotonic() + 600
+    start: dict[str, float] | None = None
+    while True:
+        assert time.monotonic() < deadline, states()
+        now = pairs(judge.url, key)
+        if start is None and set(now) >= set(NAMES):
+            start = now
+        if start is not None and all((judge.runs / name / "checkpoints").exists() for name in NAMES):
+            gained = {name: now[name] - start[name] for name in NAMES}
+            return {name: count / sum(gained.values()) for name, count in gained.items()}
+        time.sleep(0.3)
+
+
+def test_all_end_well(story):
+    """Whatever befell them meanwhile."""
+    assert story.states == dict.fromkeys(NAMES, "done")
+    for name in NAMES:
+        assert next((story.runs / name / "lora").glob("*.safetensors"))
+        assert (story.runs / name / "report.html").exists()
+
+
+def test_the_scorer_is_shared_evenly(story):
+    """Each job's share of the pairs is within 20 % of the others'."""
+    print("shares:", {name: round(share, 3) for name, share in story.shares.items()})
+    assert max(story.shares.values()) / min(story.shares.values()) < 1.2
+
+
+def test_a_job_that_was_stopped_ends_with_the_same_numbers(story):
+    """As one that was not, to the bit."""
+    assert "stopped" in story.stopped
+    one, other = ((story.runs / name / "evaluation.json").read_text() for name in (UNSTOPPED, STOPPED))
+    assert one == other
+
+
+def test_a_scorer_that_was_killed_is_brought_back(story):
+    """`docker kill` is a wish to the engine; whoever waits for jobs starts it again, and says so."""
+    assert story.waited.count("was ended by force; it has been started again") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_is_locked(story, name):
+    """Not root, no capability, a read-only file system, its limits; and its key is nowhere to be seen."""
+    found = story.users[name]
+    host = found["HostConfig"]
+    assert found["Config"]["User"].partition(":")[0] not in ("", "0", "root")
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+    assert host["NanoCpus"] == 1e9
+    assert host["Memory"] == host["MemorySwap"] == 4 * 2**30
+    assert "rk_" not in str(found)
+
+
+def test_what_cannot_be_is_told_in_one_line(story, judge):
+    """A taken name, a job that is done or not there, no such image, too many cores, too little memory."""
+    for words, told in {
+        ("submit", "--name", NAMES[0], "train"): "there is a job",
+        ("resume", NAMES[0]): "is done",
+        ("stop", NAMES[0]): "does not run",
+        ("stop", NAMES[0][:-1] + "x"): "did you mean test-",
+        ("submit", "--name", "x", "--image", "no/such", "train"): "docker compose build",
+        ("submit", "--name", "x", "--cpus", "4096", "train"): "--cpus",
+        ("submit", "--name", "x", "--memory", "1k", "train"): "--memory",
+        ("submit", "--name", "x", "--network", "n", "--url", "http://h", "train"): "network",
+        ("submit", "--name", "x", "--scorer", "nobody", "train"): "no scorer 'nobody'",
+    }.items():
+        done = jobs(*words, runs=judge.runs if words[0] == "submit" else None)
+        assert done.returncode == 2, (words, done.stdout)
+        assert told in done.stderr, (words, done.stderr)
+        assert done.stderr.count("\n") == 1
+        assert not (judge.runs / "x").exists()
+        assert not (judge.runs / ".jobs/x").exists()
+
+
+def test_a_gpu_that_is_not_there_is_told(story, judge, engine):
+    """And nothing is left of the job, its key included."""
+    if "nvidia" in engine.info()["Runtimes"]:
+        pytest.skip("this engine has GPUs")
+    done = jobs("submit", "--name", "x", "--gpus", "all", "train", runs=judge.runs)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "leave --gpus out" in done.stderr
+    assert not engine.containers.list(all=True, filters={"name": "karlo-reward-lab-job-x"})
+    assert "job-x" not in judge("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
+
+
+def test_a_job_that_fails_says_why(story, judge):
+    """`wait` ends with 1 and the job's last words; `remove` takes the job and its key, and leaves the run."""
+    name = NAMES[0]
+    well("remove", name)
+    assert name not in states()
+    assert f"job-{name}" not in judge("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
+    assert (judge.runs / name / "report.html").exists()
+    assert not (judge.runs / ".jobs" / name).exists()
+    well("submit", "--name", name, "variance", "--set", "prompts.train=/nowhere.txt", runs=judge.runs)
+    done = jobs("wait", name)
+    assert done.returncode == 1
+    assert f"{name}: failed (2): reward-trainer: " in done.stderr
+    assert "/nowhere.txt" in done.stderr
+    assert "/nowhere.txt" in well("logs", "-f", name)

@@ -1,0 +1,406 @@
+"""Trainer jobs as containers beside a scorer's.
+
+All that is known of a job is in the engine (its container, its labels) and in its folders: RUNS/NAME, which
+the job writes, and RUNS/.jobs/NAME, which holds its key. So any command line on the machine sees the same.
+"""
+
+import difflib
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ConfigError
+from trainer.containers import (
+    KILLED,
+    ROLE,
+    SCORER_PORT,
+    find_scorer,
+    network_of,
+    new_key,
+    remove_key,
+    revive,
+)
+from trainer.errors import ContainerError
+from trainer.submitting import CONFIGS, RUNS, SECRET, Asking, Command
+
+if TYPE_CHECKING:  # the SDK is loaded where a command needs an engine
+    from docker import DockerClient
+    from docker.models.containers import Container
+
+JOB, SCORER, COMMAND = (f"karlo-reward-lab.{name}" for name in ("job", "scorer", "command"))
+FOLDER = "karlo-reward-lab.runs"
+IMAGE = "karlo-reward-lab/trainer"
+GRACE_S = 300
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+_SOMEBODY = 1000  # who jobs are where root submits them: the images' own user
+_LOOK_EVERY_S = 1.0
+_REVIVALS = 3
+_STOPPED = (129, 130, 143)
+
+# The same container, started again, goes on with the run that it began.
+_GO_ON = f'test -e {RUNS}/"$0"/config.yaml && exec reward-trainer "$@" --resume; exec reward-trainer "$@"'
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a job may take; None: as much as there is.
+
+    :param gpus: `all`, how many, or `device=0,1`
+    :param cpus: cores
+    :param memory: such as 8g
+    """
+
+    gpus: str | None = None
+    cpus: float | None = None
+    memory: str | None = None
+    shared_memory: str = "1g"
+
+    def options(self) -> dict[str, Any]:
+        """For the engine. Raises ConfigError."""
+        options: dict[str, Any] = {"shm_size": _bytes("--shm-size", self.shared_memory)}
+        if self.cpus is not None:
+            options["nano_cpus"] = round(self.cpus * 1e9)
+        if self.memory is not None:
+            options |= dict.fromkeys(("mem_limit", "memswap_limit"), _bytes("--memory", self.memory))
+        if self.gpus is not None:
+            options["device_requests"] = [_gpus(self.gpus)]
+        return options
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be.
+
+    :param runs: folder on this machine, below which the job has its own
+    :param mounts: further ones, as the engine wants them
+    :param scorer: its container's name; None for the only one
+    :param url: of a scorer elsewhere, in place of a container; `network` is then the job's
+    :param key_file: the key for it
+    """
+
+    name: str
+    command: Command
+    runs: Path
+    image: str = IMAGE
+    limits: Limits = Limits()
+    environment: dict[str, str] | None = None
+    mounts: dict[str, dict[str, str]] | None = None
+    scorer: str | None = None
+    url: str | None = None
+    network: str | None = None
+    key_file: Path | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the engine knows of a job."""
+
+    name: str
+    state: str
+    exit_code: int | None
+    command: str
+    started: str
+    ended: str
+
+    @property
+    def over(self) -> bool:
+        """Whether it does not run."""
+        return self.exit_code is not None
+
+
+def submit(client: "DockerClient", wanted: Submission) -> None:
+    """Start a job. Raises ConfigError or ContainerError; then nothing of it is left."""
+    _check_name(client, wanted)
+    client.images.get(wanted.image)  # before anything is made
+    scorer = None if wanted.url else find_scorer(client, wanted.scorer)
+    owner = os.getuid() or _SOMEBODY, os.getgid() or _SOMEBODY
+    run, secrets = _folders(wanted, owner)
+    container: Container | None = None
+    try:
+        key = _key(wanted, scorer)
+        if key is not None:
+            _write_key(secrets / "key", key, owner)
+        options = _options(wanted, scorer, owner, with_key=key is not None)
+        container = client.containers.create(wanted.image, **options)
+        container.start()
+    except BaseException:
+        if container is not None:
+            container.remove(force=True)
+        _forget(scorer, wanted.name, secrets)
+        with suppress(OSError):  # it holds a run to go on with
+            run.rmdir()
+        raise
+
+
+def jobs(client: "DockerClient", names: Sequence[str] = ()) -> list[Job]:
+    """The jobs of these names, or all, the oldest first. Raises ContainerError for a name that is none."""
+    return [_job(container) for container in _containers(client, names)]
+
+
+def stop(client: "DockerClient", name: str, grace_s: int = GRACE_S) -> Job:
+    """Have a job save what it has and end."""
+    container = _container(client, name)
+    if _job(container).over:
+        raise ContainerError(f"{name} does not run: it is {_job(container).state}")
+    # The engine's answer may take as long as the job.
+    client.api.timeout = grace_s + 60
+    container.stop(timeout=grace_s)
+    container.reload()
+    return _job(container)
+
+
+def resume(client: "DockerClient", name: str) -> None:
+    """Let a job go on that has ended before it was done."""
+    container = _container(client, name)
+    job = _job(container)
+    if not job.over and job.state != "created":
+        raise ContainerError(f"{name} runs already")
+    if job.exit_code == 0:
+        raise ContainerError(f"{name} is done; submit another job for more")
+    container.start()
+
+
+def remove(client: "DockerClient", name: str) -> str:
+    """Remove a job's container and its key; its run stays, where the answer says."""
+    container = _container(client, name)
+    if not _job(container).over and _job(container).state != "created":
+        raise ContainerError(f"{name} runs; stop it first: reward-trainer jobs stop {name}")
+    scorer = None
+    with suppress(ContainerError):
+        scorer = find_scorer(client, container.labels.get(SCORER))
+    runs = Path(container.labels[FOLDER])
+    container.remove()
+    _forget(scorer, name, runs / ".jobs" / name)
+    return str(runs / name)
+
+
+def logs(client: "DockerClient", name: str, *, follow: bool, tail: int | None) -> Iterator[bytes]:
+    """What a job has printed, and, following it, prints until it ends."""
+    container = _container(client, name)
+    yield from container.logs(stream=True, follow=follow, tail="all" if tail is None else tail)
+
+
+def wait(
+    client: "DockerClient", names: Sequence[str], say: Callable[[str], None], still: Callable[[], bool]
+) -> list[Job]:
+    """Wait until jobs have ended; meanwhile start their scorers again where these are ended by force.
+
+    :param say: told in a line what happens
+    :param still: asked each second whether to go on waiting
+    """
+    names = [job.name for job in jobs(client, names)]
+    told: set[str] = set()
+    revivals: dict[str, int] = {}
+    while True:
+        found = jobs(client, names)
+        for job in found:
+            if job.over and job.name not in told:
+                told.add(job.name)
+                say(f"{job.name}: {job.state}{_last_line(client, job)}")
+        if len(told) == len(found) or not still():
+            return found
+        _bring_back(client, names, revivals, say)
+        time.sleep(_LOOK_EVERY_S)
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def _check_name(client: "DockerClient", wanted: Submission) -> None:
+    if not _NAME.fullmatch(wanted.name):
+        rule = "lower-case letters, digits, dots, dashes and underscores, 40 at most"
+        raise ConfigError(f"--name {wanted.name!r}: a job's name has {rule}")
+    if any(job.name == wanted.name for job in jobs(client)):
+        raise ContainerError(
+            f"there is a job {wanted.name!r}; choose another --name, let it go on with "
+            f"`reward-trainer jobs resume {wanted.name}`, or remove it with `jobs remove {wanted.name}`"
+        )
+    if wanted.command.resumable and (wanted.runs / wanted.name / "config.yaml").exists():
+        run = wanted.runs / wanted.name
+        raise ContainerError(f"{run} holds a run; choose another --name, or go on with it: train --resume")
+
+
+def next_name(client: "DockerClient", runs: Path, command: str) -> str:
+    """The first of `train`, `train-2` … that is free."""
+    taken = {job.name for job in jobs(client)}
+    names = (command if n == 1 else f"{command}-{n}" for n in range(1, 10_000))
+    return next(name for name in names if name not in taken and not (runs / name).exists())
+
+
+def _folders(wanted: Submission, owner: tuple[int, int]) -> tuple[Path, Path]:
+    run, secrets = wanted.runs / wanted.name, wanted.runs / ".jobs" / wanted.name
+    for folder in (run, secrets):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.getuid() == 0:
+            os.chown(folder, *owner)
+    return run, secrets
+
+
+def _key(wanted: Submission, scorer: "Container | None") -> str | None:
+    if wanted.key_file is not None:
+        return wanted.key_file.read_text(encoding="utf-8").strip()
+    return new_key(scorer, f"job-{wanted.name}", wanted.weight) if scorer else None
+
+
+def _write_key(path: Path, key: str, owner: tuple[int, int]) -> None:
+    path.unlink(missing_ok=True)
+    # The job's user alone may read it, from the first moment.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{key}\n")
+    if os.getuid() == 0:
+        os.chown(path, *owner)
+
+
+def _forget(scorer: "Container | None", name: str, secrets: Path) -> None:
+    """Remove a job's key, at the scorer and here, as far as it can be."""
+    shutil.rmtree(secrets, ignore_errors=True)
+    if scorer is not None:
+        with suppress(ContainerError):
+            remove_key(scorer, f"job-{name}")
+
+
+def _options(
+    wanted: Submission, scorer: "Container | None", owner: tuple[int, int], *, with_key: bool
+) -> dict[str, Any]:
+    name, runs = wanted.name, wanted.runs.resolve()
+    url = wanted.url or f"http://{scorer.name if scorer else ''}:{SCORER_PORT}"
+    volumes = {str(runs / name): {"bind": f"{RUNS}/{name}", "mode": "rw"}}
+    volumes[_models(scorer)] = {"bind": "/models", "mode": "rw"}
+    if with_key:
+        volumes[str(runs / ".jobs" / name / "key")] = {"bind": SECRET, "mode": "ro"}
+    if config := wanted.command.config:
+        volumes[str(config)] = {"bind": f"{CONFIGS}/{config.name}", "mode": "ro"}
+    labels = {ROLE: "job", JOB: name, FOLDER: str(runs), COMMAND: shlex.join(wanted.command.words)}
+    if scorer is not None:
+        labels[SCORER] = scorer.name or ""
+    network = network_of(scorer) if scorer else wanted.network
+    return {
+        "name": f"karlo-reward-lab-job-{name}",
+        "command": wanted.command.inside(name, Asking(url, with_key)),
+        **({"entrypoint": ["sh", "-c", _GO_ON, name]} if wanted.command.resumable else {}),
+        "user": f"{owner[0]}:{owner[1]}",
+        "working_dir": f"{RUNS}/{name}",
+        "labels": labels,
+        "environment": wanted.environment or {},
+        "volumes": volumes | (wanted.mounts or {}),
+        "init": True,
+        "read_only": True,
+        "tmpfs": {"/tmp": ""},
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "log_config": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}},
+        **({"network": network} if network else {}),
+        **wanted.limits.options(),
+    }
+
+
+def _models(scorer: "Container | None") -> str:
+    """The cache of models that the scorer uses, so that nothing is downloaded twice."""
+    for mount in scorer.attrs["Mounts"] if scorer else ():
+        if mount["Destination"] == "/models":
+            return str(mount.get("Name") or mount["Source"])
+    return "karlo-reward-lab-models"
+
+
+def _bytes(option: str, size: str) -> int:
+    from docker.errors import DockerException
+    from docker.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(size))
+    except DockerException:
+        raise ConfigError(f"{option} {size}: write a number with b, k, m or g, such as 8g") from None
+
+
+def _gpus(given: str) -> Any:
+    from docker.types import DeviceRequest
+
+    if given == "all" or (given.isdecimal() and int(given) > 0):
+        return DeviceRequest(count=-1 if given == "all" else int(given), capabilities=[["gpu"]])
+    kind, _, devices = given.partition("=")
+    if kind != "device" or not all(devices.split(",")):
+        raise ConfigError(f"--gpus {given}: write all, how many, or device=0,1")
+    return DeviceRequest(device_ids=devices.split(","), capabilities=[["gpu"]])
+
+
+def _containers(client: "DockerClient", names: Sequence[str]) -> "list[Container]":
+    found = client.containers.list(all=True, filters={"label": f"{ROLE}=job"}, ignore_removed=True)
+    by_name = {container.labels[JOB]: container for container in reversed(found)}
+    for name in names:
+        if name not in by_name:
+            close = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see `reward-trainer jobs list`"
+            raise ContainerError(f"there is no job {name!r}; {hint}")
+    return [container for name, container in by_name.items() if not names or name in names]
+
+
+def _container(client: "DockerClient", name: str) -> "Container":
+    return _containers(client, [name])[0]
+
+
+def _job(container: "Container") -> Job:
+    state = container.attrs["State"]
+    over = state["Status"] in ("exited", "dead")
+    code = state["ExitCode"] if over else None
+    return Job(
+        container.labels[JOB],
+        _outcome(code, out_of_memory=state["OOMKilled"]) if over else state["Status"],
+        code,
+        container.labels.get(COMMAND, ""),
+        _moment(state["StartedAt"]),
+        _moment(state["FinishedAt"]) if over else "",
+    )
+
+
+def _outcome(code: int | None, *, out_of_memory: bool) -> str:
+    if out_of_memory:
+        return "out of memory"
+    known: dict[int | None, str] = {0: "done", 3: "guard tripped", KILLED: "killed"}
+    known |= dict.fromkeys(_STOPPED, "stopped")
+    return known.get(code, f"failed ({code})")
+
+
+def _moment(stamp: str) -> str:
+    """RFC 3339 with nanoseconds, or year 1 for never, to local seconds."""
+    if stamp.startswith("0001"):
+        return ""
+    return datetime.fromisoformat(stamp[:19]).replace(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _last_line(client: "DockerClient", job: Job) -> str:
+    """Of a job that did not end well, what it said last."""
+    if job.exit_code == 0:
+        return ""
+    said = _container(client, job.name).logs(tail=1).decode(errors="replace").strip()
+    return f": {said}" if said else ""
+
+
+def _bring_back(
+    client: "DockerClient", names: Sequence[str], revivals: dict[str, int], say: Callable[[str], None]
+) -> None:
+    """Start again the scorers of jobs that run; a few times, in case they are ended by force each time."""
+    running = [it for it in _containers(client, names) if it.attrs["State"]["Running"]]
+    for scorer in sorted({container.labels.get(SCORER, "") for container in running} - {""}):
+        if revivals.get(scorer, 0) < _REVIVALS and revive(client, scorer):
+            revivals[scorer] = revivals.get(scorer, 0) + 1
+            say(f"{scorer} was ended by force; it has been started again")
+
+
+def keep_scorer(
+    client: "DockerClient", name: str, say: Callable[[str], None], still: Callable[[], bool]
+) -> None:
+    """Do for one job what :func:`wait` does meanwhile, until the job ends or `still` says no."""
+    revivals: dict[str, int] = {}
+    with suppress(ContainerError):
+        while still() and not jobs(client, [name])[0].over:
+            _bring_back(client, [name], revivals, say)
+            time.sleep(_LOOK_EVERY_S)
