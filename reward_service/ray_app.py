@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import click
 from pydantic import BeforeValidator, ValidationError
 from ray import serve
+from ray.serve._private import constants
 from ray.serve.exceptions import RayServeException
 
 from reward_service.app import create_app
@@ -149,7 +150,10 @@ class Replica:
         self._judge = await _loaded(self._config, self._metrics, self._report)
         auth = self._config.auth
         service = create_app(self._config, self._judge, self._report.log, self._report.tracer)
-        return Door(service, loopback_only=auth.keys is None and not auth.allow_anonymous)
+        loopback_only = auth.keys is None and not auth.allow_anonymous
+        # Closed where a newer Ray calls it otherwise.
+        direct = bool(getattr(constants, "RAY_SERVE_ENABLE_DIRECT_INGRESS", True))
+        return Door(service, loopback_only=loopback_only, direct=direct)
 
     async def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises thrice."""

@@ -22,7 +22,7 @@ _GONE: dict[str, str] = {"type": "http.disconnect"}
 _LAST_STEPS_S = 5.0
 _EXPOSED = ProblemError(
     "forbidden",
-    "this service has no keys and answers on loopback only: set auth.keys, "
+    "this service has no keys and answers on loopback only, behind HAProxy nowhere: set auth.keys, "
     "or auth.allow_anonymous=true where a trusted network surrounds it",
 )
 
@@ -32,16 +32,17 @@ class Door:
 
     :param app: the service
     :param loopback_only: refuse whoever comes by another address of this machine
+    :param direct: the replica's own socket is behind HAProxy, which hides how callers came: refuse all then
     """
 
-    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
-        self._app, self._loopback_only = app, loopback_only
+    def __init__(self, app: ASGIApp, *, loopback_only: bool, direct: bool = False) -> None:
+        self._app, self._loopback_only, self._direct = app, loopback_only, direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif self._loopback_only and not _is_loopback(scope):
+        elif self._loopback_only and (self._direct or not _is_loopback(scope)):
             await _refusal(scope)(scope, receive, send)
         else:
             await _until_gone(self._app, scope, receive, _one_id(scope, send))

@@ -98,14 +98,14 @@ async def never() -> Any:
     await asyncio.Event().wait()
 
 
-def asked(asked_scope: dict[str, Any], *, loopback_only: bool) -> list[dict[str, Any]]:
+def asked(asked_scope: dict[str, Any], *, loopback_only: bool, direct: bool = False) -> list[dict[str, Any]]:
     """The messages that a request is answered with."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Door(app, loopback_only=loopback_only)(asked_scope, never, send))
+    asyncio.run(Door(app, loopback_only=loopback_only, direct=direct)(asked_scope, never, send))
     return sent
 
 
@@ -125,6 +125,13 @@ def test_without_keys_it_answers_on_loopback_only(host: str, loopback_only: bool
     assert start["status"] == status
     assert (b"auth.keys" in body["body"]) == (status == 403)
     assert (b"scores" in body["body"]) == (status == 200)
+
+
+@pytest.mark.parametrize(("loopback_only", "status"), [(True, 403), (False, 200)])
+def test_behind_haproxy_it_needs_keys_everywhere(loopback_only: bool, status: int) -> None:
+    """HAProxy listens on all interfaces and comes by loopback, whoever asks."""
+    start, _ = asked(scope("127.0.0.1"), loopback_only=loopback_only, direct=True)
+    assert start["status"] == status
 
 
 @pytest.mark.parametrize(("given", "left"), [("run-7", []), ("a b", [b"ab"])])
