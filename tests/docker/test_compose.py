@@ -2,8 +2,10 @@
 
 import base64
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import docker
@@ -164,6 +166,36 @@ def test_a_judge_that_dies_comes_back(served, engine):
     with RewardClient(served.url, api_key=key) as client:
         client.wait_until_ready(timeout_s=120)
         assert client.score(["a red circle"], [Image.new("RGB", (48, 40), "red")]).results[0].scores
+
+
+def test_an_upgrade_loses_no_request(served, engine):
+    """Another container in place of the judge's, under load: callers with a retry budget notice a pause."""
+    key, old = served.key("busy"), served.containers(engine)["reward"].id
+    picture = Image.new("RGB", (48, 40), "red")
+    over = threading.Event()
+
+    def ask(seed: int) -> list[float]:
+        rewards = []
+        with RewardClient(served.url, api_key=key, client_id=f"c{seed}", retry_budget_s=120) as client:
+            while not over.is_set():
+                answer = client.score(["a red circle"] * 8, [picture] * 8, deterministic=True)
+                rewards += [result.reward for result in answer.results]
+        return rewards
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(3)]
+        time.sleep(2)
+        up = served("up", "-d", "--force-recreate", "--no-deps", "reward")
+        new = served.containers(engine)["reward"]
+        with RewardClient(served.url) as client:
+            client.wait_until_ready(timeout_s=120)
+        time.sleep(2)
+        over.set()
+        rewards = [reward for one in asking for reward in one.result(timeout=150)]
+    assert up.returncode == 0, up.stdout
+    assert new.id != old
+    assert len(rewards) > 100
+    assert set(rewards) == {rewards[0]}
 
 
 @pytest.mark.parametrize("service", SERVICES)
