@@ -246,7 +246,7 @@ LONG_AGO, FAR = "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999999999 07:28:
 @pytest.mark.parametrize(
     ("told", "error"),
     [
-        (NESTED, RejectedError),
+        (NESTED, OverloadedError),
         ({"status_code": 503, "headers": {"retry-after": FAR}}, OverloadedError),
         ({"status_code": 503, "headers": {"retry-after": LONG_AGO, "date": FAR}}, OverloadedError),
     ],

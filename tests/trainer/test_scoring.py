@@ -12,6 +12,7 @@ from reward_service.protocol import (
     EvaluatorList,
     EvaluatorScore,
     ItemResult,
+    Problem,
     ScoreResponse,
 )
 from trainer.scoring import ScoringError, ServiceScorer, composite
@@ -32,7 +33,8 @@ def service(fingerprint: str = "f", status: int = 200, names: tuple[str, ...] = 
                 200, content=msgspec.json.encode(EvaluatorList(described, "cpu", "float32"))
             )
         if status != 200:
-            return httpx.Response(status)
+            problem = Problem("t", status, "scoring_failed", "d", retryable=False, id="i")
+            return httpx.Response(status, content=msgspec.json.encode(problem))
         results = [
             ItemResult(
                 i,
