@@ -140,7 +140,7 @@ def wait(names: NamesArgument = None) -> None:
     A scorer that is ended by force meanwhile is started again.
     """
     with engine() as client:
-        found = jobs.wait(client, names or (), _note, lambda: True)
+        found = jobs.wait(client, names or (), _note)
     if not found:
         _note("there are no jobs")
     if any(job.exit_code != 0 for job in found):

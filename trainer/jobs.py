@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import ConfigError
 from trainer.containers import (
+    KEYS,
     KILLED,
     ROLE,
     SCORER_PORT,
@@ -120,21 +121,20 @@ class Job:
 def submit(client: "DockerClient", wanted: Submission) -> None:
     """Start a job. Raises ConfigError or ContainerError; then nothing of it is left."""
     _check_name(client, wanted)
-    client.images.get(wanted.image)  # before anything is made
     scorer = None if wanted.url else find_scorer(client, wanted.scorer)
     owner = os.getuid() or _SOMEBODY, os.getgid() or _SOMEBODY
-    run, secrets = _folders(wanted, owner)
-    container: Container | None = None
+    # First, because the engine gives a name once only: nobody else's key and folders are touched below.
+    container = client.containers.create(wanted.image, **_options(wanted, scorer, owner))
+    run, secrets = wanted.runs / wanted.name, _secrets(wanted.runs, wanted.name)
     try:
+        for folder in (run, secrets):
+            _make(folder, owner)
         key = _key(wanted, scorer)
         if key is not None:
             _write_key(secrets / "key", key, owner)
-        options = _options(wanted, scorer, owner, with_key=key is not None)
-        container = client.containers.create(wanted.image, **options)
         container.start()
     except BaseException:
-        if container is not None:
-            container.remove(force=True)
+        container.remove(force=True)
         _forget(scorer, wanted.name, secrets)
         with suppress(OSError):  # it holds a run to go on with
             run.rmdir()
@@ -179,7 +179,7 @@ def remove(client: "DockerClient", name: str) -> str:
         scorer = find_scorer(client, container.labels.get(SCORER))
     runs = Path(container.labels[FOLDER])
     container.remove()
-    _forget(scorer, name, runs / ".jobs" / name)
+    _forget(scorer, name, _secrets(runs, name))
     return str(runs / name)
 
 
@@ -189,13 +189,10 @@ def logs(client: "DockerClient", name: str, *, follow: bool, tail: int | None) -
     yield from container.logs(stream=True, follow=follow, tail="all" if tail is None else tail)
 
 
-def wait(
-    client: "DockerClient", names: Sequence[str], say: Callable[[str], None], still: Callable[[], bool]
-) -> list[Job]:
+def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None]) -> list[Job]:
     """Wait until jobs have ended; meanwhile start their scorers again where these are ended by force.
 
     :param say: told in a line what happens
-    :param still: asked each second whether to go on waiting
     """
     names = [job.name for job in jobs(client, names)]
     told: set[str] = set()
@@ -206,7 +203,7 @@ def wait(
             if job.over and job.name not in told:
                 told.add(job.name)
                 say(f"{job.name}: {job.state}{_last_line(client, job)}")
-        if len(told) == len(found) or not still():
+        if len(told) == len(found):
             return found
         _bring_back(client, names, revivals, say)
         time.sleep(_LOOK_EVERY_S)
@@ -236,13 +233,14 @@ def next_name(client: "DockerClient", runs: Path, command: str) -> str:
     return next(name for name in names if name not in taken and not (runs / name).exists())
 
 
-def _folders(wanted: Submission, owner: tuple[int, int]) -> tuple[Path, Path]:
-    run, secrets = wanted.runs / wanted.name, wanted.runs / ".jobs" / wanted.name
-    for folder in (run, secrets):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.getuid() == 0:
-            os.chown(folder, *owner)
-    return run, secrets
+def _secrets(runs: Path, name: str) -> Path:
+    return runs / ".jobs" / name
+
+
+def _make(folder: Path, owner: tuple[int, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.getuid() == 0:
+        os.chown(folder, *owner)
 
 
 def _key(wanted: Submission, scorer: "Container | None") -> str | None:
@@ -268,15 +266,14 @@ def _forget(scorer: "Container | None", name: str, secrets: Path) -> None:
             remove_key(scorer, f"job-{name}")
 
 
-def _options(
-    wanted: Submission, scorer: "Container | None", owner: tuple[int, int], *, with_key: bool
-) -> dict[str, Any]:
+def _options(wanted: Submission, scorer: "Container | None", owner: tuple[int, int]) -> dict[str, Any]:
     name, runs = wanted.name, wanted.runs.resolve()
+    with_key = wanted.key_file is not None or (scorer is not None and KEYS in scorer.labels)
     url = wanted.url or f"http://{scorer.name if scorer else ''}:{SCORER_PORT}"
     volumes = {str(runs / name): {"bind": f"{RUNS}/{name}", "mode": "rw"}}
     volumes[_models(scorer)] = {"bind": "/models", "mode": "rw"}
     if with_key:
-        volumes[str(runs / ".jobs" / name / "key")] = {"bind": SECRET, "mode": "ro"}
+        volumes[str(_secrets(runs, name) / "key")] = {"bind": SECRET, "mode": "ro"}
     if config := wanted.command.config:
         volumes[str(config)] = {"bind": f"{CONFIGS}/{config.name}", "mode": "ro"}
     labels = {ROLE: "job", JOB: name, FOLDER: str(runs), COMMAND: shlex.join(wanted.command.words)}
@@ -380,8 +377,8 @@ def _last_line(client: "DockerClient", job: Job) -> str:
     """Of a job that did not end well, what it said last."""
     if job.exit_code == 0:
         return ""
-    said = _container(client, job.name).logs(tail=1).decode(errors="replace").strip()
-    return f": {said}" if said else ""
+    said = _container(client, job.name).logs(tail=5).decode(errors="replace").split("\n")
+    return next((f": {line.strip()}" for line in reversed(said) if line.strip()), "")
 
 
 def _bring_back(

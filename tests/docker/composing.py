@@ -53,6 +53,15 @@ class Composition:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def container(self) -> str:
+        """The judge's container's name."""
+        engine = docker.from_env()
+        try:
+            return str(self.containers(engine)["reward"].name)
+        finally:
+            engine.close()
+
+    @property
     def network(self) -> str:
         """The network of its containers."""
         return f"{self.project}_default"

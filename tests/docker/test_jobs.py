@@ -35,11 +35,12 @@ TRAIN = ["train", "--config", "configs/miniature.yaml", "--seed", "1"]
 TRAIN += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
 
 
-def jobs(*words: str, runs: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`reward-trainer jobs WORDS`, output captured."""
-    where = ["--runs", str(runs)] if runs else []
+def jobs(*words: str, judge: Composition | None = None) -> subprocess.CompletedProcess[str]:
+    """`reward-trainer jobs WORDS`, output captured; with a judge, it is that one's runs and scorer."""
+    # The machine may have a scorer of its own.
+    own = ["--runs", str(judge.runs), "--scorer", judge.container] if judge else []
     return subprocess.run(
-        [sys.executable, "-m", "trainer", "jobs", words[0], *where, *words[1:]],
+        [sys.executable, "-m", "trainer", "jobs", words[0], *own, *words[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,9 +48,9 @@ def jobs(*words: str, runs: Path | None = None) -> subprocess.CompletedProcess[s
     )
 
 
-def well(*words: str, runs: Path | None = None) -> str:
+def well(*words: str, judge: Composition | None = None) -> str:
     """The same, which has to end well; what it says."""
-    done = jobs(*words, runs=runs)
+    done = jobs(*words, judge=judge)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -103,7 +104,7 @@ def story(judge: Composition, engine: docker.DockerClient) -> Story:
     """Three jobs at once; one is stopped and resumed, the scorer is killed, and all are waited for."""
     key = judge.key("watch")
     for name in NAMES:
-        well("submit", "--name", name, "--cpus", "1", "--memory", "4g", *TRAIN, runs=judge.runs)
+        well("submit", "--name", name, "--cpus", "1", "--memory", "4g", *TRAIN, judge=judge)
     found = {name: engine.containers.get(f"karlo-reward-lab-job-{name}").attrs for name in NAMES}
     shares = watched_shares(judge, key)
     stopped = well("stop", STOPPED)
@@ -183,7 +184,7 @@ def test_what_cannot_be_is_told_in_one_line(story, judge):
         ("submit", "--name", "x", "--network", "n", "--url", "http://h", "train"): "network",
         ("submit", "--name", "x", "--scorer", "nobody", "train"): "no scorer 'nobody'",
     }.items():
-        done = jobs(*words, runs=judge.runs if words[0] == "submit" else None)
+        done = jobs(*words, judge=judge if words[0] == "submit" else None)
         assert done.returncode == 2, (words, done.stdout)
         assert told in done.stderr, (words, done.stderr)
         assert done.stderr.count("\n") == 1
@@ -195,7 +196,7 @@ def test_a_gpu_that_is_not_there_is_told(story, judge, engine):
     """And nothing is left of the job, its key included."""
     if "nvidia" in engine.info()["Runtimes"]:
         pytest.skip("this engine has GPUs")
-    done = jobs("submit", "--name", "x", "--gpus", "all", "train", runs=judge.runs)
+    done = jobs("submit", "--name", "x", "--gpus", "all", "train", judge=judge)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "leave --gpus out" in done.stderr
     assert not engine.containers.list(all=True, filters={"name": "karlo-reward-lab-job-x"})
@@ -210,7 +211,7 @@ def test_a_job_that_fails_says_why(story, judge):
     assert f"job-{name}" not in judge("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
     assert (judge.runs / name / "report.html").exists()
     assert not (judge.runs / ".jobs" / name).exists()
-    well("submit", "--name", name, "variance", "--set", "prompts.train=/nowhere.txt", runs=judge.runs)
+    well("submit", "--name", name, "variance", "--set", "prompts.train=/nowhere.txt", judge=judge)
     done = jobs("wait", name)
     assert done.returncode == 1
     assert f"{name}: failed (2): reward-trainer: " in done.stderr

@@ -240,6 +240,10 @@ class FakeEngine:
 
     def create(self, image, **options):
         self.options = options
+        if self.made is None:
+            raise APIError(
+                "409", explanation='Conflict. The container name "/a" is already in use by container "0"'
+            )
         return self.made
 
 
@@ -283,6 +287,17 @@ def test_a_job_that_does_not_start_leaves_nothing(tmp_path):
     assert judge.ran[-1][:4] == ["reward-service", "keys", "remove", "job-a"]
     assert not (tmp_path / ".jobs/a").exists()
     assert not (tmp_path / "a").exists()
+
+
+def test_whoever_comes_second_leaves_the_first_alone(tmp_path):
+    """Two of one name at a time: the engine takes one of them; its key and its folder stay."""
+    judge = scorer()
+    submit(FakeEngine([judge], FakeContainer("job")), wanted(tmp_path))
+    with pytest.raises(APIError):
+        submit(FakeEngine([judge]), wanted(tmp_path))
+    assert [words[2] for words in judge.ran] == ["new"]
+    assert (tmp_path / ".jobs/a/key").exists()
+    assert (tmp_path / "a").exists()
 
 
 def test_a_run_that_is_there_is_not_gone_on_with_by_mistake(tmp_path):
