@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 from trainer import jobs
 from trainer.config import ConfigError
 from trainer.containers import engine
-from trainer.jobs import GRACE_S, IMAGE, Limits, Submission
+from trainer.jobs import GRACE_S, IMAGE, Job, Limits, Submission
 from trainer.submitting import check_command, environment, mounts
 
 jobs_app = typer.Typer(help="Trainer jobs as containers beside a scorer, for long and for many runs.")
@@ -82,11 +83,19 @@ def list_(
     if as_json:
         print(json.dumps([asdict(job) for job in found], indent=1))
         return
-    table = Table("job", "state", "started", "ended")
-    table.add_column("command", no_wrap=True, overflow="ellipsis")
+    Console().print(table(found) if found else "There are no jobs; see reward-trainer jobs submit --help.")
+
+
+def table(found: Sequence[Job]) -> Table:
+    """A line for each job; of its command as much as there is room for."""
+    listed = Table(expand=True)
+    for title in ("job", "state", "started", "ended"):
+        listed.add_column(title, no_wrap=True)
+    listed.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
     for job in found:
-        table.add_row(job.name, job.state, job.started, job.ended, job.command)
-    Console().print(table if found else "There are no jobs; see reward-trainer jobs submit --help.")
+        # Month to minute; --json has the rest.
+        listed.add_row(job.name, job.state, job.started[5:16], job.ended[5:16], job.command)
+    return listed
 
 
 @jobs_app.command()

@@ -9,12 +9,14 @@ import pytest
 import typer
 from docker.errors import APIError, DockerException, ImageNotFound
 from requests.exceptions import ConnectionError as Refused
+from rich.console import Console
 
 from trainer.cli import USAGE_ERROR, app
 from trainer.config import ConfigError
 from trainer.containers import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.errors import ContainerError
-from trainer.jobs import Limits, Submission, submit
+from trainer.jobbing import table
+from trainer.jobs import Job, Limits, Submission, submit
 from trainer.submitting import Asking, check_command, environment, mounts
 
 ROOT = typer.main.get_command(app)
@@ -194,6 +196,16 @@ def test_an_engine_that_goes_away_is_told(monkeypatch):
     monkeypatch.setattr("docker.from_env", lambda **_: SimpleNamespace(close=lambda: None))
     with pytest.raises(ContainerError, match="reset by peer"), engine():
         raise Refused("Connection reset by peer")
+
+
+def test_a_narrow_terminal_shows_every_job(capsys):
+    """Name, state and times are whole; the command gets what is left."""
+    moment = "2026-11-23 03:04:05"
+    long = Job("a-rather-long-name", "guard tripped", 3, "train " + "--set x=1 " * 50, moment, moment)
+    Console(width=80).print(table([long]))
+    shown = capsys.readouterr().out
+    assert "a-rather-long-name │ guard tripped │ 11-23 03:04 │ 11-23 03:04 │ train" in shown
+    assert max(map(len, shown.splitlines())) == 80
 
 
 # ------------------------------------------------------------------------------------------- an engine's part
