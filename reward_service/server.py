@@ -76,6 +76,8 @@ def options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
         app,
         http=connections(config.limits, partial(app.state.judge.metrics.on_answer, "")),
         ws="none",
+        # The same wherever it is installed: uvicorn would take uvloop where some other package brought it.
+        loop="asyncio",
         # Its lines go to the root logger, and from there into the log.
         log_config=None,
         log_level="warning",
