@@ -196,11 +196,7 @@ def new_key(
     lines += "" if may is None else f"  may: {sorted(entry.may)}\n"
     with _alone(path):
         before = _entries(path) if path.exists() else ()
-        _check_appendable(path, lines, [*before, entry])
-        # Its owner alone may read and write it, from the first moment.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        with path.open("a", encoding="utf-8") as file:
-            file.write(_line_end(path) + lines)
+        _replace(path, _appended(path, lines, [*before, entry]))
     return key, 1 + sum(entry.name == name for entry in before)
 
 
@@ -223,11 +219,7 @@ def remove_keys(path: Path, name: str) -> int:
         text = _without(path.read_text(encoding="utf-8"), [entry.name == name for entry in before])
         if text is None or _parsed(text) != after:
             raise ConfigError(f"{path}: its form is not one that lines can be taken out of; edit it")
-        beside = path.with_name(f".{path.name}.new")
-        beside.unlink(missing_ok=True)
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-        beside.replace(path)
+        _replace(path, text)
     return len(before) - len(after)
 
 
@@ -239,7 +231,7 @@ def _without(text: str, leave: Sequence[bool]) -> str | None:
         if gone and not lines[first].startswith("- "):
             return None
         # What stands between two entries is about the next one.
-        while lines[end - 1].lstrip().startswith(("#", "\n")):
+        while not (said := lines[end - 1].strip()) or said.startswith("#"):
             end -= 1
         if gone:
             del lines[first:end]
@@ -269,9 +261,11 @@ def _alone(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _check_appendable(path: Path, lines: str, expected: list[Key]) -> None:
-    """A list that is indented or in brackets is valid, but not with an entry behind it."""
-    text = path.read_text(encoding="utf-8") + _line_end(path) if path.exists() else ""
+def _appended(path: Path, lines: str, expected: list[Key]) -> str:
+    """The file's text with an entry behind it, which a list that is indented or in brackets cannot bear."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):  # an editor may have left it out
+        text += "\n"
     try:
         fits = _parsed(text + lines) == expected
     except (yaml.YAMLError, ValueError):
@@ -279,9 +273,23 @@ def _check_appendable(path: Path, lines: str, expected: list[Key]) -> None:
     if not fits:
         remedy = "begin each entry with `- ` at the start of a line"
         raise ConfigError(f"{path}: nothing can be appended to a list of this form; {remedy}")
+    return text + lines
 
 
-def _line_end(path: Path) -> str:
-    """What an editor may have left out at the file's end."""
-    text = path.read_bytes()
-    return "\n" if text and not text.endswith(b"\n") else ""
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, whatever the disk does; owner and mode stay, or are this process's and 0600."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            if path.exists():
+                before = path.stat()
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

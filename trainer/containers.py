@@ -1,7 +1,7 @@
 """The container engine: how it is reached, what its errors mean, and the scorer's container in it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from trainer.errors import ContainerError, reason
@@ -38,7 +38,10 @@ _MEANINGS = (
     ("range of cpus", "--cpus is more than this machine has, or too little"),
     ("memory limit", "--memory is too little for a container"),
     ("no such container", "the container is gone; see `reward-trainer jobs list`"),
-    ("network", "the scorer's network is gone; start the scorer again: `docker compose up -d reward`"),
+    (
+        "network",
+        "there is no such network; start the scorer: docker compose up -d reward, or see --network",
+    ),
 )
 
 
@@ -120,10 +123,12 @@ def run_inside(container: "Container", command: Sequence[str]) -> str:
 
 
 def new_key(scorer: "Container", name: str, weight: float) -> str | None:
-    """A new key of the scorer's, by its own command; None where it asks for none."""
+    """A new key, by the scorer's own command, in place of any that the name had; None if it needs none."""
     file = scorer.labels.get(KEYS)
     if file is None:
         return None
+    with suppress(ContainerError):  # mostly there is none
+        remove_key(scorer, name)
     command = ["reward-service", "keys", "new", name, "--weight", str(weight), "--file", file]
     return run_inside(scorer, command).strip()
 
@@ -133,6 +138,20 @@ def remove_key(scorer: "Container", name: str) -> None:
     file = scorer.labels.get(KEYS)
     if file is not None:
         run_inside(scorer, ["reward-service", "keys", "remove", name, "--file", file])
+
+
+def rejoin(client: "DockerClient", container: "Container", scorer: "Container") -> None:
+    """Put a container that does not run into the scorer's network of now: `down` and `up` make another."""
+    from docker.errors import NotFound
+
+    network = client.networks.get(network_of(scorer))
+    joined = container.attrs["NetworkSettings"]["Networks"]
+    if joined.get(network.name, {}).get("NetworkID") == network.id:
+        return
+    for name in joined:
+        with suppress(NotFound):
+            client.api.disconnect_container_from_network(container.name or "", name, force=True)
+    network.connect(container)
 
 
 def revive(client: "DockerClient", name: str) -> bool:

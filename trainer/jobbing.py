@@ -3,21 +3,26 @@
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer import jobs
 from trainer.config import ConfigError
 from trainer.containers import engine
+from trainer.errors import ContainerError
 from trainer.jobs import GRACE_S, IMAGE, Job, Limits, Submission
-from trainer.submitting import check_command, environment, mounts
+from trainer.submitting import check_command, cores, environment, mounts
+
+if TYPE_CHECKING:  # the SDK is loaded where a command needs an engine
+    from docker import DockerClient
 
 jobs_app = typer.Typer(help="Trainer jobs as containers beside a scorer, for long and for many runs.")
 
@@ -51,14 +56,17 @@ def submit(
         Path | None, typer.Option("--key-file", help="The key for it; by default the job gets a new one.")
     ] = None,
     network: Annotated[str | None, typer.Option("--network", help="With --url: the job's network.")] = None,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="With the run or experiment that RUNS/NAME holds.")
+    ] = False,
 ) -> None:
     """Start a job: any command of reward-trainer, with its own options, in a container."""
-    if key_file is not None and not key_file.is_file():
-        raise ConfigError(f"--key-file {key_file}: no such file; it holds one line, the key")
+    if key_file is not None:
+        jobs.read_key(key_file)
     if network and not url:
         raise ConfigError("--network is for a scorer elsewhere; name it with --url")
     checked = check_command(context.find_root().command, command)
-    limits = Limits(gpus, cpus, memory, shared_memory)
+    limits = Limits(gpus, cores(cpus), memory, shared_memory)
     limits.options()  # before anything is made
     given, mounted, runs = environment(env or [], cpus), mounts(mount or []), runs.resolve()
     with engine() as client:
@@ -66,7 +74,19 @@ def submit(
         jobs.submit(
             client,
             Submission(
-                wanted, checked, runs, image, limits, given, mounted, scorer, url, network, key_file, weight
+                wanted,
+                checked,
+                runs,
+                image,
+                limits,
+                given,
+                mounted,
+                scorer,
+                url,
+                network,
+                key_file,
+                weight,
+                go_on,
             ),
         )
     print(wanted)
@@ -94,7 +114,7 @@ def table(found: Sequence[Job]) -> Table:
     listed.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)
     for job in found:
         # Month to minute; --json has the rest.
-        listed.add_row(job.name, job.state, job.started[5:16], job.ended[5:16], job.command)
+        listed.add_row(job.name, job.state, job.started[5:16], job.ended[5:16], Text(job.command))
     return listed
 
 
@@ -125,21 +145,25 @@ def stop(
 ) -> None:
     """Have jobs save what they have and end; `resume` goes on from there."""
     with engine() as client:
-        jobs.jobs(client, names)  # all of them are there
-        for name in names:
+        late = f", not done saving within {grace} s: it goes on from an earlier checkpoint"
+
+        def end(name: str) -> str:
             job = jobs.stop(client, name, grace)
-            late = f", not done saving within {grace} s: it goes on from an earlier checkpoint"
-            _note(f"{name}: {job.state}{late if job.state == 'killed' else ''}")
+            return f"{job.state}{late if job.state == 'killed' else ''}"
+
+        _each(client, names, end)
 
 
 @jobs_app.command()
 def resume(names: Annotated[list[str], typer.Argument(metavar="JOB...", help="Their names.")]) -> None:
     """Let jobs go on that were stopped, killed or failed, from what they had saved."""
     with engine() as client:
-        jobs.jobs(client, names)
-        for name in names:
+
+        def again(name: str) -> str:
             jobs.resume(client, name)
-            _note(f"{name}: goes on")
+            return "goes on"
+
+        _each(client, names, again)
 
 
 @jobs_app.command()
@@ -160,9 +184,20 @@ def wait(names: NamesArgument = None) -> None:
 def remove(names: Annotated[list[str], typer.Argument(metavar="JOB...", help="Their names.")]) -> None:
     """Remove jobs that do not run, and their keys. What they wrote stays."""
     with engine() as client:
-        jobs.jobs(client, names)
-        for name in names:
-            _note(f"{name}: removed; its run stays in {jobs.remove(client, name)}")
+        _each(client, names, lambda name: f"removed; {jobs.remove(client, name)}")
+
+
+def _each(client: "DockerClient", names: Sequence[str], do: Callable[[str], str]) -> None:
+    """Do it to each job, say what became of it, and then what went wrong."""
+    jobs.jobs(client, names)  # all of them are there
+    wrong = []
+    for name in dict.fromkeys(names):
+        try:
+            _note(f"{name}: {do(name)}")
+        except ContainerError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ContainerError("; ".join(wrong))
 
 
 def _keep(name: str, left: threading.Event) -> None:

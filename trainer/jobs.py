@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ConfigError
@@ -26,6 +29,7 @@ from trainer.containers import (
     find_scorer,
     network_of,
     new_key,
+    rejoin,
     remove_key,
     revive,
 )
@@ -36,7 +40,9 @@ if TYPE_CHECKING:  # the SDK is loaded where a command needs an engine
     from docker import DockerClient
     from docker.models.containers import Container
 
-JOB, SCORER, COMMAND = (f"karlo-reward-lab.{name}" for name in ("job", "scorer", "command"))
+JOB, SCORER, COMMAND, WEIGHT, SUBMISSION = (
+    f"karlo-reward-lab.{name}" for name in ("job", "scorer", "command", "weight", "submission")
+)
 FOLDER = "karlo-reward-lab.runs"
 IMAGE = "karlo-reward-lab/trainer"
 GRACE_S = 300
@@ -85,6 +91,7 @@ class Submission:
     :param scorer: its container's name; None for the only one
     :param url: of a scorer elsewhere, in place of a container; `network` is then the job's
     :param key_file: the key for it
+    :param go_on: with the run or the experiment that its folder holds
     """
 
     name: str
@@ -93,12 +100,13 @@ class Submission:
     image: str = IMAGE
     limits: Limits = Limits()
     environment: dict[str, str] | None = None
-    mounts: dict[str, dict[str, str]] | None = None
+    mounts: Sequence[str] = ()
     scorer: str | None = None
     url: str | None = None
     network: str | None = None
     key_file: Path | None = None
     weight: float = 1.0
+    go_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,12 @@ def submit(client: "DockerClient", wanted: Submission) -> None:
     _check_name(client, wanted)
     scorer = None if wanted.url else find_scorer(client, wanted.scorer)
     owner = os.getuid() or _SOMEBODY, os.getgid() or _SOMEBODY
-    # First, because the engine gives a name once only: nobody else's key and folders are touched below.
-    container = client.containers.create(wanted.image, **_options(wanted, scorer, owner))
+    ours = token_hex(8)
     run, secrets = wanted.runs / wanted.name, _secrets(wanted.runs, wanted.name)
+    container: Container | None = None
     try:
+        # First, because the engine gives a name once only: nobody else's key and folders are touched below.
+        container = client.containers.create(wanted.image, **_options(wanted, scorer, owner, ours))
         for folder in (run, secrets):
             _make(folder, owner)
         key = _key(wanted, scorer)
@@ -134,11 +144,30 @@ def submit(client: "DockerClient", wanted: Submission) -> None:
             _write_key(secrets / "key", key, owner)
         container.start()
     except BaseException:
-        container.remove(force=True)
-        _forget(scorer, wanted.name, secrets)
-        with suppress(OSError):  # it holds a run to go on with
-            run.rmdir()
+        with _undisturbed():
+            # By its label: a signal may have come between the engine's work and its answer.
+            for made in client.containers.list(all=True, filters={"label": f"{SUBMISSION}={ours}"}):
+                made.remove(force=True)
+            if container is not None:
+                _forget(scorer, wanted.name, secrets)
+                with suppress(OSError):  # it holds a run to go on with
+                    run.rmdir()
         raise
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Heed no signal: what has been made is being taken away."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def jobs(client: "DockerClient", names: Sequence[str] = ()) -> list[Job]:
@@ -149,7 +178,7 @@ def jobs(client: "DockerClient", names: Sequence[str] = ()) -> list[Job]:
 def stop(client: "DockerClient", name: str, grace_s: int = GRACE_S) -> Job:
     """Have a job save what it has and end."""
     container = _container(client, name)
-    if _job(container).over:
+    if not container.attrs["State"]["Running"]:
         raise ContainerError(f"{name} does not run: it is {_job(container).state}")
     # The engine's answer may take as long as the job.
     client.api.timeout = grace_s + 60
@@ -159,28 +188,35 @@ def stop(client: "DockerClient", name: str, grace_s: int = GRACE_S) -> Job:
 
 
 def resume(client: "DockerClient", name: str) -> None:
-    """Let a job go on that has ended before it was done."""
+    """Let a job go on that ended before it was done, in the scorer's network of now, with a new key."""
     container = _container(client, name)
     job = _job(container)
     if not job.over and job.state != "created":
         raise ContainerError(f"{name} runs already")
     if job.exit_code == 0:
         raise ContainerError(f"{name} is done; submit another job for more")
+    for bind in container.attrs["HostConfig"]["Binds"]:
+        source = bind.partition(":")[0]
+        if source.startswith("/") and not Path(source).exists():  # else the engine would make a folder of it
+            raise ContainerError(f"{source} is gone, which {name} needs; put it back, or submit another job")
+    if scorer := _scorer_of(client, container):
+        rejoin(client, container, scorer)
+        _renew_key(container, scorer)
     container.start()
 
 
 def remove(client: "DockerClient", name: str) -> str:
-    """Remove a job's container and its key; its run stays, where the answer says."""
+    """Remove a job's container and its key; what stays, and where."""
     container = _container(client, name)
-    if not _job(container).over and _job(container).state != "created":
+    if container.attrs["State"]["Running"]:
         raise ContainerError(f"{name} runs; stop it first: reward-trainer jobs stop {name}")
-    scorer = None
-    with suppress(ContainerError):
-        scorer = find_scorer(client, container.labels.get(SCORER))
-    runs = Path(container.labels[FOLDER])
+    runs, scorer = Path(container.labels[FOLDER]), _scorer_of(client, container)
     container.remove()
-    _forget(scorer, name, _secrets(runs, name))
-    return str(runs / name)
+    stays = f"its run stays in {runs / name}"
+    if _forget(scorer, name, _secrets(runs, name)) or SCORER not in container.labels:
+        return stays
+    late = f"reward-service keys remove job-{name} --file /keys/keys.yaml"
+    return f"{stays}; its key still counts: once the scorer runs, docker compose exec reward {late}"
 
 
 def logs(client: "DockerClient", name: str, *, follow: bool, tail: int | None) -> Iterator[bytes]:
@@ -198,14 +234,16 @@ def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None
     told: set[str] = set()
     revivals: dict[str, int] = {}
     while True:
-        found = jobs(client, names)
+        # Others may remove jobs meanwhile, or let them go on.
+        found = [job for job in jobs(client) if job.name in names]
+        over = {job.name for job in found if job.over}
         for job in found:
             if job.over and job.name not in told:
-                told.add(job.name)
                 say(f"{job.name}: {job.state}{_last_line(client, job)}")
-        if len(told) == len(found):
+        told = over
+        if len(over) == len(found):
             return found
-        _bring_back(client, names, revivals, say)
+        _bring_back(client, [job.name for job in found], revivals, say)
         time.sleep(_LOOK_EVERY_S)
 
 
@@ -221,9 +259,12 @@ def _check_name(client: "DockerClient", wanted: Submission) -> None:
             f"there is a job {wanted.name!r}; choose another --name, let it go on with "
             f"`reward-trainer jobs resume {wanted.name}`, or remove it with `jobs remove {wanted.name}`"
         )
-    if wanted.command.resumable and (wanted.runs / wanted.name / "config.yaml").exists():
-        run = wanted.runs / wanted.name
-        raise ContainerError(f"{run} holds a run; choose another --name, or go on with it: train --resume")
+    run = wanted.runs / wanted.name
+    if ":" in str(run):
+        raise ConfigError(f"--runs {wanted.runs}: the engine takes no path with a colon; name another")
+    new = wanted.command.has_folder and not (wanted.go_on or wanted.command.resumes)
+    if new and run.is_dir() and any(not file.name.startswith(".") for file in run.iterdir()):
+        raise ContainerError(f"{run} holds a run; choose another --name, or go on with it: submit --go-on")
 
 
 def next_name(client: "DockerClient", runs: Path, command: str) -> str:
@@ -238,15 +279,53 @@ def _secrets(runs: Path, name: str) -> Path:
 
 
 def _make(folder: Path, owner: tuple[int, int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder with those above it, each its owner's where root makes it. Raises ConfigError for a link."""
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link, which may lead anywhere; remove it, or choose another --name")
+    if folder.is_dir():
+        return
+    _make(folder.parent, owner)
+    folder.mkdir(exist_ok=True)
     if os.getuid() == 0:
-        os.chown(folder, *owner)
+        os.chown(folder, *owner, follow_symlinks=False)
 
 
 def _key(wanted: Submission, scorer: "Container | None") -> str | None:
     if wanted.key_file is not None:
-        return wanted.key_file.read_text(encoding="utf-8").strip()
+        return read_key(wanted.key_file)
     return new_key(scorer, f"job-{wanted.name}", wanted.weight) if scorer else None
+
+
+def read_key(path: Path) -> str:
+    """The one line of a key file. Raises ConfigError."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        key = ""
+    if not key or "\n" in key:
+        raise ConfigError(f"--key-file {path}: it must be a file of one line, the key")
+    return key
+
+
+def _scorer_of(client: "DockerClient", container: "Container") -> "Container | None":
+    """The scorer that a job was submitted to, if it runs."""
+    if SCORER not in container.labels:
+        return None
+    with suppress(ContainerError):
+        return find_scorer(client, container.labels[SCORER])
+    return None
+
+
+def _renew_key(container: "Container", scorer: "Container") -> None:
+    """Another key in the job's file: the scorer may have lost the earlier one, with its volume."""
+    path = _secrets(Path(container.labels[FOLDER]), container.labels[JOB]) / "key"
+    if path.exists():
+        owner = path.stat().st_uid, path.stat().st_gid
+        key = new_key(scorer, f"job-{container.labels[JOB]}", float(container.labels[WEIGHT]))
+        if key is not None:
+            # In place: the container has this very file.
+            path.write_text(f"{key}\n", encoding="utf-8")
+            os.chown(path, *owner)
 
 
 def _write_key(path: Path, key: str, owner: tuple[int, int]) -> None:
@@ -258,25 +337,31 @@ def _write_key(path: Path, key: str, owner: tuple[int, int]) -> None:
         os.chown(path, *owner)
 
 
-def _forget(scorer: "Container | None", name: str, secrets: Path) -> None:
-    """Remove a job's key, at the scorer and here, as far as it can be."""
+def _forget(scorer: "Container | None", name: str, secrets: Path) -> bool:
+    """Remove a job's key, at the scorer and here, as far as it can be; whether the scorer's is gone."""
     shutil.rmtree(secrets, ignore_errors=True)
-    if scorer is not None:
-        with suppress(ContainerError):
-            remove_key(scorer, f"job-{name}")
+    if scorer is None:
+        return False
+    try:
+        remove_key(scorer, f"job-{name}")
+    except ContainerError as error:
+        return "no key is named" in str(error)
+    return True
 
 
-def _options(wanted: Submission, scorer: "Container | None", owner: tuple[int, int]) -> dict[str, Any]:
+def _options(
+    wanted: Submission, scorer: "Container | None", owner: tuple[int, int], ours: str
+) -> dict[str, Any]:
     name, runs = wanted.name, wanted.runs.resolve()
     with_key = wanted.key_file is not None or (scorer is not None and KEYS in scorer.labels)
     url = wanted.url or f"http://{scorer.name if scorer else ''}:{SCORER_PORT}"
-    volumes = {str(runs / name): {"bind": f"{RUNS}/{name}", "mode": "rw"}}
-    volumes[_models(scorer)] = {"bind": "/models", "mode": "rw"}
+    volumes = [f"{runs / name}:{RUNS}/{name}:rw", f"{_models(scorer)}:/models:rw", *wanted.mounts]
     if with_key:
-        volumes[str(_secrets(runs, name) / "key")] = {"bind": SECRET, "mode": "ro"}
+        volumes.append(f"{_secrets(runs, name) / 'key'}:{SECRET}:ro")
     if config := wanted.command.config:
-        volumes[str(config)] = {"bind": f"{CONFIGS}/{config.name}", "mode": "ro"}
+        volumes.append(f"{config}:{CONFIGS}/{config.name}:ro")
     labels = {ROLE: "job", JOB: name, FOLDER: str(runs), COMMAND: shlex.join(wanted.command.words)}
+    labels |= {WEIGHT: str(wanted.weight), SUBMISSION: ours}
     if scorer is not None:
         labels[SCORER] = scorer.name or ""
     network = network_of(scorer) if scorer else wanted.network
@@ -288,7 +373,7 @@ def _options(wanted: Submission, scorer: "Container | None", owner: tuple[int, i
         "working_dir": f"{RUNS}/{name}",
         "labels": labels,
         "environment": wanted.environment or {},
-        "volumes": volumes | (wanted.mounts or {}),
+        "volumes": volumes,
         "init": True,
         "read_only": True,
         "tmpfs": {"/tmp": ""},
@@ -313,9 +398,12 @@ def _bytes(option: str, size: str) -> int:
     from docker.utils import parse_bytes
 
     try:
-        return int(parse_bytes(size))
+        found = int(parse_bytes(size))
     except DockerException:
-        raise ConfigError(f"{option} {size}: write a number with b, k, m or g, such as 8g") from None
+        found = 0
+    if found <= 0:
+        raise ConfigError(f"{option} {size}: write a number with b, k, m or g, such as 8g")
+    return found
 
 
 def _gpus(given: str) -> Any:

@@ -1,5 +1,7 @@
 """What a job's command line becomes in its container: checked here, so that a mistake costs no container."""
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +43,10 @@ class Command:
 
     :param words: as they were given
     :param config: a configuration on this machine, if one was named
+    :param asks: whether it asks a scorer, and so takes settings
+    :param has_folder: whether it writes a run or an experiment
     :param resumable: whether the same line goes on with `--resume`
+    :param resumes: whether it says so already
     """
 
     words: tuple[str, ...]
@@ -49,6 +54,7 @@ class Command:
     asks: bool = False
     has_folder: bool = False
     resumable: bool = False
+    resumes: bool = False
 
     def inside(self, name: str, asking: Asking) -> list[str]:
         """The words for the container: this job's folder and scorer first, so that what was given wins."""
@@ -67,7 +73,8 @@ class Command:
         }
         if asking.with_key:
             settings["service.api_key_file"] = SECRET
-        return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        # As JSON, which is YAML too: 7 is a name.
+        return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 
     def _mapped(self, words: Sequence[str]) -> list[str]:
         """The words with the configuration where the container has it."""
@@ -101,10 +108,12 @@ def check_command(root: Any, words: Sequence[str]) -> Command:
         raise ConfigError(f"{name} is not for a job: {_NOT_HERE[name]}")
     if "--help" in rest:
         raise ConfigError(f"--help needs no job; say reward-trainer {name} --help")
+    context = command.make_context(name, list(rest))
     if hasattr(command, "commands"):  # a group, which asks no scorer
+        found, inner, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+        inner.make_context(found, arguments, parent=context)
         return Command(tuple(words))
-    parameters = command.make_context(name, list(rest)).params
-    return _checked(tuple(words), parameters)
+    return _checked(tuple(words), context.params)
 
 
 def _checked(words: tuple[str, ...], parameters: dict[str, Any]) -> Command:
@@ -126,6 +135,7 @@ def _checked(words: tuple[str, ...], parameters: dict[str, Any]) -> Command:
         asks=asks,
         has_folder="run" in parameters,
         resumable="resume" in parameters and not parameters["resume"],
+        resumes=bool(parameters.get("resume")),
     )
 
 
@@ -140,9 +150,16 @@ def environment(given: Sequence[str], cpus: float | None) -> dict[str, str]:
     return found
 
 
-def mounts(given: Sequence[str]) -> dict[str, dict[str, str]]:
+def cores(given: float | None) -> float | None:
+    """What `--cpus` says. Raises ConfigError."""
+    if given is not None and not (math.isfinite(given) and 0.01 <= given <= 10_000):
+        raise ConfigError(f"--cpus {given}: write a number of cores, such as 1.5")
+    return given
+
+
+def mounts(given: Sequence[str]) -> list[str]:
     """`HOST:INSIDE[:ro]`, HOST a path or a volume's name, as the engine wants it. Raises ConfigError."""
-    found = {}
+    found = []
     for mount in given:
         host, _, rest = mount.partition(":")
         inside, _, mode = rest.partition(":")
@@ -153,5 +170,5 @@ def mounts(given: Sequence[str]) -> dict[str, dict[str, str]]:
             if not path.exists():
                 raise ConfigError(f"--mount {mount}: {host} does not exist; make it, or correct the path")
             host = str(path)
-        found[host] = {"bind": inside, "mode": mode or "rw"}
+        found.append(f"{host}:{inside}:{mode or 'rw'}")
     return found

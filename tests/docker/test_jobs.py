@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAMES = tuple(f"test-{os.getpid()}-{letter}" for letter in "abc")
 UNSTOPPED, STOPPED = NAMES[:2]
+LATE = f"test-{os.getpid()}-late"
 # Scores that do not depend on who else is scored, or on restarts: then neither do the results.
 SETTINGS = {
     "service.deterministic": "true",
@@ -72,7 +73,7 @@ def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Co
         yield composition
     finally:
         engine = docker.from_env()
-        for name in NAMES:
+        for name in (*NAMES, LATE):
             for container in engine.containers.list(all=True, filters={"name": f"job-{name}"}):
                 container.remove(force=True)
         engine.close()
@@ -217,3 +218,14 @@ def test_a_job_that_fails_says_why(story, judge):
     assert f"{name}: failed (2): reward-trainer: " in done.stderr
     assert "/nowhere.txt" in done.stderr
     assert "/nowhere.txt" in well("logs", "-f", name)
+
+
+def test_a_job_outlives_the_composition(story, judge):
+    """After `down --volumes` and `up` there is another network and no key of before: `resume` sees to both."""
+    well("submit", "--name", LATE, *TRAIN, "--set", "iterations=1", judge=judge)
+    well("stop", LATE)
+    judge("down", "--volumes", "--timeout", "5")
+    up = judge("up", "-d", "reward")
+    assert up.returncode == 0, up.stdout
+    well("resume", LATE)
+    assert f"{LATE}: done" in well("wait", LATE)

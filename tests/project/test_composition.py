@@ -58,7 +58,7 @@ def test_the_judge_has_longer_to_end_than_it_takes_to_drain():
     assert int(SERVICES["reward"]["stop_grace_period"].removesuffix("s")) > 26
 
 
-@pytest.mark.parametrize("name", ["setup", "reward", "prometheus", "grafana", "postgres"])
+@pytest.mark.parametrize("name", ["reward", "prometheus", "grafana", "postgres"])
 def test_what_serves_is_restarted(name):
     """After a fault, and with the machine."""
     assert SERVICES[name]["restart"] == "unless-stopped"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +186,7 @@ def test_keys_are_removed_by_name(path: Path) -> None:
     """All keys of the name go, the others and every comment stay, and the file is still its owner's alone."""
     made = {name: new_key(path, name)[0] for name in ("a", "b", "c")}
     new_key(path, "b")
-    path.write_text("# ours\n" + path.read_text().replace("- name: 'c'", "\n# of c\n- name: 'c'"))
+    path.write_text("# ours\n" + path.read_text().replace("- name: 'c'", "# of c\n\n- name: 'c'"))
     assert remove_keys(path, "b") == 2
     ring = Keyring(path)
     assert [name for name, key in made.items() if ring.client(key)] == ["a", "c"]
@@ -206,6 +208,38 @@ def test_what_cannot_be_removed_is_told(path: Path, name: str, told: str | None)
     with pytest.raises(ConfigError, match=told):
         remove_keys(path, name)
     assert path.read_text() == before
+
+
+def test_owner_mode_and_links_stay(path: Path) -> None:
+    """Whoever changes the file, whoever reads it still can; a link still leads to it."""
+    new_key(path, "a")
+    path.chmod(0o640)
+    if os.getuid() == 0:
+        os.chown(path, 12345, 12346)
+    link = path.with_name("link.yaml")
+    link.symlink_to(path)
+    before = path.stat()
+    key, _ = new_key(link, "b")
+    remove_keys(link, "a")
+    assert link.is_symlink()
+    assert Keyring(path).client(key) == Client("b")
+    after = path.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+def test_a_full_disk_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is as it was, and what was begun beside it is gone."""
+    new_key(path, "a")
+    before = path.read_text()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reward_service.keys.os.fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        new_key(path, "b")
+    assert path.read_text() == before
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 def test_entries_on_one_line_are_not_taken_apart(path: Path) -> None:

@@ -1,5 +1,6 @@
 """`reward-trainer jobs`: what is checked before a container is made, and what the engine's errors become."""
 
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from trainer.config import ConfigError
 from trainer.containers import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.errors import ContainerError
 from trainer.jobbing import table
-from trainer.jobs import Job, Limits, Submission, submit
-from trainer.submitting import Asking, check_command, environment, mounts
+from trainer.jobs import Job, Limits, Submission, read_key, submit, wait
+from trainer.submitting import Asking, check_command, cores, environment, mounts
 
 ROOT = typer.main.get_command(app)
 SHARED = Asking("http://reward:8000", with_key=True)
@@ -37,8 +38,8 @@ def test_what_was_given_comes_after_what_a_job_sets(config):
     assert words[:3] == ["train", "--run", "/runs/mine"]
     assert words[-4:] == ["--config", "/app/configs/mine.yaml", "--set", "service.retry_budget_s=5"]
     assert words.index("service.retry_budget_s=600") < len(words) - 1
-    assert {"service.url=http://reward:8000", "service.client_id=mine"} <= set(words)
-    assert "service.api_key_file=/run/secrets/reward_key" in words
+    assert {'service.url="http://reward:8000"', 'service.client_id="mine"'} <= set(words)
+    assert 'service.api_key_file="/run/secrets/reward_key"' in words
     assert checked.config == config
     assert checked.resumable
 
@@ -70,6 +71,7 @@ def test_a_report_asks_no_scorer():
         (["fold", "0"], "no command"),
         (["demo"], "submit `train`"),
         (["jobs", "list"], "cannot submit"),
+        (["train", "--config", "/"], "no such configuration"),
         (["train", "--help"], "reward-trainer train --help"),
         (["crossval", "--judge"], "leave --judge out"),
         (["train", "--run", "runs/x"], "leave --run out"),
@@ -84,7 +86,11 @@ def test_a_mistake_costs_no_container(config, words, told):
         check_command(ROOT, [word.format(config=config) for word in words])
 
 
-@pytest.mark.parametrize("words", [["train", "--sed", "3"], ["train", "--seed", "x"], ["generate"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--sed", "3"], ["train", "--seed", "x"], ["generate"], ["prompts", "nonsense"],
+     ["prompts", "diffusiondb", "--bogus"]],
+)  # fmt: skip
 def test_usage_is_checked_too(words):
     """Unknown options, values of a wrong kind and missing ones are told by the program's own parser."""
     with pytest.raises(USAGE_ERROR):
@@ -103,10 +109,8 @@ def test_environment_is_given_or_taken(monkeypatch):
 
 def test_mounts_are_paths_or_volumes(tmp_path):
     """A path must be there, since the engine would make a folder of root's; a volume needs none."""
-    assert mounts([f"{tmp_path}:/data:ro", "cache:/cache"]) == {
-        str(tmp_path): {"bind": "/data", "mode": "ro"},
-        "cache": {"bind": "/cache", "mode": "rw"},
-    }
+    given = [f"{tmp_path}:/data:ro", f"{tmp_path}:/again", "cache:/cache"]
+    assert mounts(given) == [f"{tmp_path}:/data:ro", f"{tmp_path}:/again:rw", "cache:/cache:rw"]
     for wrong, told in {
         "./nowhere:/data": "does not exist",
         "data": "write HOST",
@@ -245,7 +249,9 @@ class FakeEngine:
         self.containers = SimpleNamespace(list=self.list, create=self.create, get=self.get)
 
     def list(self, filters, **_):
-        return self.scorers if filters["label"].endswith("scorer") else []
+        if filters["label"].endswith("role=scorer"):
+            return self.scorers
+        return [self.made] if self.options and "submission=" in filters["label"] and self.made else []
 
     def get(self, name):
         return next(container for container in self.scorers if container.name == name)
@@ -282,10 +288,10 @@ def test_a_job_is_locked_and_its_key_is_a_file(tmp_path):
     key = tmp_path / ".jobs/a/key"
     assert key.read_text() == "rk_secret\n"
     assert key.stat().st_mode & 0o777 == 0o600
-    assert options["volumes"][str(key)] == {"bind": "/run/secrets/reward_key", "mode": "ro"}
+    assert f"{key}:/run/secrets/reward_key:ro" in options["volumes"]
     assert options["network"] == "lab_default"
-    assert options["volumes"]["lab_models"]["bind"] == "/models"
-    assert judge.ran[0][:4] == ["reward-service", "keys", "new", "job-a"]
+    assert "lab_models:/models:rw" in options["volumes"]
+    assert [words[2:4] for words in judge.ran] == [["remove", "job-a"], ["new", "job-a"]]
     assert job.started == 1
 
 
@@ -307,7 +313,7 @@ def test_whoever_comes_second_leaves_the_first_alone(tmp_path):
     submit(FakeEngine([judge], FakeContainer("job")), wanted(tmp_path))
     with pytest.raises(APIError):
         submit(FakeEngine([judge]), wanted(tmp_path))
-    assert [words[2] for words in judge.ran] == ["new"]
+    assert [words[2] for words in judge.ran] == ["remove", "new"]
     assert (tmp_path / ".jobs/a/key").exists()
     assert (tmp_path / "a").exists()
 
@@ -315,14 +321,86 @@ def test_whoever_comes_second_leaves_the_first_alone(tmp_path):
 def test_a_run_that_is_there_is_not_gone_on_with_by_mistake(tmp_path):
     """A new job of an old run's name is refused; going on with it has to be said."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.yaml").write_text("")
-    with pytest.raises(ContainerError, match="holds a run"):
-        submit(FakeEngine([scorer()], FakeContainer("job")), wanted(tmp_path))
-    on = Submission("a", check_command(ROOT, ["train", "--resume"]), tmp_path)
+    (tmp_path / "a/splits.json").write_text("")
+    for command in (["train"], ["crossval"]):
+        with pytest.raises(ContainerError, match="--go-on"):
+            submit(
+                FakeEngine([scorer()], FakeContainer("job")),
+                Submission("a", check_command(ROOT, command), tmp_path),
+            )
     client = FakeEngine([scorer()], FakeContainer("job"))
-    submit(client, on)
+    submit(client, wanted(tmp_path, go_on=True))
+    assert "--resume" in " ".join(client.options["entrypoint"])
+    client = FakeEngine([scorer()], FakeContainer("job"))
+    submit(client, Submission("a", check_command(ROOT, ["train", "--resume"]), tmp_path))
     assert "entrypoint" not in client.options
     assert client.options["command"][-1] == "--resume"
+
+
+def test_a_link_is_not_followed(tmp_path):
+    """Whoever may write below RUNS could lead root's hand elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a").symlink_to(tmp_path / "elsewhere")
+    job = FakeContainer("job")
+    with pytest.raises(ConfigError, match="is a link"):
+        submit(FakeEngine([scorer()], job), wanted(tmp_path / "runs"))
+    assert job.removed
+    assert (tmp_path / "runs/a").is_symlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two\nlines\n", None])
+def test_a_key_file_has_to_hold_a_key(tmp_path, content):
+    """Missing, empty, of several lines, or no text: told at once, not by a job's 401."""
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="one line, the key"):
+        read_key(path)
+
+
+@pytest.mark.parametrize("cpus", [math.inf, math.nan, 0.0, -1.0, 1e12])
+def test_cores_are_a_number_of_them(cpus):
+    """What the engine could not be told."""
+    with pytest.raises(ConfigError, match="--cpus"):
+        cores(cpus)
+
+
+def test_a_name_that_reads_as_a_number_stays_a_name():
+    """`--set name=7` would be the number."""
+    assert 'name="7"' in check_command(ROOT, ["train"]).inside("7", SHARED)
+
+
+def test_a_name_with_brackets_in_its_command_is_listed(capsys):
+    """A prompt may look like markup."""
+    Console(width=120).print(table([Job("a", "done", 0, "generate --prompt '[/b] a [red] cat'", "", "")]))
+    assert "[/b] a [red] cat" in capsys.readouterr().out
+
+
+def test_waiting_goes_on_for_a_job_that_goes_on(monkeypatch):
+    """One that was stopped and resumed meanwhile, and one that was removed, do not end it early."""
+    seen = iter(
+        [
+            {"a": None, "b": None, "c": None},
+            {"a": 143, "b": None, "c": None},
+            {"a": None, "b": 0},
+            {"a": 0, "b": 0},
+        ]
+    )
+    now = {}
+
+    def look(client, names=()):
+        now.update({"jobs": next(seen, now.get("jobs"))})
+        return [Job(name, "state", code, "", "", "") for name, code in now["jobs"].items()]
+
+    monkeypatch.setattr("trainer.jobs.jobs", look)
+    monkeypatch.setattr("trainer.jobs._last_line", lambda *_: "")
+    monkeypatch.setattr("trainer.jobs._bring_back", lambda *_: None)
+    monkeypatch.setattr("trainer.jobs._LOOK_EVERY_S", 0)
+    said = []
+    found = wait(None, [], said.append)
+    assert {job.name: job.exit_code for job in found} == {"a": 0, "b": 0}
+    assert said == ["a: state", "b: state", "a: state"]
 
 
 @pytest.mark.parametrize("name", ["", "A", "a/b", "-a", "a" * 41, "ä"])
