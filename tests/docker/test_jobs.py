@@ -221,7 +221,7 @@ def test_a_job_that_fails_says_why(story, judge):
 
 
 def test_a_job_outlives_the_composition(story, judge):
-    """After `down --volumes` and `up` there is another network and no key of before: `resume` sees to both."""
+    """After `down --volumes` and `up` network and keys are others: `resume` sees to both."""
     well("submit", "--name", LATE, *TRAIN, "--set", "iterations=1", judge=judge)
     well("stop", LATE)
     judge("down", "--volumes", "--timeout", "5")
