@@ -40,7 +40,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":  # the service has no websockets and says so
             await self._app(scope, receive, send)
         elif self._loopback_only and (self._direct or not _is_loopback(scope)):
             await _refusal(scope)(scope, receive, send)
