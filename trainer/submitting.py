@@ -170,5 +170,10 @@ def mounts(given: Sequence[str]) -> list[str]:
             if not path.exists():
                 raise ConfigError(f"--mount {mount}: {host} does not exist; make it, or correct the path")
             host = str(path)
+        elif Path(host).exists():
+            raise ConfigError(
+                f"--mount {mount}: {host} would be a volume's name, and a path of that name is here; "
+                f"write ./{mount} for the path"
+            )
         found.append(f"{host}:{inside}:{mode or 'rw'}")
     return found

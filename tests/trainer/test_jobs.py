@@ -107,11 +107,15 @@ def test_environment_is_given_or_taken(monkeypatch):
             environment([wrong], None)
 
 
-def test_mounts_are_paths_or_volumes(tmp_path):
+def test_mounts_are_paths_or_volumes(tmp_path, monkeypatch):
     """A path must be there, since the engine would make a folder of root's; a volume needs none."""
     given = [f"{tmp_path}:/data:ro", f"{tmp_path}:/again", "cache:/cache"]
     assert mounts(given) == [f"{tmp_path}:/data:ro", f"{tmp_path}:/again:rw", "cache:/cache:rw"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.csv").touch()
+    assert mounts(["./prompts.csv:/data"]) == [f"{tmp_path}/prompts.csv:/data:rw"]
     for wrong, told in {
+        "prompts.csv:/data": "write ./prompts.csv:/data for the path",
         "./nowhere:/data": "does not exist",
         "data": "write HOST",
         "a:data": "write HOST",
