@@ -99,7 +99,9 @@ def list_(
 ) -> None:
     """List the jobs, the oldest first."""
     with engine() as client:
-        found = jobs.jobs(client)
+        found, forsaken = jobs.jobs(client), jobs.forsaken(client)
+    for name in forsaken:
+        _note(f"{name} does not run, and jobs wait for it; start it: docker start {name}")
     if as_json:
         print(json.dumps([asdict(job) for job in found], indent=1))
         return

@@ -247,6 +247,15 @@ def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None
         time.sleep(_LOOK_EVERY_S)
 
 
+def forsaken(client: "DockerClient") -> list[str]:
+    """The scorers that jobs ask and that do not run."""
+    wanted = _scorers_wanted(client, ())
+    if not wanted:
+        return []
+    running = client.containers.list(filters={"label": f"{ROLE}=scorer"})
+    return sorted(wanted - {container.name for container in running})
+
+
 # ------------------------------------------------------------------------------------------- parts
 
 
@@ -469,12 +478,17 @@ def _last_line(client: "DockerClient", job: Job) -> str:
     return next((f": {line.strip()}" for line in reversed(said) if line.strip()), "")
 
 
+def _scorers_wanted(client: "DockerClient", names: Sequence[str]) -> set[str]:
+    """The scorers of jobs that run."""
+    running = [it for it in _containers(client, names) if it.attrs["State"]["Running"]]
+    return {container.labels.get(SCORER, "") for container in running} - {""}
+
+
 def _bring_back(
     client: "DockerClient", names: Sequence[str], revivals: dict[str, int], say: Callable[[str], None]
 ) -> None:
     """Start again the scorers of jobs that run; a few times, in case they are ended by force each time."""
-    running = [it for it in _containers(client, names) if it.attrs["State"]["Running"]]
-    for scorer in sorted({container.labels.get(SCORER, "") for container in running} - {""}):
+    for scorer in sorted(_scorers_wanted(client, names)):
         if revivals.get(scorer, 0) < _REVIVALS and revive(client, scorer):
             revivals[scorer] = revivals.get(scorer, 0) + 1
             say(f"{scorer} was ended by force; it has been started again")

@@ -58,7 +58,9 @@ def well(*words: str, judge: Composition | None = None) -> str:
 
 def states() -> dict[str, str]:
     """Each of these jobs' state, as `jobs list` tells it."""
-    return {job["name"]: job["state"] for job in json.loads(well("list", "--json")) if job["name"] in NAMES}
+    return {
+        job["name"]: job["state"] for job in json.loads(jobs("list", "--json").stdout) if job["name"] in NAMES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,7 @@ class Story(NamedTuple):
     users: dict[str, dict[str, object]]
     shares: dict[str, float]
     stopped: str
+    listed: str
     waited: str
     states: dict[str, str]
 
@@ -112,8 +115,9 @@ def story(judge: Composition, engine: docker.DockerClient) -> Story:
     assert states()[STOPPED] == "stopped"
     engine.containers.get(judge.containers(engine)["reward"].id).kill()
     well("resume", STOPPED)
+    listed = well("list")
     waited = well("wait", *NAMES)
-    return Story(judge.runs, found, shares, stopped, waited, states())
+    return Story(judge.runs, found, shares, stopped, listed, waited, states())
 
 
 def watched_shares(judge: Composition, key: str) -> dict[str, float]:
@@ -154,6 +158,7 @@ def test_a_job_that_was_stopped_ends_with_the_same_numbers(story):
 
 def test_a_scorer_that_was_killed_is_brought_back(story):
     """`docker kill` is a wish to the engine; whoever waits for jobs starts it again, and says so."""
+    assert "does not run, and jobs wait for it; start it: docker start" in story.listed
     assert story.waited.count("was ended by force; it has been started again") == 1
 
 

@@ -17,7 +17,7 @@ from trainer.config import ConfigError
 from trainer.containers import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.errors import ContainerError
 from trainer.jobbing import table
-from trainer.jobs import Job, Limits, Submission, read_key, submit, wait
+from trainer.jobs import JOB, SCORER, Job, Limits, Submission, forsaken, read_key, submit, wait
 from trainer.submitting import Asking, check_command, cores, environment, mounts
 
 ROOT = typer.main.get_command(app)
@@ -426,6 +426,19 @@ def test_the_scorer_is_the_only_one_or_has_to_be_named():
     ):
         with pytest.raises(ContainerError, match=told):
             find_scorer(client, name)
+
+
+def test_jobs_whose_scorer_is_down_are_told_of():
+    """Those that run; nobody misses the scorer of a job that has ended."""
+    judge, ended = scorer(), {"Status": "exited", "ExitCode": 0, "OOMKilled": False, "Running": False}
+    runs = {**ended, "Status": "running", "Running": True}
+    for state, scorers, told in ((runs, [], ["lab_reward_1"]), (runs, [judge], []), (ended, [], [])):
+        client = FakeEngine(scorers)
+        job = FakeContainer("job", {JOB: "a", SCORER: judge.name}, state=state)
+        client.containers.list = lambda *, filters, client=client, job=job, **more: (
+            [job] if filters["label"].endswith("role=job") else client.scorers
+        )
+        assert forsaken(client) == told
 
 
 def test_a_scorer_on_the_default_bridge_cannot_be_found_by_name():
