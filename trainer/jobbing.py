@@ -97,11 +97,13 @@ def submit(
 def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the jobs, the oldest first."""
+    """List the jobs, the oldest first.
+
+    A scorer that was ended by force while jobs wait for it is started again.
+    """
     with engine() as client:
-        found, forsaken = jobs.jobs(client), jobs.forsaken(client)
-    for name in forsaken:
-        _note(f"{name} does not run, and jobs wait for it; start it: docker start {name}")
+        found = jobs.jobs(client)
+        jobs.mend(client, _note)
     if as_json:
         print(json.dumps([asdict(job) for job in found], indent=1))
         return

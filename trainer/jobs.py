@@ -247,6 +247,13 @@ def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None
         time.sleep(_LOOK_EVERY_S)
 
 
+def mend(client: "DockerClient", say: Callable[[str], None]) -> None:
+    """Start the scorers of jobs that were ended by force again, and tell of others that do not run."""
+    _bring_back(client, (), {}, say)
+    for name in forsaken(client):
+        say(f"{name} does not run, and jobs wait for it; start it: docker start {name}")
+
+
 def forsaken(client: "DockerClient") -> list[str]:
     """The scorers that jobs ask and that do not run."""
     wanted = _scorers_wanted(client, ())

@@ -17,7 +17,7 @@ from trainer.config import ConfigError
 from trainer.containers import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.errors import ContainerError
 from trainer.jobbing import table
-from trainer.jobs import JOB, SCORER, Job, Limits, Submission, forsaken, read_key, submit, wait
+from trainer.jobs import JOB, SCORER, Job, Limits, Submission, mend, read_key, submit, wait
 from trainer.submitting import Asking, check_command, cores, environment, mounts
 
 ROOT = typer.main.get_command(app)
@@ -428,17 +428,31 @@ def test_the_scorer_is_the_only_one_or_has_to_be_named():
             find_scorer(client, name)
 
 
-def test_jobs_whose_scorer_is_down_are_told_of():
-    """Those that run; nobody misses the scorer of a job that has ended."""
-    judge, ended = scorer(), {"Status": "exited", "ExitCode": 0, "OOMKilled": False, "Running": False}
-    runs = {**ended, "Status": "running", "Running": True}
-    for state, scorers, told in ((runs, [], ["lab_reward_1"]), (runs, [judge], []), (ended, [], [])):
-        client = FakeEngine(scorers)
-        job = FakeContainer("job", {JOB: "a", SCORER: judge.name}, state=state)
-        client.containers.list = lambda *, filters, client=client, job=job, **more: (
-            [job] if filters["label"].endswith("role=job") else client.scorers
-        )
-        assert forsaken(client) == told
+ENDED = {"Status": "exited", "ExitCode": 0, "OOMKilled": False, "Running": False}
+RUNS = {**ENDED, "Status": "running", "Running": True}
+
+
+@pytest.mark.parametrize(
+    ("job", "judge", "said"),
+    [
+        (RUNS, {**ENDED, "ExitCode": 137}, ["was ended by force; it has been started again"]),
+        (RUNS, ENDED, ["does not run, and jobs wait for it; start it: docker start lab_reward_1"]),
+        (RUNS, RUNS, []),
+        (ENDED, {**ENDED, "ExitCode": 137}, []),
+    ],
+)
+def test_a_scorer_that_is_down_while_jobs_wait_for_it(job, judge, said):
+    """`docker kill` is mended, an orderly stop is told of; nobody misses the scorer of jobs that ended."""
+    judge = FakeContainer("lab_reward_1", {KEYS: "/keys/keys.yaml"}, state=dict(judge))
+    job = FakeContainer("job", {JOB: "a", SCORER: judge.name}, state=job)
+    client, lines = FakeEngine([judge]), []
+    client.containers.list = lambda *, filters, **more: [
+        it
+        for it in ([job] if filters["label"].endswith("role=job") else [judge])
+        if it is job or it.started or it.attrs["State"]["Status"] == "running"
+    ]
+    mend(client, lines.append)
+    assert [line.removeprefix("lab_reward_1 ") for line in lines] == said
 
 
 def test_a_scorer_on_the_default_bridge_cannot_be_found_by_name():
