@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer import jobs
+from trainer import awaiting, jobs
 from trainer.config import ConfigError
 from trainer.containers import engine
 from trainer.errors import ContainerError
@@ -103,11 +103,13 @@ def list_(
     """
     with engine() as client:
         found = jobs.jobs(client)
-        jobs.mend(client, _note)
-    if as_json:
-        print(json.dumps([asdict(job) for job in found], indent=1))
-        return
-    Console().print(table(found) if found else "There are no jobs; see reward-trainer jobs submit --help.")
+        if as_json:
+            print(json.dumps([asdict(job) for job in found], indent=1))
+        elif found:
+            Console().print(table(found))
+        else:
+            print("There are no jobs; see reward-trainer jobs submit --help.")
+        awaiting.mend(client, _note)
 
 
 def table(found: Sequence[Job]) -> Table:
@@ -177,7 +179,7 @@ def wait(names: NamesArgument = None) -> None:
     A scorer that is ended by force meanwhile is started again.
     """
     with engine() as client:
-        found = jobs.wait(client, names or (), _note)
+        found = awaiting.wait(client, names or (), _note)
     if not found:
         _note("there are no jobs")
     if any(job.exit_code != 0 for job in found):
@@ -207,7 +209,7 @@ def _each(client: "DockerClient", names: Sequence[str], do: Callable[[str], str]
 def _keep(name: str, left: threading.Event) -> None:
     """Beside the log: a connection of its own, since the other one is waiting for lines."""
     with suppress(Exception), engine() as client:
-        jobs.keep_scorer(client, name, _note, lambda: not left.is_set())
+        awaiting.keep_scorer(client, name, _note, lambda: not left.is_set())
 
 
 def _note(line: str) -> None:

@@ -11,8 +11,7 @@ import shlex
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +30,6 @@ from trainer.containers import (
     new_key,
     rejoin,
     remove_key,
-    revive,
 )
 from trainer.errors import ContainerError
 from trainer.submitting import CONFIGS, RUNS, SECRET, Asking, Command
@@ -48,8 +46,6 @@ IMAGE = "karlo-reward-lab/trainer"
 GRACE_S = 300
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _SOMEBODY = 1000  # who jobs are where root submits them: the images' own user
-_LOOK_EVERY_S = 1.0
-_REVIVALS = 3
 _STOPPED = (129, 130, 143)
 
 # The same container, started again, goes on with the run that it began.
@@ -172,7 +168,7 @@ def _undisturbed() -> Iterator[None]:
 
 def jobs(client: "DockerClient", names: Sequence[str] = ()) -> list[Job]:
     """The jobs of these names, or all, the oldest first. Raises ContainerError for a name that is none."""
-    return [_job(container) for container in _containers(client, names)]
+    return [_job(container) for container in job_containers(client, names)]
 
 
 def stop(client: "DockerClient", name: str, grace_s: int = GRACE_S) -> Job:
@@ -223,44 +219,6 @@ def logs(client: "DockerClient", name: str, *, follow: bool, tail: int | None) -
     """What a job has printed, and, following it, prints until it ends."""
     container = _container(client, name)
     yield from container.logs(stream=True, follow=follow, tail="all" if tail is None else tail)
-
-
-def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None]) -> list[Job]:
-    """Wait until jobs have ended; meanwhile start their scorers again where these are ended by force.
-
-    :param say: told in a line what happens
-    """
-    names = [job.name for job in jobs(client, names)]
-    told: set[str] = set()
-    revivals: dict[str, int] = {}
-    while True:
-        # Others may remove jobs meanwhile, or let them go on.
-        found = [job for job in jobs(client) if job.name in names]
-        over = {job.name for job in found if job.over}
-        for job in found:
-            if job.over and job.name not in told:
-                say(f"{job.name}: {job.state}{_last_line(client, job)}")
-        told = over
-        if len(over) == len(found):
-            return found
-        _bring_back(client, [job.name for job in found], revivals, say)
-        time.sleep(_LOOK_EVERY_S)
-
-
-def mend(client: "DockerClient", say: Callable[[str], None]) -> None:
-    """Start the scorers of jobs that were ended by force again, and tell of others that do not run."""
-    _bring_back(client, (), {}, say)
-    for name in forsaken(client):
-        say(f"{name} does not run, and jobs wait for it; start it: docker start {name}")
-
-
-def forsaken(client: "DockerClient") -> list[str]:
-    """The scorers that jobs ask and that do not run."""
-    wanted = _scorers_wanted(client, ())
-    if not wanted:
-        return []
-    running = client.containers.list(filters={"label": f"{ROLE}=scorer"})
-    return sorted(wanted - {container.name for container in running})
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -433,7 +391,8 @@ def _gpus(given: str) -> Any:
     return DeviceRequest(device_ids=devices.split(","), capabilities=[["gpu"]])
 
 
-def _containers(client: "DockerClient", names: Sequence[str]) -> "list[Container]":
+def job_containers(client: "DockerClient", names: Sequence[str]) -> "list[Container]":
+    """The containers of these jobs, or of all, the oldest first. Raises ContainerError."""
     found = client.containers.list(all=True, filters={"label": f"{ROLE}=job"}, ignore_removed=True)
     by_name = {container.labels[JOB]: container for container in reversed(found)}
     for name in names:
@@ -445,7 +404,7 @@ def _containers(client: "DockerClient", names: Sequence[str]) -> "list[Container
 
 
 def _container(client: "DockerClient", name: str) -> "Container":
-    return _containers(client, [name])[0]
+    return job_containers(client, [name])[0]
 
 
 def _job(container: "Container") -> Job:
@@ -475,38 +434,3 @@ def _moment(stamp: str) -> str:
     if stamp.startswith("0001"):
         return ""
     return datetime.fromisoformat(stamp[:19]).replace(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _last_line(client: "DockerClient", job: Job) -> str:
-    """Of a job that did not end well, what it said last."""
-    if job.exit_code == 0:
-        return ""
-    said = _container(client, job.name).logs(tail=5).decode(errors="replace").split("\n")
-    return next((f": {line.strip()}" for line in reversed(said) if line.strip()), "")
-
-
-def _scorers_wanted(client: "DockerClient", names: Sequence[str]) -> set[str]:
-    """The scorers of jobs that run."""
-    running = [it for it in _containers(client, names) if it.attrs["State"]["Running"]]
-    return {container.labels.get(SCORER, "") for container in running} - {""}
-
-
-def _bring_back(
-    client: "DockerClient", names: Sequence[str], revivals: dict[str, int], say: Callable[[str], None]
-) -> None:
-    """Start again the scorers of jobs that run; a few times, in case they are ended by force each time."""
-    for scorer in sorted(_scorers_wanted(client, names)):
-        if revivals.get(scorer, 0) < _REVIVALS and revive(client, scorer):
-            revivals[scorer] = revivals.get(scorer, 0) + 1
-            say(f"{scorer} was ended by force; it has been started again")
-
-
-def keep_scorer(
-    client: "DockerClient", name: str, say: Callable[[str], None], still: Callable[[], bool]
-) -> None:
-    """Do for one job what :func:`wait` does meanwhile, until the job ends or `still` says no."""
-    revivals: dict[str, int] = {}
-    with suppress(ContainerError):
-        while still() and not jobs(client, [name])[0].over:
-            _bring_back(client, [name], revivals, say)
-            time.sleep(_LOOK_EVERY_S)

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import docker
 import pytest
 
+from reward_service.client import RewardClient
 from tests.docker.composing import Composition
 
 
@@ -27,3 +29,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> None:
 def composition_of(runs: Path, name: str, **environment: str) -> Composition:
     """A composition that no other run of the tests knows."""
     return Composition(f"lab-test-{name}-{os.getpid()}", runs, environment)
+
+
+@contextmanager
+def serving(runs: Path, name: str) -> Iterator[Composition]:
+    """A composition whose scorer is ready, and afterwards none."""
+    composition = composition_of(runs, name)
+    try:
+        up = composition("up", "-d", "reward")
+        assert up.returncode == 0, up.stdout
+        with RewardClient(composition.url) as client:
+            client.wait_until_ready(timeout_s=120)
+        yield composition
+    finally:
+        composition.down()

@@ -14,9 +14,8 @@ import docker
 import httpx
 import pytest
 
-from reward_service.client import RewardClient
 from tests.docker.composing import ROOT, Composition
-from tests.docker.conftest import composition_of
+from tests.docker.conftest import serving
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -65,22 +64,17 @@ def states() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
+def judge(
+    images: None, engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Composition]:
     """A scorer in a composition, and afterwards neither it nor a job."""
-    composition = composition_of(tmp_path_factory.mktemp("runs"), "jobs")
-    try:
-        up = composition("up", "-d", "reward")
-        assert up.returncode == 0, up.stdout
-        with RewardClient(composition.url) as client:
-            client.wait_until_ready(timeout_s=120)
-        yield composition
-    finally:
-        engine = docker.from_env()
-        for name in (*NAMES, LATE):
-            for container in engine.containers.list(all=True, filters={"name": f"job-{name}"}):
-                container.remove(force=True)
-        engine.close()
-        composition.down()
+    with serving(tmp_path_factory.mktemp("runs"), "jobs") as composition:
+        try:
+            yield composition
+        finally:
+            for name in (*NAMES, LATE):
+                for container in engine.containers.list(all=True, filters={"name": f"job-{name}"}):
+                    container.remove(force=True)
 
 
 class Story(NamedTuple):

@@ -7,9 +7,8 @@ import pytest
 from docker.models.containers import Container
 
 from benchmarks.images import light_container, measure_light
-from reward_service.client import RewardClient
 from tests.docker.composing import BASE_IMAGE, Composition
-from tests.docker.conftest import composition_of
+from tests.docker.conftest import serving
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -25,15 +24,8 @@ print(sorted({"torch", "fastapi", "uvicorn", "transformers"} & set(sys.modules))
 
 @pytest.fixture(scope="module")
 def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
-    composition = composition_of(tmp_path_factory.mktemp("light"), "light")
-    try:
-        up = composition("up", "-d", "reward")
-        assert up.returncode == 0, up.stdout
-        with RewardClient(composition.url) as client:
-            client.wait_until_ready(timeout_s=120)
+    with serving(tmp_path_factory.mktemp("light"), "light") as composition:
         yield composition
-    finally:
-        composition.down()
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from docker.errors import APIError, DockerException, ImageNotFound
 from requests.exceptions import ConnectionError as Refused
 from rich.console import Console
 
+from trainer.awaiting import mend, wait
 from trainer.cli import USAGE_ERROR, app
 from trainer.config import ConfigError
 from trainer.containers import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.errors import ContainerError
 from trainer.jobbing import table
-from trainer.jobs import JOB, SCORER, Job, Limits, Submission, mend, read_key, submit, wait
+from trainer.jobs import JOB, SCORER, Job, Limits, Submission, read_key, submit
 from trainer.submitting import Asking, check_command, cores, environment, mounts
 
 ROOT = typer.main.get_command(app)
@@ -397,10 +398,10 @@ def test_waiting_goes_on_for_a_job_that_goes_on(monkeypatch):
         now.update({"jobs": next(seen, now.get("jobs"))})
         return [Job(name, "state", code, "", "", "") for name, code in now["jobs"].items()]
 
-    monkeypatch.setattr("trainer.jobs.jobs", look)
-    monkeypatch.setattr("trainer.jobs._last_line", lambda *_: "")
-    monkeypatch.setattr("trainer.jobs._bring_back", lambda *_: None)
-    monkeypatch.setattr("trainer.jobs._LOOK_EVERY_S", 0)
+    monkeypatch.setattr("trainer.awaiting.jobs", look)
+    monkeypatch.setattr("trainer.awaiting._last_line", lambda *_: "")
+    monkeypatch.setattr("trainer.awaiting._bring_back", lambda *_: None)
+    monkeypatch.setattr("trainer.awaiting._LOOK_EVERY_S", 0)
     said = []
     found = wait(None, [], said.append)
     assert {job.name: job.exit_code for job in found} == {"a": 0, "b": 0}
