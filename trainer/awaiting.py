@@ -43,7 +43,7 @@ def mend(client: "DockerClient", say: Callable[[str], None]) -> None:
     _bring_back(client, (), {}, say)
     running = {it.name for it in client.containers.list(filters={"label": f"{ROLE}=scorer"})}
     for name in sorted(_scorers_wanted(client, ()) - running):
-        say(f"{name} does not run, and jobs wait for it; start it: docker start {name}")
+        say(f"{name} does not run, and jobs wait for it; start it: docker compose up -d reward")
 
 
 def keep_scorer(

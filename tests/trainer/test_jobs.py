@@ -437,7 +437,7 @@ RUNS = {**ENDED, "Status": "running", "Running": True}
     ("job", "judge", "said"),
     [
         (RUNS, {**ENDED, "ExitCode": 137}, ["was ended by force; it has been started again"]),
-        (RUNS, ENDED, ["does not run, and jobs wait for it; start it: docker start lab_reward_1"]),
+        (RUNS, ENDED, ["does not run, and jobs wait for it; start it: docker compose up -d reward"]),
         (RUNS, RUNS, []),
         (ENDED, {**ENDED, "ExitCode": 137}, []),
     ],
