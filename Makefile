@@ -49,7 +49,7 @@ test-docker: $(STAMP)  ## build the images and run the composition in the engine
 compose-test: test-docker  ## the same as test-docker
 
 kill-test: $(STAMP)  ## kill the trainer 25 times at random moments and compare with the uninterrupted run
-	$(BIN)/python -m tests.trainer.kill_driver $(or $(KILL_FOLDER),$(shell mktemp -d)) $(ARGS)
+	$(BIN)/python -m tests.support.trainer.kill_driver $(or $(KILL_FOLDER),$(shell mktemp -d)) $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, walls
 	$(BIN)/ruff check .

@@ -2,9 +2,10 @@
 
     python -m benchmarks.coverage [--experiments 1000]
 
-Each experiment is two measurements, compared as after a training run (`trainer.comparing.compare`): prompts
-have effects of mean 0; groups of prompts are of unequal size and share none or half of their variance. A
-95 % interval should miss 0 in 5 of 100. In brackets: the percentile bootstrap over groups.
+Each experiment is two measurements, compared as after a training run
+(`trainer.evaluation.comparison.compare`): prompts have effects of mean 0; groups of prompts are of unequal
+size and share none or half of their variance. A 95 % interval should miss 0 in 5 of 100. In brackets: the
+percentile bootstrap over groups.
 """
 
 import argparse
@@ -14,10 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.comparing import compare
 from trainer.config import EvaluationConfig
-from trainer.intervals import Floats
-from trainer.measurements import Measurement
+from trainer.evaluation.comparison import Measurement, compare
+from trainer.evaluation.intervals import Floats
 
 CLUSTERS = (5, 8, 12, 20, 50, 100)
 LARGEST = 20  # prompts of a group, from 1

@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from benchmarks.reporting import Report, Rows, machine
+from benchmarks.common.results import Report, Rows, machine
 
 SCHEMA = pa.schema(
     [

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.commandline import positive, refuse, shown
-from benchmarks.measuring import EvaluatorReport, measure
-from benchmarks.models import build
-from benchmarks.reporting import Say, machine
+from benchmarks.common.models import build
+from benchmarks.common.results import Say, machine, positive, refuse, shown
+from benchmarks.common.timing import EvaluatorReport, measure
 
 ACCELERATIONS = ("none", "compile", "graphs")
 

@@ -32,24 +32,21 @@ from diffusers import UnCLIPPipeline
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import trainer.drawing
-import trainer.updating
-from benchmarks.commandline import positive, refuse, shown
-from benchmarks.fullsize import measure_full
-from benchmarks.reporting import Report, Rows, Say, machine
+import trainer.rl.sampler
+import trainer.rl.train
+from benchmarks.common.fullsize import measure_full
+from benchmarks.common.results import Report, Rows, Say, machine, positive, refuse, shown
 from reward_service.settings import DEFAULT_CONFIG
-from trainer.children import stop
 from trainer.config import Sharing, TrainerConfig, load_trainer_config
-from trainer.demo import STOP_TIMEOUT_S, _wait_for_address
-from trainer.drawing import NOTHING_SHARED, Studio
-from trainer.policy import DecoderPolicy
-from trainer.rollout import DropCount, collect, group_keys
-from trainer.runs import open_studio
-from trainer.scoring import ServiceScorer
-from trainer.splits import read_splits
-from trainer.streams import PictureKey
-from trainer.training import train_fold
-from trainer.updating import improve, new_learner
+from trainer.data.splits import read_splits
+from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, _wait_for_address, stop
+from trainer.rl.policy import DecoderPolicy
+from trainer.rl.rewards import ServiceScorer
+from trainer.rl.rollout import DropCount, collect, group_keys
+from trainer.rl.sampler import NOTHING_SHARED, Studio
+from trainer.rl.train import improve, new_learner, train_fold
+from trainer.runs.setup import open_studio
+from trainer.runtime.rng import PictureKey
 
 GROUP = 8
 SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
@@ -226,10 +223,10 @@ def iterations(
     more = config.model_copy(update={"iterations": config.iterations + 1})
     with ExitStack() as stack:
         for place, name, label in (
-            (trainer.drawing, "encode_text", "text"),
-            (trainer.drawing, "sample_prior", "prior"),
-            (trainer.drawing, "super_resolve", "super-resolution"),
-            (trainer.updating, "optimizer_step", "optimizer"),
+            (trainer.rl.sampler, "encode_text", "text"),
+            (trainer.rl.sampler, "sample_prior", "prior"),
+            (trainer.rl.sampler, "super_resolve", "super-resolution"),
+            (trainer.rl.train, "optimizer_step", "optimizer"),
             (DecoderPolicy, "sample", "decoder"),
             (DecoderPolicy, "replay", "replay, forward"),
             (Tensor, "backward", "replay, backward"),
@@ -329,7 +326,7 @@ def service(config: Path, core: int) -> Iterator[str]:
         try:
             yield _wait_for_address(process, log)
         finally:
-            stop(process, STOP_TIMEOUT_S)
+            stop(process, SERVICE_STOP_TIMEOUT_S)
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -25,9 +25,8 @@ import open_clip
 import torch
 
 from reward_service.config import Origin, TowerConfig, Weights
-from reward_service.loading import build_tower
-from reward_service.origins import Files
-from reward_service.plans import plan_tower
+from reward_service.engine.files import Files
+from reward_service.engine.loading import build_tower, plan_tower
 
 MIB = 1 << 20
 HPS, PICKSCORE = "HPS_v2.1_compressed.pt", "model.safetensors"

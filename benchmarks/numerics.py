@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import pairs_of, workload
-from benchmarks.models import EVALUATORS, build
+from benchmarks.common.models import EVALUATORS, build
+from benchmarks.common.results import table
+from benchmarks.common.timing import pairs_of, workload
 from benchmarks.parity.cases import scene
-from benchmarks.reporting import table
-from reward_service.engine import RewardEngine
-from reward_service.pairs import Pair
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.types import Pair
 
 # Longer than every other prompt: with it in the batch, the others are computed at its length.
 _LONG = Pair("a harbour at dawn with " + "seven small boats, " * 12, scene(256, 256, 999))

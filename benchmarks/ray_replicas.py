@@ -26,8 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.commandline import refuse, shown
-from benchmarks.reporting import Report, Rows, Say, machine
+from benchmarks.common.results import Report, Rows, Say, machine, refuse, shown
 from benchmarks.serving.host import Setup
 from benchmarks.serving.processes import Calling, Child, FailedError, Host, calling, child, hosting
 from benchmarks.serving.ray_host import Cluster

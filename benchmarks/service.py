@@ -25,8 +25,7 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.commandline import refuse, shown
-from benchmarks.reporting import Report, Rows, Say, machine
+from benchmarks.common.results import Report, Rows, Say, machine, refuse, shown
 from benchmarks.serving import parts
 from benchmarks.serving.figures import Verdict
 from benchmarks.serving.parts import QUICK, Found, Plan

@@ -21,7 +21,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from miniature import generator, judges, layout, probe, tokenizer, world
 from miniature.fitting import Pool
 from miniature.world import Part
-from trainer.similarity import jaccard
+from trainer.data.near_duplicates import jaccard
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from miniature import evaluate as measures
 from miniature.build import Build, write_generator, write_judges, write_probe, write_prompts
-from reward_service.checkpoints import ModelError
 from reward_service.config import load_config
+from reward_service.engine.weights import ModelError
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
-from trainer.cli import USAGE_ERROR
+from trainer.cli.main import USAGE_ERROR
 from trainer.config import load_trainer_config
 
 HOME = Path(__file__).parent

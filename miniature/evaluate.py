@@ -17,16 +17,16 @@ from tqdm import tqdm
 from miniature import judges, world
 from miniature.probe import QUALITY, Reading, load_probe
 from miniature.world import Part, Scenes
+from reward_service.calibrate.statistics import correlation, spread
 from reward_service.config import ServiceConfig
-from reward_service.engine import RewardEngine
-from reward_service.loading import build_engine
-from reward_service.pairs import Pair
-from reward_service.recalibration import correlation, spread
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair
 from trainer.config import TrainerConfig
-from trainer.drawing import Studio
-from trainer.prompts import read_prompts
-from trainer.runs import open_studio
-from trainer.streams import PictureKey
+from trainer.data.prompts import read_prompts
+from trainer.rl.sampler import Studio
+from trainer.runs.setup import open_studio
+from trainer.runtime.rng import PictureKey
 
 Scores = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
 from miniature import generator, judges, tokenizer, world
-from reward_service.conversion import open_clip_config, open_clip_names
+from reward_service.engine.weights import open_clip_config, open_clip_names
 
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 HPS_FILE = "HPS_miniature.pt"

@@ -2,34 +2,183 @@
 
 ``serve run configs/ray.yaml``, or ``serve run reward_service.ray_app:app config=FILE``. What differs from one
 process is in docs/ray.md.
+
+What is different about a request that came through Ray's proxy, made the same as on a socket of ours.
+
+One page of metrics for all replicas: a scrape through a proxy reaches any of them, and none twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+
+from reward_service.protocol import JSON, PROBLEM, ProblemError, encode
+from reward_service.web.dependencies import request_id
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector, CollectorRegistry
 from pydantic import BeforeValidator, ValidationError
 from ray import serve
 from ray.serve._private import constants
 from ray.serve.exceptions import RayServeException
 
-from reward_service.app import create_app
-from reward_service.calibration import load_calibration
 from reward_service.config import ServiceConfig, load_config
-from reward_service.judge import RETRY_LOADING_S, Judge
-from reward_service.keys import load_keys
-from reward_service.ray_door import Door
-from reward_service.ray_metrics import ReplicaMetrics
-from reward_service.ray_scaling import PAIRS
-from reward_service.reporting import Reporting, end_soon, reporting
+from reward_service.observability.metrics import Metrics
+from reward_service.observability.tracing import Reporting, end_soon, reporting
+from reward_service.scheduler.autoscaling import PAIRS
+from reward_service.scoring.auth import load_keys
+from reward_service.scoring.calibration import load_calibration
+from reward_service.scoring.service import RETRY_LOADING_S, Judge
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, one_line, rest_idle_threads
+from reward_service.web.app import create_app
+
+_REQUEST_ID = "x-request-id"
+_GONE: dict[str, str] = {"type": "http.disconnect"}
+_LAST_STEPS_S = 5.0
+_EXPOSED = ProblemError(
+    "forbidden",
+    "this service has no keys and answers on loopback only, behind HAProxy nowhere: set auth.keys, "
+    "or auth.allow_anonymous=true where a trusted network surrounds it",
+)
+
+
+class Door:
+    """An ASGI application behind Ray's proxy.
+
+    :param app: the service
+    :param loopback_only: refuse whoever comes by another address of this machine
+    :param direct: the replica's own socket is behind HAProxy, which hides how callers came: refuse all then
+    """
+
+    def __init__(self, app: ASGIApp, *, loopback_only: bool, direct: bool = False) -> None:
+        self._app, self._loopback_only, self._direct = app, loopback_only, direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":  # the service has no websockets and says so
+            await self._app(scope, receive, send)
+        elif self._loopback_only and (self._direct or not _is_loopback(scope)):
+            await _refusal(scope)(scope, receive, send)
+        else:
+            await _until_gone(self._app, scope, receive, _one_id(scope, send))
+
+
+async def _until_gone(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Ray cancels what a caller has left; the application is told by the message that ASGI has for it."""
+    gone = asyncio.Event()
+
+    async def receiving() -> Message:
+        message, left = asyncio.ensure_future(receive()), asyncio.ensure_future(gone.wait())
+        try:
+            await asyncio.wait({message, left}, return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else _GONE
+        finally:
+            message.cancel()
+            left.cancel()
+
+    async def sending(message: Message) -> None:
+        if not gone.is_set():
+            await send(message)
+
+    answering = asyncio.ensure_future(app(scope, receiving, sending))
+    try:
+        await asyncio.shield(answering)
+    except asyncio.CancelledError:
+        gone.set()
+        await asyncio.wait({answering}, timeout=_LAST_STEPS_S)
+        answering.cancel()
+        raise
+
+
+def _one_id(scope: Scope, send: Send) -> Send:
+    """Without our X-Request-Id where it is the request's: the proxy puts that on every answer, once more."""
+    given = Headers(scope=scope).get(_REQUEST_ID)
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if given is not None and headers.get(_REQUEST_ID) == given:
+                del headers[_REQUEST_ID]
+        await send(message)
+
+    return sending
+
+
+def _refusal(scope: Scope) -> Response:
+    problem = _EXPOSED.as_problem(request_id(Request(scope)))
+    return Response(encode(problem, JSON), int(_EXPOSED.status), media_type=PROBLEM)
+
+
+def _is_loopback(scope: Scope) -> bool:
+    """Whether the proxy was reached by a loopback address."""
+    host = (scope.get("server") or ("",))[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+LABEL = "replica"
+
+
+class ReplicaMetrics(Metrics):
+    """A replica's metrics, whose page shows every replica's, told apart by the label ``replica``.
+
+    :param pages: gets all replicas' own pages by their names; may take its time, and may lack some
+    """
+
+    def __init__(self, pages: Callable[[], Mapping[str, bytes]]) -> None:
+        super().__init__()
+        self._pages = pages
+
+    def own(self) -> bytes:
+        """This replica's page."""
+        return super().render()
+
+    def render(self) -> bytes:
+        """The answer of ``/metrics``."""
+        return merged(self._pages())
+
+
+def merged(pages: Mapping[str, bytes]) -> bytes:
+    """Pages of Prometheus text as one, each sample with the name of its page as the label ``replica``."""
+    families: dict[str, Metric] = {}
+    for name, page in sorted(pages.items()):
+        for family in text_string_to_metric_families(page.decode()):
+            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            known.samples += [
+                sample._replace(labels={LABEL: name, **sample.labels}) for sample in family.samples
+            ]
+    registry = CollectorRegistry()
+    registry.register(_Families(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
 
 #: Of the deployment; a file of Ray's calls it so.
 NAME = "judge"

@@ -1,22 +1,135 @@
-"""The `trainer:` section of a configuration file: every number a run depends on, with unit and range."""
+"""The `trainer:` section of a configuration file: every number a run depends on, with unit and range.
 
+Addresses of databases, without their passwords: configurations are written to files and into messages.
+
+A password is parted from its address as soon as that is read, and is known to this process only.
+
+What sections of the configuration are made of, and those of an experiment.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from reward_service.settings import ConfigError, ConfigPath, changed, load_section
-from trainer.sections import (
-    CrossvalConfig,
-    EarlyStoppingConfig,
-    Fraction,
-    GuardConfig,
-    Proportion,
-    SearchConfig,
-    Section,
-    Weights,
-)
+from reward_service.settings import ConfigError, ConfigPath, Settings, changed, load_section
+
+# As SQLAlchemy reads an address: a password reaches to the last @ before the host.
+_PASSWORD = re.compile(r"^(?P<before>[\w+]+://[^:/?]*):(?P<password>.*)(?=@)")
+_QUERY = re.compile(r"(?P<before>[?&])password=(?P<password>[^&]*)&?")
+_OLD_SCHEMES = re.compile(r"^postgres(ql)?(?=://)")
+
+_passwords: dict[str, str] = {}
+
+
+def without_password(address: str) -> str:
+    """The address without its password, which `password_of` tells from now on."""
+    address = _OLD_SCHEMES.sub("postgresql+psycopg", address)
+    for pattern in (_PASSWORD, _QUERY):
+        found = pattern.search(address)
+        if found is not None:
+            address = (address[: found.start()] + found["before"] + address[found.end() :]).rstrip("?&")
+            _passwords[address] = found["password"]
+    return address
+
+
+def password_of(address: str) -> str | None:
+    """As it was written, percent signs included; None where there was none."""
+    return _passwords.get(address)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Proportion = Annotated[float, Field(gt=0, lt=1)]
+Weights = dict[str, Annotated[float, Field(ge=0)]]  # of evaluators
+
+
+class Section(Settings):
+    """Base of what is below. Numbers are finite: checkpoints keep them as JSON, which knows no other."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class EarlyStoppingConfig(Section):
+    """Ends a fold whose validation composite rises no more, and takes its best checkpoint for its result."""
+
+    patience: Annotated[int, Field(ge=0)] = 0  # evaluations without improvement that are borne; 0: off
+    # What counts as improvement: standard errors of the paired difference from the best evaluation before.
+    min_delta: Annotated[float, Field(ge=0)] = 0.5
+
+
+class GuardConfig(Section):
+    """An evaluator that is not trained on: where it falls while the composite rises, rewards are hacked."""
+
+    # Its weight in objective.weights and evaluation.weights must be 0. rotate: each fold holds out another
+    # one of those that have a weight.
+    evaluator: str | None = None
+    confidence: Proportion = 0.95  # that an honest run is not stopped, over all its evaluations together
+    stop: bool = True  # end the run when it trips; false: only say so
+
+
+class CrossvalConfig(Section):
+    """Folds, each trained from the base; then one fit on all of them, and one look at the test prompts."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    # What `crossval` and `search` set differently from `train`, such as evaluation.every: 10.
+    settings: dict[str, Any] = Field(default_factory=dict)
+    workers: PositiveInt = 1  # folds that are trained side by side, each a process
+
+
+class SpaceConfig(Section):
+    """Values of one setting that a search draws from: `choices`, or numbers from `low` to `high`.
+
+    What is drawn may be taken `times` another setting, or be divided by it (`over`).
+    """
+
+    choices: tuple[Any, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    log: bool = False  # evenly in the logarithm
+    integer: bool = False
+    times: str | None = None  # a setting: the value is what is drawn, times that setting's value
+    over: str | None = None  # a setting: the value is what is drawn, divided by that setting's value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        ends = (self.low, self.high)
+        if (self.choices is None) == (ends == (None, None)) or not (self.choices is None or self.choices):
+            raise ValueError("give either choices, or low and high")
+        if self.choices is None and (self.low is None or self.high is None or not self.low < self.high):
+            raise ValueError("low and high: both are needed, and low must be below high")
+        if self.log and (self.low is None or self.low <= 0):
+            raise ValueError("log: low must be above 0")
+        if self.integer and (self.choices or any(end is not None and end % 1 for end in ends)):
+            raise ValueError("integer: low and high must be whole numbers; choices are what they are")
+        if self.times is not None and self.over is not None:
+            raise ValueError("give times or over, not both")
+        return self
+
+
+class SearchConfig(Section):
+    """Search (Optuna) over settings, on the first fold's training and validation prompts."""
+
+    trials: PositiveInt = 20  # drawn from the space; the null trial comes on top
+    iterations: PositiveInt | None = None  # of a trial; null: as `iterations`
+    workers: PositiveInt = 1  # trials that are trained side by side, each a process
+    # Keys are settings below lora, rollout, objective and update, such as objective.weights.clip.
+    space: dict[str, SpaceConfig] = Field(default_factory=dict)
+    sampler: Literal["random", "tpe", "qmc"] = "random"
+    # Ends a trial whose best evaluation so far is worse than the others' at that iteration (median), or whose
+    # newest is not among the best `reduction`-th of theirs (halving). Evaluations: evaluation.every, at least
+    # three in a trial.
+    pruner: Literal["none", "median", "halving"] = "median"
+    warmup_trials: Annotated[int, Field(ge=0)] = 2  # median: trials that must be complete first
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0  # of each trial, in which it is not pruned
+    reduction: Annotated[int, Field(ge=2)] = 3  # halving: one in so many goes on
+    # An SQLAlchemy address such as postgresql+psycopg://me@host/database; null: SQLite in the experiment's
+    # folder. A password in it is used and written nowhere; PGPASSWORD and ~/.pgpass are heeded too.
+    storage: Annotated[str, AfterValidator(without_password)] | None = None
+    study: str | None = None  # its name in the storage; null: the experiment's
+    null_trial: bool = True  # also try what does nothing, as number 0: what the procedure sees in no change
+
 
 __all__ = ["ConfigError", "ModelSource", "TrainerConfig", "load_trainer_config"]
 
@@ -324,3 +437,16 @@ def load_experiment_config(path: Path, overrides: Sequence[str] = ()) -> Trainer
 def with_values(config: TrainerConfig, values: Mapping[str, Any], where: str = "") -> TrainerConfig:
     """The configuration with some settings by their dotted keys, checked. Raises ConfigError."""
     return changed(config, "trainer", values, where)
+
+
+def given(seed: int | None, set_: list[str] | None, overrides: list[str] | None) -> list[str]:
+    """The overrides that a command line asks for."""
+    return [*(set_ or []), *(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

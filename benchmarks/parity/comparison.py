@@ -17,9 +17,9 @@ from benchmarks.parity.cases import PROMPTS, Picture, Prompt
 from benchmarks.parity.mistakes import Mistake
 from benchmarks.parity.references import Reference
 from reward_service.config import ServiceConfig
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair
 from reward_service.images import decode
-from reward_service.loading import build_engine
-from reward_service.pairs import Pair
 
 #: Largest difference allowed, by kind of evaluator, in the units of its raw score.
 TOLERANCES = {"hpsv2": 1e-6, "clip": 1e-6, "pickscore": 1e-4, "aesthetic": 1e-5}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.parity.cases import LONG, PROMPTS, Picture
 from benchmarks.parity.references import FIRST_SPECIAL_ID, Reference
+from reward_service.engine.preprocessing import OPENAI_MEAN, OPENAI_STD
 from reward_service.images import decode
-from reward_service.preprocess import OPENAI_MEAN, OPENAI_STD
 
 _PLAIN = PROMPTS[0].text
 

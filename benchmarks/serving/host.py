@@ -31,8 +31,8 @@ import msgspec
 from reward_service.settings import rest_idle_threads
 
 if TYPE_CHECKING:
-    from reward_service.engine import RewardEngine
-    from reward_service.pairs import Pair, PairScores
+    from reward_service.engine.engine import RewardEngine
+    from reward_service.engine.types import Pair, PairScores
 
 _logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _helping_s() -> float:
 
 def sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
     """In place of its ``score``: a device that takes so long for any batch."""
-    from reward_service.pairs import PairScores
+    from reward_service.engine.types import PairScores
 
     def score(
         pairs: Sequence[Pair], names: Sequence[str] | None = None, *, deterministic: bool = False
@@ -153,7 +153,7 @@ def full_size(setup: Setup, batch_pairs: int) -> RewardEngine:
     """Towers of ViT-L/14 and ViT-H/14 with random weights."""
     import torch
 
-    from benchmarks.models import random_engine
+    from benchmarks.common.models import random_engine
 
     with tempfile.TemporaryDirectory() as folder:
         towers = ("clip", "pickscore")
@@ -166,13 +166,14 @@ def main() -> None:
     setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
     os.sched_setaffinity(0, setup.cores)
     rest_idle_threads()
-    from reward_service import judge, server
     from reward_service.config import load_config
+    from reward_service.scoring import service as judge
+    from reward_service.web import server
 
     def build(config: Any) -> RewardEngine:
         import torch
 
-        from reward_service.loading import build_engine
+        from reward_service.engine.loading import build_engine
 
         torch.set_num_threads(config.threads)
         engine = full_size(setup, config.batch_pairs) if setup.full else build_engine(config)

@@ -8,17 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.reporting import Rows, Say
+from benchmarks.common.results import Rows, Say
 from benchmarks.serving.bodies import FORMS
 from benchmarks.serving.callers import Outcome
-from benchmarks.serving.figures import (
-    Verdict,
-    busy,
-    goodput,
-    heavy_rate,
-    latencies_ms,
-    percentile,
-)
+from benchmarks.serving.figures import Verdict, busy, goodput, heavy_rate, latencies_ms, percentile
 from benchmarks.serving.host import Batch, Setup
 from benchmarks.serving.processes import LEAD_S, Calling, FailedError, Host, calling, hosting
 

@@ -20,7 +20,7 @@ from benchmarks.serving.host import Setup, full_size, sleeping
 
 if TYPE_CHECKING:
     from reward_service.config import ServiceConfig
-    from reward_service.engine import RewardEngine
+    from reward_service.engine.engine import RewardEngine
 
 _MEMORY = 256 * 2**20
 
@@ -70,7 +70,8 @@ def main() -> None:
 
 
 def _application(setup: Setup, options: dict[str, Any]) -> Any:
-    from reward_service import judge, ray_app
+    from reward_service import ray_app
+    from reward_service.scoring import service as judge
 
     class Replica(ray_app.Replica):
         """With the engine of the benchmark."""
@@ -85,7 +86,7 @@ def _application(setup: Setup, options: dict[str, Any]) -> Any:
 def _engine(setup: Setup, config: ServiceConfig) -> RewardEngine:
     import torch
 
-    from reward_service.loading import build_engine
+    from reward_service.engine.loading import build_engine
 
     torch.set_num_threads(config.threads or 1)
     engine = full_size(setup, config.batch_pairs) if setup.full else build_engine(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
-from reward_service.adapters.answers import Floats, Options, as_tensor, rewards, score, scores
+from reward_service.adapters.common import Floats, Options, as_tensor, rewards, score, scores
 from reward_service.client import ImageLike, RewardClient
 
 DdpoReward = Callable[..., tuple[Any, dict[str, Floats]]]

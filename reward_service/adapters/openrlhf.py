@@ -7,8 +7,16 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from reward_service.adapters.answers import Options, as_tensor, rewards, score, scores
-from reward_service.adapters.columns import column, picture_of, text_of
+from reward_service.adapters.common import (
+    Options,
+    as_tensor,
+    column,
+    picture_of,
+    rewards,
+    score,
+    scores,
+    text_of,
+)
 from reward_service.client import RewardClient
 
 OpenRlhfReward = Callable[..., dict[str, Any]]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Unpack
 
-from reward_service.adapters.answers import Options, rewards, score, scores
-from reward_service.adapters.columns import column, picture_of, text_of
+from reward_service.adapters.common import Options, column, picture_of, rewards, score, scores, text_of
 from reward_service.client import RewardClient
 
 TrlReward = Callable[..., list[float]]

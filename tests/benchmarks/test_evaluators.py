@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reward_service.test_numerics import FLOAT32
+from tests.reward_service.engine.test_numerics import FLOAT32
 
 ROOT = Path(__file__).parents[2]
 

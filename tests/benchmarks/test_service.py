@@ -18,7 +18,7 @@ from benchmarks.serving.figures import Verdict, busy, goodput, heavy_rate, laten
 from benchmarks.serving.host import Batch
 from benchmarks.serving.parts import QUICK
 from reward_service.config import load_config
-from reward_service.intake import Intake
+from reward_service.scoring.requests import Intake
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from reward_service.config import Limits, ServiceConfig, Watch, load_config
-from reward_service.judge import Judge
-from reward_service.loading import build_engine
-from reward_service.pacing import BatchSize
-from tests.faults.bystander import Bystander, Truth, known_pairs, undisturbed
-from tests.faults.device import FaultyDevice
-from tests.reward_service.serving import serving, wait_until
+from reward_service.engine.loading import build_engine
+from reward_service.scheduler.batching import BatchSize
+from reward_service.scoring.service import Judge
+from tests.support.faults.bystander import Bystander, Truth, known_pairs, undisturbed
+from tests.support.faults.device import FaultyDevice
+from tests.support.service.serving import serving, wait_until
 
 Undisturbed = Callable[..., AbstractContextManager[Bystander]]
 LIMITS = Limits(max_body_bytes=2**21, header_timeout_s=1.5, body_timeout_s=0.8)

@@ -11,9 +11,9 @@ import httpx
 import msgspec
 import pytest
 
-from tests.faults.bystander import Bystander, undisturbed
-from tests.faults.calling import OK, Told, picture, post, request_of, told
 from tests.faults.conftest import Service
+from tests.support.faults.bystander import Bystander, undisturbed
+from tests.support.faults.calling import OK, Told, picture, post, request_of, told
 
 JSON, MSGPACK, FORM = "application/json", "application/msgpack", "multipart/form-data; boundary=b"
 SYNTAX, SCHEMA, MEDIA = (400, "malformed_body"), (422, "invalid_request"), (415, "unsupported_media_type")

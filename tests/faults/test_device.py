@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from reward_service.config import ServiceConfig
-from tests.faults.bystander import Bystander, Truth, undisturbed
-from tests.faults.calling import OK, encoded, picture, post, request_of, told
 from tests.faults.conftest import Service
-from tests.faults.device import faulty_engine
-from tests.reward_service.serving import serving, wait_until
+from tests.support.faults.bystander import Bystander, Truth, undisturbed
+from tests.support.faults.calling import OK, encoded, picture, post, request_of, told
+from tests.support.faults.device import faulty_engine
+from tests.support.service.serving import serving, wait_until
 
 pytestmark = pytest.mark.usefixtures("bystander")
 EVALUATORS = {"aesthetic", "clip", "pickscore", "hpsv2"}

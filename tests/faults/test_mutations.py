@@ -1,9 +1,9 @@
-"""A few thousand damaged requests; ``python -m tests.faults.mutations`` sends 200,000."""
+"""A few thousand damaged requests; ``python -m tests.support.faults.mutations`` sends 200,000."""
 
 from __future__ import annotations
 
-from tests.faults import mutations
-from tests.faults.mutants import mutants
+from tests.support.faults import mutations
+from tests.support.faults.mutants import mutants
 
 
 def test_damaged_requests_are_refused_or_scored() -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.bystander import Bystander, undisturbed
-from tests.faults.calling import OK, Told, encoded, picture, post, request_of, told
 from tests.faults.conftest import Service
+from tests.support.faults.bystander import Bystander, undisturbed
+from tests.support.faults.calling import OK, Told, encoded, picture, post, request_of, told
 
 NOT_ONE, LARGE = (422, "not_an_image"), (422, "image_too_large")
 LONG, SHAPE, SCHEMA = (422, "image_too_long"), (422, "bad_shape"), (422, "invalid_request")

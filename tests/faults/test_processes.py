@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from reward_service.client import RewardClient
-from reward_service.keys import new_key
-from tests.faults.bystander import Bystander, Truth, undisturbed
-from tests.faults.calling import OK, post, request_of, told
+from reward_service.scoring.auth import new_key
+from tests.support.faults.bystander import Bystander, Truth, undisturbed
+from tests.support.faults.calling import OK, post, request_of, told
 
 pytestmark = pytest.mark.slow
 READY_S, END_S = 90.0, 60.0
@@ -40,7 +40,7 @@ def process(port: int, *settings: str, redirect: str = "") -> Iterator[subproces
     :param redirect: for the shell: where its output goes
     """
     options = [part for it in ("threads=1", *settings) for part in ("--set", it)]
-    command = [sys.executable, "-m", "tests.faults.program", "serve", "--port", str(port), *options]
+    command = [sys.executable, "-m", "tests.support.faults.program", "serve", "--port", str(port), *options]
     shell = ["sh", "-c", f'exec "$@" {redirect}', "sh", *command]
     root = Path(__file__).resolve().parents[2]
     running = subprocess.Popen(shell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root)

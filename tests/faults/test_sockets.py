@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.bystander import Bystander, undisturbed
-from tests.faults.calling import OK, Told, closed, connect, head, heard, request_of
 from tests.faults.conftest import LIMITS, Service
-from tests.reward_service.serving import wait_until
+from tests.support.faults.bystander import Bystander, undisturbed
+from tests.support.faults.calling import OK, Told, closed, connect, head, heard, request_of
+from tests.support.service.serving import wait_until
 
 BODY = request_of("x")
 SIZE = len(BODY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from reward_service.problems import CODES
+from reward_service.protocol import CODES
 
 HERE = Path(__file__).parent
 ROW = re.compile(r"^\| [^|]+ \| ?(?P<status>\d*) ?\| ?(?:`(?P<code>\w+)`)? ?\| (?P<tests>`.+) \|$")

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from reward_service.calibration import Calibration, load_calibration
 from reward_service.config import load_config
-from reward_service.engine import RewardEngine
-from reward_service.loading import build_engine
-from reward_service.pairs import Pair
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair
+from reward_service.scoring.calibration import Calibration, load_calibration
 from trainer.config import load_trainer_config
-from trainer.evaluation import Comparison, compare, measure, standard_errors
-from trainer.runs import Result, open_studio, train_run
-from trainer.scoring import Pictures, Scores
-from trainer.splits import read_splits
-from trainer.storage import RunFolder
-from trainer.training import train_fold
+from trainer.data.splits import read_splits
+from trainer.evaluation.evaluate import Comparison, compare, measure, standard_errors
+from trainer.rl.rewards import Pictures, Scores
+from trainer.rl.train import train_fold
+from trainer.runs.folder import RunFolder
+from trainer.runs.setup import open_studio
+from trainer.runs.train import Result, train_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
 SHORT = ("iterations=16", "threads=1")

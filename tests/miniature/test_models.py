@@ -9,12 +9,12 @@ from miniature import evaluate
 from miniature.build import Build, write_generator, write_judges
 from miniature.cli import MODELS, PROBE
 from reward_service.config import load_config
-from reward_service.engine import RewardEngine
-from reward_service.loading import build_engine
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
 from trainer.config import ModelSource, load_trainer_config
-from trainer.karlo import load_karlo
-from trainer.runs import open_studio
-from trainer.splits import read_splits
+from trainer.data.splits import read_splits
+from trainer.rl.karlo import load_karlo
+from trainer.runs.setup import open_studio
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "miniature.yaml"

@@ -8,10 +8,10 @@ import torch
 from diffusers import UnCLIPPipeline
 
 from trainer.config import LoraSettings, load_trainer_config
-from trainer.diffusion import log_ratio
-from trainer.karlo import decoder_condition, encode_text, load_karlo, sample_prior, super_resolve
-from trainer.policy import DecoderPolicy
-from trainer.prompts import read_prompts
+from trainer.data.prompts import read_prompts
+from trainer.rl.diffusion import log_ratio
+from trainer.rl.karlo import decoder_condition, encode_text, load_karlo, sample_prior, super_resolve
+from trainer.rl.policy import DecoderPolicy
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
 PRIOR_STEPS, DECODER_STEPS, SUPER_RES_STEPS = 4, 12, 2

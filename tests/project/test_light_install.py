@@ -17,6 +17,9 @@ HIDDEN = (
     "peft",
     "transformers",
     "ftfy",
+    "scipy",
+    "sklearn",
+    "optuna",
 )
 
 

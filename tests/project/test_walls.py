@@ -9,12 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CROSSINGS = [
-    ("reward_service/engine.py", "import trainer.config", "The judge never imports the learner"),
-    ("trainer/karlo.py", "import reward_service.images", "The learner sees of the judge only"),
+    ("reward_service/engine/engine.py", "import trainer.config", "The judge never imports the learner"),
+    ("trainer/rl/karlo.py", "import reward_service.images", "The learner sees of the judge only"),
     ("reward_service/images.py", "import torch", "What other programs import of the judge"),
-    ("reward_service/scheduler.py", "import fastapi", "The scheduler knows neither torch nor the web"),
-    ("trainer/objective.py", "import diffusers", "The learner's mathematics"),
-    ("trainer/config.py", "import trainer.karlo", "Inside the learner, imports point downwards"),
+    (
+        "reward_service/scheduler/scheduler.py",
+        "import fastapi",
+        "The scheduler knows neither torch nor the web",
+    ),
+    ("trainer/rl/objective.py", "import diffusers", "The learner's mathematics"),
+    ("trainer/config.py", "import trainer.rl.karlo", "Inside the trainer, imports point downwards"),
 ]
 
 

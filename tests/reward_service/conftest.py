@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from reward_service.config import ServiceConfig, load_config
-from reward_service.engine import RewardEngine
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
 from reward_service.images import Pixels
-from reward_service.loading import build_engine
-from tests.reward_service.checkpoints import Checkpoints, write_checkpoints
-from tests.reward_service.serving import png
+from tests.support.service.checkpoints import Checkpoints, write_checkpoints
+from tests.support.service.serving import png
 
 SIZES = ((32, 32), (33, 47), (80, 35), (7, 90), (128, 64), (31, 31), (100, 39))
 PROMPTS = (

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from reward_service.client.payload import picture
 from reward_service.images import ImageError, decode
-from reward_service.pictures import picture
 
 WHITE = [255, 255, 255]
 # Four different corners, so that every rotation and reflection shows.

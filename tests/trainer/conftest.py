@@ -14,10 +14,10 @@ from diffusers.schedulers import UnCLIPScheduler
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainer.config import LoraSettings, ModelSource, SamplingConfig, TrainerConfig
-from trainer.drawing import Studio
-from trainer.karlo import Karlo, load_karlo
-from trainer.policy import DecoderPolicy
-from trainer.scoring import Pictures, Scores
+from trainer.rl.karlo import Karlo, load_karlo
+from trainer.rl.policy import DecoderPolicy
+from trainer.rl.rewards import Pictures, Scores
+from trainer.rl.sampler import Studio
 
 WIDTH = 32  # of text and image embeddings, and of the decoder's context
 TOKENS = 8
@@ -193,7 +193,7 @@ class FakeScorer:
 @pytest.fixture(scope="session")
 def painter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Karlo that can paint, and so can learn."""
-    from tests.trainer.painter import build_painter
+    from tests.support.trainer.painter import build_painter
 
     folder = tmp_path_factory.mktemp("painter")
     build_painter(folder)

@@ -1,0 +1,97 @@
+"""Drawing at a configuration's full size, with random weights: pictures a second and share of the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.common.timing import matrix_peak, timed
+from trainer.config import TrainerConfig
+from trainer.plan.meta import Blueprint, draft
+from trainer.plan.plan import make_plan
+from trainer.rl.karlo import Condition
+
+
+def measure_full(
+    config: TrainerConfig, device: str, batches: Sequence[int], repeats: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Prior, decoder and super-resolution of one batch after another; nothing is shared between pictures."""
+    say("building random networks")
+    config = config.model_copy(update={"device": device})
+    plan = make_plan(config, len(config.objective.weights))
+    per_picture = plan.flops["prior"] / plan.counts["image embeddings"]
+    per_picture += (plan.flops["decoder"] + plan.flops["super-resolution"]) / plan.counts["pictures"]
+    blueprint = draft(config, device)
+    place, dtype = torch.device(device), blueprint.decoder.dtype
+    peak = matrix_peak(place, dtype)
+    rows = []
+    for batch in batches:
+        say(f"batch of {batch}")
+        stages = _stages(blueprint, config, batch)
+        for work in stages.values():
+            work()
+        times = {name: median(timed(work, place) for _ in range(repeats)) for name, work in stages.items()}
+        rate = batch / sum(times.values())
+        rows.append(
+            {
+                "batch": batch,
+                **{f"{name}, s": round(seconds, 4) for name, seconds in times.items()},
+                "images/s": round(rate, 3),
+                "TFLOP an image": round(per_picture / 1e12, 3),
+                "share of peak": f"{rate * per_picture / peak:.1%}",
+                "measured peak, TFLOP/s": round(peak / 1e12, 2),
+            }
+        )
+    return rows
+
+
+def _stages(blueprint: Blueprint, config: TrainerConfig, batch: int) -> dict[str, Callable[[], object]]:
+    sampling = config.sampling
+    condition = _condition(blueprint, batch, guided=sampling.decoder_guidance > 1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+    prior = partial(_prior, blueprint, batch * (2 if sampling.prior_guidance > 1 else 1))
+    enlarge = partial(_enlarge, blueprint, batch)
+    return {
+        "prior": lambda: [prior() for _ in range(sampling.prior_steps)],
+        "decoder": lambda: blueprint.policy.sample(condition, generators),
+        "super-resolution": lambda: [enlarge() for _ in range(sampling.super_res_steps)],
+    }
+
+
+def _condition(blueprint: Blueprint, batch: int, *, guided: bool) -> Condition:
+    projection, options = blueprint.text_proj, {"device": blueprint.decoder.device}
+    tokens = blueprint.tokens + projection.clip_extra_context_tokens
+    width, time = projection.config.cross_attention_dim, projection.config.time_embed_dim
+    branches = []
+    for rows in (batch, batch if guided else 0):
+        branches += [
+            torch.randn(rows, tokens, width, dtype=projection.dtype, **options),
+            torch.randn(rows, time, dtype=projection.dtype, **options),
+            torch.ones(rows, tokens, dtype=torch.bool, **options),
+        ]
+    return Condition(*branches)
+
+
+@torch.no_grad()
+def _prior(blueprint: Blueprint, rows: int) -> None:
+    network = blueprint.prior
+    width, options = network.config.embedding_dim, {"device": network.device, "dtype": network.dtype}
+    network(
+        torch.randn(rows, width, **options),
+        timestep=torch.zeros(1, dtype=torch.long, device=network.device),
+        proj_embedding=torch.randn(rows, width, **options),
+        encoder_hidden_states=torch.randn(rows, blueprint.tokens, width, **options),
+        attention_mask=torch.ones(rows, blueprint.tokens, dtype=torch.bool, device=network.device),
+    )
+
+
+@torch.no_grad()
+def _enlarge(blueprint: Blueprint, batch: int) -> None:
+    network = blueprint.super_res_first
+    size, channels = network.config.sample_size, network.config.in_channels
+    inputs = torch.randn(batch, channels, size, size, device=network.device, dtype=network.dtype)
+    network(inputs, timestep=torch.zeros(1, dtype=torch.long, device=network.device))

@@ -1,0 +1,238 @@
+"""The evaluator benchmark's measurements."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.common.models import Group, Models
+from benchmarks.common.results import Report, Rows, Say
+from benchmarks.parity.cases import scene
+from reward_service.engine.preprocessing import Preprocessing
+from reward_service.engine.types import Pair
+
+_WORDS = ("a red fox on a mossy log", "an old harbour at dawn, oil on canvas", "a glass teapot", "two moons")
+# Rows and columns of the matrix product that shows what the hardware can do.
+_PEAK_SIZE = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass
+class EvaluatorReport(Report):
+    """Everything measured of the evaluators, in one run."""
+
+    name = "evaluators"
+    titles: ClassVar = {
+        "machine": "# Evaluator benchmark\n",
+        "scores": "\n## The same scores\n\nEngine against reference loop, same weights and pictures.\n",
+        "speed": "\n## Times\n",
+        "ratios": "\n## Ratios\n\nEach is the median of the ratios of neighbouring runs.\n",
+        "throughput": "\n## Throughput\n\nThe peak is that of a matrix product in this run.\n",
+    }
+    scores: Rows = field(default_factory=list)
+    speed: Rows = field(default_factory=list)
+    ratios: Rows = field(default_factory=list)
+    throughput: Rows = field(default_factory=list)
+
+
+def measure(
+    report: EvaluatorReport,
+    models: Models,
+    options: argparse.Namespace,
+    accelerations: Sequence[str],
+    batches: Sequence[int],
+    say: Say,
+) -> None:
+    """Fill the report."""
+    groups = workload(options.images, options.per_prompt, options.size_px)
+    say("comparing the scores")
+    report.scores = _differences(models, groups)
+    seconds = _alternating(_contestants(models, groups), models, options.repeats, say)
+    report.speed = [
+        {
+            "what": name,
+            "seconds": round(median(times), 4),
+            "images/s": round(options.images / median(times), 3),
+        }
+        for name, times in seconds.items()
+    ]
+    report.ratios = _ratios(seconds)
+    if batches:
+        report.throughput = _throughput(models, accelerations, batches, options, say)
+
+
+def workload(images: int, per_prompt: int, size_px: int) -> list[Group]:
+    """Random pictures under a few prompts."""
+    pictures = [Image.fromarray(scene(size_px, size_px, seed)) for seed in range(images)]
+    starts = range(0, images, per_prompt)
+    return [
+        Group(f"{_WORDS[number % len(_WORDS)]}, number {number}", pictures[start : start + per_prompt])
+        for number, start in enumerate(starts)
+    ]
+
+
+def pairs_of(groups: Sequence[Group]) -> list[Pair]:
+    """The same, as the engine takes them."""
+    return [Pair(group.prompt, np.asarray(image)) for group in groups for image in group.images]
+
+
+def _differences(models: Models, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    ours = models.engine.score(pairs_of(groups))
+    rows = []
+    for name, loop in models.loops.items():
+        found = np.array([pair.raw[name] for pair in ours])
+        expected = np.array(loop(groups))
+        rows.append(
+            {
+                "evaluator": name,
+                "largest difference": f"{np.abs(found - expected).max():.1e}",
+                "scores from": round(float(expected.min()), 4),
+                "to": round(float(expected.max()), 4),
+            }
+        )
+    return rows
+
+
+def _contestants(models: Models, groups: Sequence[Group]) -> dict[str, Callable[[], object]]:
+    pairs = pairs_of(groups)
+    pixels = _pixels(models, [pair.picture for pair in pairs])
+    texts = _texts(models, [group.prompt for group in groups])
+    return {
+        "engine": lambda: models.engine.score(pairs),
+        "engine, prompts cached": lambda: models.engine.score(pairs),
+        **{f"reference loop, {name}": partial(loop, groups) for name, loop in models.loops.items()},
+        "bare forward passes, pictures": lambda: [models.bare[n].encode_image(p) for n, p in pixels.items()],
+        "bare forward passes, prompts": lambda: [models.bare[n].encode_text(ids) for n, ids in texts.items()],
+    }
+
+
+def _pixels(models: Models, pictures: Sequence[Any]) -> dict[str, Tensor]:
+    """What each tower sees, prepared beforehand and on its device."""
+    engine = models.engine
+    ways: dict[str, Preprocessing] = {e.tower_name: e.preprocessing for e in engine.evaluators.values()}
+    return {name: way(pictures).to(engine.device, engine.dtype) for name, way in ways.items()}
+
+
+def _texts(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    ids = SimpleTokenizer()(list(prompts)).to(models.engine.device)
+    return dict.fromkeys(models.towers, ids)
+
+
+def _alternating(
+    contestants: Mapping[str, Callable[[], object]], models: Models, repeats: int, say: Say
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats):
+        for name, run in contestants.items():
+            say(f"run {repeat + 1} of {repeats}: {name}")
+            if name == "engine":
+                for tower in models.towers.values():
+                    tower.forget_texts()
+            seconds[name].append(timed(run, models.engine.device))
+    return seconds
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run, the device's work included."""
+    _finish(device)
+    start = time.perf_counter()
+    run()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    loops = np.sum([times for name, times in seconds.items() if name.startswith("reference")], axis=0)
+    engine, cached = np.array(seconds["engine"]), np.array(seconds["engine, prompts cached"])
+    pictures = np.array(seconds["bare forward passes, pictures"])
+    prompts = np.array(seconds["bare forward passes, prompts"])
+    ratios = {
+        "four reference loops / engine": loops / engine,
+        "engine / bare forward passes of pictures and prompts": engine / (pictures + prompts),
+        "engine, prompts cached / bare forward passes of pictures": cached / pictures,
+    }
+    return [
+        {
+            "what": name,
+            "ratio": round(float(np.median(r)), 3),
+            "from": round(r.min(), 3),
+            "to": round(r.max(), 3),
+        }
+        for name, r in ratios.items()
+    ]
+
+
+def _throughput(
+    models: Models,
+    accelerations: Sequence[str],
+    batches: Sequence[int],
+    options: argparse.Namespace,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """Images a second by batch size: the three towers alone, and the engine with preparation and heads."""
+    engine = models.engine
+    peak = matrix_peak(engine.device, engine.dtype)
+    cost = sum(_flops(config["vision_cfg"]) for config in models.configs.values())
+    rows = []
+    for mode in accelerations:
+        say(f"preparing acceleration {mode}")
+        for tower in models.towers.values():
+            tower.accelerate(mode, max(batches))
+        for batch in batches:
+            say(f"throughput: {mode}, batch of {batch}")
+            pairs = pairs_of(workload(batch, batch, options.size_px))
+            pixels = _pixels(models, [pair.picture for pair in pairs])
+            towers = _rate(partial(_embed, models, pixels), batch, engine.device)
+            whole = _rate(partial(engine.score, pairs), batch, engine.device)
+            rows.append(
+                {
+                    "acceleration": mode,
+                    "batch": batch,
+                    "towers, images/s": round(towers, 2),
+                    "engine, images/s": round(whole, 2),
+                    "towers' share of peak": f"{towers * cost / peak:.1%}",
+                    "measured peak, TFLOP/s": round(peak / 1e12, 2),
+                }
+            )
+    return rows
+
+
+def _embed(models: Models, pixels: Mapping[str, Tensor]) -> None:
+    for name, tower in models.towers.items():
+        tower.embed_images(pixels[name])
+
+
+def _rate(run: Callable[[], object], batch: int, device: torch.device, repeats: int = 5) -> float:
+    run()
+    return batch / median(timed(run, device) for _ in range(repeats))
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    size = _PEAK_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
+
+
+def _flops(vision: Mapping[str, Any]) -> float:
+    """Of one picture's forward pass: the blocks' matrix products and the patch embedding."""
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    tokens, width = patches + 1, vision["width"]
+    block = 24 * tokens * width**2 + 4 * tokens**2 * width
+    return float(vision["layers"] * block + 6 * patches * width * vision["patch_size"] ** 2)

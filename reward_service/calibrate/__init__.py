@@ -1,0 +1,1 @@
+"""Calibration tables from a user's own images."""

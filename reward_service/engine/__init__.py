@@ -1,0 +1,1 @@
+"""Models and scores: CLIP towers, evaluators, preprocessing and weights."""

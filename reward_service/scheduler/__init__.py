@@ -1,0 +1,1 @@
+"""Fair queue and batching in front of the device."""

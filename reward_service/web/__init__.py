@@ -1,0 +1,1 @@
+"""HTTP application and server."""

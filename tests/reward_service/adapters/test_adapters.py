@@ -1,0 +1,197 @@
+"""The adapters by shape: called as each trainer calls its own reward functions, on a fake wire."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reward_service.adapters import ddpo_reward, flow_grpo_reward, openrlhf_reward, trl_reward
+from reward_service.client import InputError, RejectedError, RewardClient
+from reward_service.images import decode
+from reward_service.protocol import (
+    MSGPACK,
+    EvaluatorIdentity,
+    EvaluatorScore,
+    ItemResult,
+    ScoreRequest,
+    ScoreResponse,
+    decode_request,
+)
+from tests.support.service.fake_service import PIXELS, Handler, answer, client, problem
+
+TENSOR = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
+PROMPTS = ("a red circle", "a blue square")
+
+
+class Judge:
+    """Two evaluators: the picture's mean level, and the prompt's length; the reward is their sum of units."""
+
+    def __init__(self) -> None:
+        self.asked: list[ScoreRequest] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(decode_request(request.content, MSGPACK))
+        results = []
+        for index, item in enumerate(self.asked[-1].items):
+            pixels = decode(item.image.data, item.image.format, item.image.shape).rgb
+            light, length = float(pixels.mean()) / 255, len(item.prompt) / 100
+            scores = {"light": EvaluatorScore(1, 2, light), "length": EvaluatorScore(3, 4, length)}
+            results.append(ItemResult(index, light + length, scores, False, False))
+        identity = dict.fromkeys(("light", "length"), EvaluatorIdentity("f", "c"))
+        return answer(ScoreResponse("id", results, identity, {}))
+
+
+def refuse(_: httpx.Request) -> httpx.Response:
+    return problem(500, "scoring_failed", retryable=False)
+
+
+def test_flow_grpo() -> None:
+    """Called as by its trainers: in a thread pool, with a tensor, tuples, metadata and only_strict."""
+    reward_fn = flow_grpo_reward(client(Judge()))
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(reward_fn, TENSOR, PROMPTS, [{}, {}], only_strict=True)
+        rewards, metadata = future.result()
+    assert metadata == {}
+    for key, expected in {"light": [0, 1], "length": [0.12, 0.13], "avg": [0.12, 1.13]}.items():
+        gathered = torch.as_tensor(rewards[key], device="cpu").float()
+        torch.testing.assert_close(gathered, torch.tensor(expected, dtype=torch.float32))
+    array = np.stack([PIXELS, PIXELS])
+    assert reward_fn(array, PROMPTS, {}, None)[0]["avg"].shape == (2,)
+
+
+def test_flow_grpo_in_another_normalization() -> None:
+    """The scores are of the normalization the reward is made of."""
+    judge = Judge()
+    rewards, _ = flow_grpo_reward(client(judge), normalization="z", evaluators=["light", "length"])(
+        TENSOR, PROMPTS, {}
+    )
+    assert rewards["length"].tolist() == [4, 4]
+    assert (judge.asked[0].normalization, judge.asked[0].evaluators) == ("z", ["light", "length"])
+
+
+def test_ddpo() -> None:
+    """One tensor of rewards and a dict, as TRL's DDPO trainer and ddpo-pytorch unpack them."""
+    reward, metadata = ddpo_reward(client(Judge()))(TENSOR.half(), PROMPTS, ({}, {}))
+    assert isinstance(reward, torch.Tensor)
+    torch.testing.assert_close(torch.as_tensor(reward, device="cpu"), torch.tensor([0.12, 1.13]))
+    assert metadata["light"].tolist() == [0, 1]
+
+
+def test_trl() -> None:
+    """Called by name, with every column and the trainer's own extras; a list of floats comes back."""
+    logged: dict[str, float] = {}
+    reward = trl_reward(client(Judge()), name="judge")
+    assert (reward.__name__, inspect.iscoroutinefunction(reward)) == ("judge", False)
+    rewards = reward(
+        prompts=list(PROMPTS),
+        completions=[PIXELS * 0, Image.new("RGB", (4, 4), "white")],
+        completion_ids=[[1], [2]],
+        trainer_state=object(),
+        log_extra=lambda *_: None,
+        log_metric=logged.__setitem__,
+        category=["a", "b"],
+    )
+    assert rewards == pytest.approx([0.12, 1.13])
+    assert all(type(value) is float for value in rewards)
+    assert logged == pytest.approx({"judge/light": 0.5, "judge/length": 0.125})
+
+
+def test_trl_conversations() -> None:
+    """The last message's text, and the picture in the last message of the completion."""
+    judge = Judge()
+    prompts = [[{"role": "system", "content": "draw"}, {"role": "user", "content": "a red circle"}]]
+    parts = [{"type": "text", "text": "here"}, {"type": "image", "image": PIXELS}]
+    trl_reward(client(judge))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
+    assert judge.asked[0].items[0].prompt == "a red circle"
+    assert judge.asked[0].items[0].image.data == PIXELS.tobytes()
+
+
+def test_trl_judging_what_was_written_of_a_picture() -> None:
+    """A captioner's completions against its pictures: the columns are named."""
+    judge = Judge()
+    reward = trl_reward(client(judge), texts="completions", pictures="images")
+    completions = [[{"role": "assistant", "content": [{"type": "text", "text": "a fish"}]}]]
+    reward(prompts=["describe"], completions=completions, images=[[PIXELS]])
+    assert judge.asked[0].items[0].prompt == "a fish"
+    with pytest.raises(InputError, match="no column 'images', only completions, prompts"):
+        reward(prompts=["describe"], completions=completions)
+    with pytest.raises(InputError, match="one picture, not 2"):
+        reward(prompts=["describe"], completions=completions, images=[[PIXELS, PIXELS]])
+
+
+def test_openrlhf(tmp_path: Any) -> None:
+    """Called by position with one pair from a thread; rewards, scores and logs are tensors of one entry."""
+    path = tmp_path / "white.png"
+    Image.new("RGB", (4, 4), "white").save(path)
+    reward_func = openrlhf_reward(client(Judge()), normalization="z")
+    with ThreadPoolExecutor(1) as executor:
+        given = executor.submit(reward_func, [str(path)], ["a red circle"], [None]).result()
+    assert set(given) == {"rewards", "scores", "extra_logs"}
+    torch.testing.assert_close(given["rewards"], torch.tensor([1.12]))
+    torch.testing.assert_close(given["scores"], torch.tensor([(1 + 0.12) / 2]))
+    torch.testing.assert_close(given["extra_logs"]["light"], torch.tensor([2.0]))
+    assert given.get("scores") or given.get("rewards")  # OpenRLHF's own way to choose
+
+
+def test_openrlhf_judging_responses() -> None:
+    """A text policy: what it wrote after the prompt, against a picture in the label."""
+    judge, file = Judge(), io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    label = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    reward_func = openrlhf_reward(client(judge), texts="responses", pictures="labels")
+    reward_func(["describe: a fish"], ["describe: "], [label], extra=1)
+    assert judge.asked[0].items[0].prompt == "a fish"
+    assert judge.asked[0].items[0].image.data == file.getvalue()
+    for broken in ("data:image/png,xxx", "data:image/png;base64,###"):
+        with pytest.raises(InputError, match="base64"):
+            reward_func(["q"], ["p"], [broken])
+
+
+@pytest.mark.parametrize("handler", [refuse, Judge()])
+def test_a_failure_is_raised_never_a_reward(handler: Handler) -> None:
+    """The service's refusal, and a picture that cannot be sent, reach the trainer as exceptions."""
+    images: Any = TENSOR if handler is refuse else [torch.full((3, 4, 4), 2.0)] * 2
+    judge = client(handler)
+    for call in (
+        lambda: flow_grpo_reward(judge)(images, PROMPTS, {}),
+        lambda: ddpo_reward(judge)(images, PROMPTS, {}),
+        lambda: trl_reward(judge)(prompts=PROMPTS, completions=list(images)),
+        lambda: openrlhf_reward(judge)(list(images), PROMPTS, [None, None]),
+    ):
+        with pytest.raises(RejectedError if handler is refuse else InputError):
+            call()
+
+
+def test_a_partial_answer_is_no_reward() -> None:
+    """A null reward would become NaN in an array; the option is refused."""
+    reward_fn: Any = flow_grpo_reward(client(Judge()), allow_partial=True)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="needs every score"):
+        reward_fn(TENSOR, PROMPTS, {})
+
+
+def test_no_adapter_brings_torch() -> None:
+    """Without torch in the process the arrays are numpy's."""
+    code = (
+        "import sys, reward_service.adapters.common as a; import reward_service.adapters;"
+        "print('torch' in sys.modules, type(a.as_tensor([1.0])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "ndarray"]
+
+
+def test_one_client_serves_several_adapters() -> None:
+    """They hold no state of their own."""
+    with RewardClient("http://judge.invalid", transport=httpx.MockTransport(Judge())) as judge:
+        assert flow_grpo_reward(judge)(TENSOR, PROMPTS)[0]["avg"].shape == (2,)
+        assert len(trl_reward(judge)(prompts=PROMPTS, completions=list(TENSOR))) == 2

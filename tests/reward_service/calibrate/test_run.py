@@ -1,0 +1,323 @@
+"""`reward-service calibrate` from pictures to a table that serves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from miniature import world
+from miniature.evaluate import as_uint8
+from reward_service.cli.main import main
+from reward_service.config import load_config
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair
+from reward_service.images import decode
+from reward_service.scoring.calibration import load_calibration
+from reward_service.scoring.service import Judge
+from reward_service.settings import DEFAULT_CONFIG
+
+PROMPTS, EACH = 10, 4
+FAST = ("--set", "threads=1", "--resamples", "200")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures of the miniature's world with their captions, sharper ones preferred."""
+    folder = tmp_path_factory.mktemp("survey")
+    rng = torch.Generator().manual_seed(0)
+    scenes = world.sample_scenes(PROMPTS, world.Part.HELD_OUT, rng)
+    captions = world.describe(scenes, rng).text
+    rows, choices = [], []
+    for k in range(EACH):
+        blur, fade, noise = world.sample_quality(PROMPTS, rng)
+        drawn = scenes.replace(blur_px=0.5 * k + 0 * blur, fade=fade, noise=noise)
+        for p, picture in enumerate(as_uint8(world.draw(drawn, rng))):
+            Image.fromarray(picture).save(folder / f"{p}-{k}.png")
+            rows.append((f"{p}-{k}.png", captions[p]))
+            # One choice in four goes against the rule, so that there is a scale to find.
+            sides = (f"{p}-0.png", f"{p}-{k}.png") if p % 4 else (f"{p}-{k}.png", f"{p}-0.png")
+            choices += [(captions[p], *sides)] if k else []
+    write(folder / "prompts.csv", ("image", "prompt"), rows)
+    write(folder / "pairs.csv", ("prompt", "preferred", "rejected"), choices)
+    for half, part in (("one", rows[::2]), ("other", rows[1::2])):
+        write(folder / f"{half}.csv", ("image", "prompt"), part)
+    return folder
+
+
+def write(path: Path, columns: tuple[str, ...], rows: list[Any]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+@pytest.fixture(scope="module")
+def engine() -> RewardEngine:
+    """The miniature's, not the random one of the other tests."""
+    return build_engine(load_config(DEFAULT_CONFIG, ["threads=1"]))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in ("calibrate", *arguments)])
+        shown = capfd.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def table(survey: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole survey's table, scored reproducibly."""
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    listed = ("--images", survey, "--prompts", survey / "prompts.csv", "--pairs", survey / "pairs.csv")
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in ("calibrate", *listed, "--output", path, "--deterministic", *FAST)])
+    assert not left.value.code
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def test_the_table_is_the_pictures_own(table: Path) -> None:
+    """Counts, provenance, deviations inside their intervals, fingerprints, correlations, preferences."""
+    found = read(table)
+    assert found["provisional"] is False
+    assert "40 pictures of 10 prompts" in found["provenance"]
+    assert list(found["evaluators"]) == ["aesthetic", "clip", "pickscore", "hpsv2"]
+    for name, row in found["evaluators"].items():
+        assert row["std"] == row["std_within_prompt"] < row["std_total"]
+        assert row["mean_interval"][0] < row["mean"] < row["mean_interval"][1]
+        assert row["std_within_prompt_interval"][0] < row["std"] < row["std_within_prompt_interval"][1]
+        assert len(row["fingerprint"]) == 16
+        assert row["preference"]["pairs"] == 30
+        for matrix in found["correlation"].values():
+            assert matrix[name][name] == 1.0
+            assert all(-1 <= value <= 1 for value in matrix[name].values())
+    assert found["evaluators"]["aesthetic"]["preference"]["scale"] > 0
+    assert any("10 prompts; 200 or more" in line for line in found["warnings"])
+
+
+def test_the_numbers_are_the_engines(table: Path, survey: Path, engine: RewardEngine) -> None:
+    """The file of scores holds what the service would answer for each pair, the table their mean."""
+    lines = [json.loads(line) for line in Path(f"{table}.scores.jsonl").read_text("utf-8").splitlines()]
+    rows = {row["image"]: row for row in lines[1:]}
+    assert len(rows) == PROMPTS * EACH
+    for name in ("3-2.png", "9-0.png"):
+        pixels = decode((survey / name).read_bytes()).rgb
+        expected = engine.score([Pair(rows[name]["prompt"], pixels)], deterministic=True)[0]
+        assert rows[name]["raw"] == expected.raw
+    values = [row["raw"]["clip"] for row in rows.values()]
+    assert read(table)["evaluators"]["clip"]["mean"] == pytest.approx(sum(values) / len(values))
+
+
+def test_the_table_serves_and_knows_its_evaluators(table: Path, engine: RewardEngine) -> None:
+    """Not provisional where it was made; provisional, with one line, for another variant of an evaluator."""
+    config = load_config(DEFAULT_CONFIG, [f"calibration={table}", "threads=1"])
+    assert served(config, engine) == (dict.fromkeys(engine.evaluators, False), [])
+    content = read(table)
+    content["evaluators"]["clip"]["fingerprint"] = "0" * 16
+    other = table.with_name("other.json")
+    other.write_text(json.dumps(content))
+    provisional, notices = served(config.model_copy(update={"calibration": other}), engine)
+    assert provisional == {"aesthetic": False, "clip": True, "pickscore": False, "hpsv2": False}
+    assert len(notices) == 1
+    assert "the scale of clip was made with other weights" in notices[0]
+
+
+def served(config: Any, engine: RewardEngine) -> tuple[dict[str, bool], list[str]]:
+    notices: list[str] = []
+    judge = Judge(config, build=lambda _: engine, on_notice=notices.append)
+    judge.start()
+    deadline = time.monotonic() + 60
+    while judge.health.status == "loading" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    described = judge.describe().evaluators
+    judge.close()
+    return {name: it.provisional for name, it in described.items()}, notices
+
+
+def test_merged_halves_are_the_whole(run: Run, survey: Path, table: Path, tmp_path: Path) -> None:
+    """Scored apart and merged, in either order, without pictures: exactly the table of the whole."""
+    for half in ("one", "other"):
+        listed = ("--images", survey, "--prompts", survey / f"{half}.csv")
+        output = ("--output", tmp_path / f"{half}.json", "--scores", tmp_path / f"{half}.jsonl")
+        code, _, err = run(*listed, *output, "--deterministic", *FAST)
+        assert code == 0, err
+    for order in (("one", "other"), ("other", "one")):
+        scores = [part for half in order for part in ("--scores", tmp_path / f"{half}.jsonl")]
+        merged = tmp_path / f"{order[0]}-first.json"
+        assert run(*scores, "--pairs", survey / "pairs.csv", "--output", merged, *FAST)[0] == 0
+        assert without_date(merged) == without_date(table)
+
+
+def without_date(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in read(path).items() if key != "provenance"}
+
+
+def test_a_killed_run_goes_on(run: Run, survey: Path, table: Path, tmp_path: Path) -> None:
+    """What was scored is not scored again, and the table is the uninterrupted run's."""
+    output = tmp_path / "table.json"
+    scores = Path(f"{output}.scores.jsonl")
+    listed = ["--images", survey, "--prompts", survey / "prompts.csv", "--pairs", survey / "pairs.csv"]
+    arguments = [*listed, "--output", output, "--deterministic", *FAST, "--set", "batch_pairs=1"]
+    command = [sys.executable, "-m", "reward_service", "calibrate", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not scores.exists() or scores.read_bytes().count(b"\n") < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    before = scores.read_bytes()
+    with scores.open("ab") as file:
+        file.write(b'{"image": "9-3.p')
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    assert without_date(output) == without_date(table)
+    after = scores.read_bytes()
+    assert after.startswith(before[: before.rindex(b"\n") + 1])
+    assert set(Counter(json.loads(line)["image"] for line in after.splitlines()[1:]).values()) == {1}
+
+
+def test_a_changed_picture_is_scored_anew(run: Run, survey: Path, tmp_path: Path) -> None:
+    """Learners draw new pictures to old names; the same file in another group is not scored again."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("0-0.png", "0-1.png", "1-0.png", "1-1.png"):
+        (images / name).write_bytes((survey / name).read_bytes())
+    listing = tmp_path / "list.csv"
+    rows = [(f"{p}-{k}.png", f"prompt {p}", p) for p in range(2) for k in range(2)]
+    write(listing, ("image", "prompt", "prompt_id"), rows)
+    arguments = ("--images", images, "--prompts", listing, "--output", tmp_path / "t.json", "--force", *FAST)
+    assert run(*arguments)[0] == 0
+    (images / "0-1.png").write_bytes((survey / "5-3.png").read_bytes())
+    os.utime(images / "0-1.png", ns=(1, 1))
+    write(listing, ("image", "prompt", "prompt_id"), [(*row[:2], 7) for row in rows])
+    assert run(*arguments)[0] == 0
+    found = [
+        json.loads(line) for line in Path(f"{tmp_path / 't.json'}.scores.jsonl").read_text().splitlines()
+    ]
+    assert found[2]["image"] == "0-1.png"
+    latest = {row["image"]: row for row in found[1:]}
+    assert latest["0-1.png"]["raw"] != found[2]["raw"]
+    assert latest["1-0.png"]["raw"] == found[3]["raw"]
+    assert {row["prompt_id"] for row in latest.values()} == {"7"}
+    assert read(tmp_path / "t.json")["prompts"] == 1
+
+
+def test_pairs_alone_are_a_survey(run: Run, survey: Path, tmp_path: Path) -> None:
+    """Their pictures are the calibration's; beside --prompts they are only compared."""
+    pairs = ("--images", survey, "--pairs", survey / "pairs.csv")
+    alone, beside = tmp_path / "alone.json", tmp_path / "beside.json"
+    assert run(*pairs, "--output", alone, "--std", "total", "--evaluators", "clip,hpsv2", *FAST)[0] == 0
+    found = read(alone)
+    assert (found["pictures"], list(found["evaluators"])) == (40, ["clip", "hpsv2"])
+    assert found["evaluators"]["clip"]["std"] == found["evaluators"]["clip"]["std_total"]
+    small = tmp_path / "small.csv"
+    rows = list(csv.reader((survey / "prompts.csv").read_text("utf-8").splitlines()))[1:]
+    write(small, ("image", "prompt"), [row for row in rows if row[0][0] in "01"])
+    assert run(*pairs, "--prompts", small, "--output", beside, *FAST)[0] == 0
+    assert read(beside)["pictures"] == 8
+    assert read(beside)["evaluators"]["clip"]["preference"]["pairs"] == 30
+    merged = tmp_path / "merged.json"
+    scores = ("--scores", f"{beside}.scores.jsonl", "--pairs", survey / "pairs.csv")
+    assert run(*scores, "--output", merged, *FAST)[0] == 0
+    assert without_date(merged) == without_date(beside)
+
+
+MISTAKES = {
+    "nothing": ((), "--images with --prompts"),
+    "no folder": (("--prompts", "{survey}/prompts.csv"), "folder with --images"),
+    "no prompts": (("--images", "{survey}"), "give --prompts or --pairs"),
+    "no such list": (("--images", "{survey}", "--prompts", "/none.csv"), "/none.csv: cannot be read"),
+    "no such folder": (("--images", "/none", "--prompts", "{survey}/prompts.csv"), "no such folder"),
+    "missing pictures": (("--images", "{tmp}", "--prompts", "{survey}/prompts.csv"), "40 of 40 pictures"),
+    "no such scores": (("--scores", "/none.jsonl"), "/none.jsonl: cannot be read"),
+    "not scores": (("--scores", "{survey}/prompts.csv"), "not a file of scores"),
+    "evaluator": (
+        ("--images", "{survey}", "--prompts", "{survey}/prompts.csv", "--evaluators", "beauty"),
+        "choose from aesthetic, clip",
+    ),
+    "single pictures": (("--images", "{survey}", "--prompts", "{tmp}/single.csv"), "two pictures"),
+    "one picture": (("--images", "{survey}", "--prompts", "{tmp}/same.csv"), "the deviation is 0"),
+    "no picture": (("--images", "{tmp}", "--prompts", "{tmp}/text.csv"), "line 3: {tmp}/text.png: the bytes"),
+    "few resamples": (("--resamples", "3"), "--resamples"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_code_2(name: str, run: Run, survey: Path, tmp_path: Path) -> None:
+    """Before any model is loaded where that can be known; no table is left."""
+    write(tmp_path / "single.csv", ("image", "prompt"), [("0-0.png", "x"), ("0-1.png", "y")])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "good.png").write_bytes((survey / "0-0.png").read_bytes())
+    write(tmp_path / "text.csv", ("image", "prompt"), [("good.png", "x"), ("text.png", "x")])
+    for copy in "ab":
+        (tmp_path / f"{copy}.png").write_bytes((survey / "0-0.png").read_bytes())
+    paths = [str(tmp_path / f"{copy}.png") for copy in "ab"]
+    write(tmp_path / "same.csv", ("image", "prompt"), [(path, "x") for path in paths])
+    arguments, words = MISTAKES[name]
+    places = {"survey": survey, "tmp": tmp_path}
+    filled = [part.format(**places) for part in arguments]
+    code, out, err = run("--output", tmp_path / "table.json", "--set", "threads=1", *filled)
+    assert (code, out) == (2, "")
+    assert words.format(**places) in err
+    assert sum(line.startswith("reward-service: ") for line in err.splitlines()) == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_a_table_is_not_overwritten_unasked(run: Run, table: Path) -> None:
+    """--force does, and leaves no temporary file."""
+    before = table.read_bytes()
+    scores = ("--scores", f"{table}.scores.jsonl", "--output", table, *FAST)
+    code, _, err = run(*scores)
+    assert (code, table.read_bytes()) == (2, before)
+    assert "add --force" in err
+    copy = table.with_name("copy.json")
+    copy.write_bytes(before)
+    assert run(*scores[:3], copy, "--force", *FAST)[0] == 0
+    assert load_calibration(copy, ["clip"]).evaluators["clip"].std > 0
+    assert "preference" not in read(copy)["evaluators"]["clip"]
+    assert not [path for path in table.parent.iterdir() if path.name.startswith("tmp")]
+
+
+def test_single_pictures_and_disagreement_are_warned_of(
+    run: Run, survey: Path, table: Path, tmp_path: Path
+) -> None:
+    """Prompts that add nothing to σ are named, and so are evaluators whose robust σ is another."""
+    lines = Path(f"{table}.scores.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    rows[0]["raw"]["clip"] += 5.0
+    rows.append(rows[1] | {"image": "alone.png", "prompt": "a lonely prompt"})
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text("\n".join([lines[0], *map(json.dumps, rows)]) + "\n")
+    code, _, err = run("--scores", scores, "--output", tmp_path / "t.json", *FAST)
+    assert code == 0, err
+    assert "warning: 1 prompts have one picture" in err
+    assert "'a lonely prompt'" in err
+    assert "warning: clip: robust within-prompt σ" in err
+    assert "warning: aesthetic: robust" not in err

@@ -1,0 +1,310 @@
+"""The light client against answers made up for it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reward_service.client import (
+    AsyncRewardClient,
+    IdentityChangedError,
+    InputError,
+    NotReadyError,
+    OverloadedError,
+    ProtocolError,
+    RejectedError,
+    UnreachableError,
+)
+from reward_service.images import decode
+from reward_service.protocol import MSGPACK, Health, ScoreRequest, ScoreResponse, decode_request
+from tests.support.service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
+
+
+def test_scores_come_back_in_order() -> None:
+    """Each pair's score belongs to its own picture; key and client id go along as headers."""
+    service = Service()
+    images = [PIXELS, PIXELS[:1], PIXELS[:2]]
+    with client(service, api_key="secret", client_id="run-1") as judge:
+        response = judge.score(["a", "b", "c"], images, evaluators=["clip"], normalization="z")
+    assert [r.scores["clip"].raw for r in response.results] == [float(image.sum()) for image in images]
+    assert service.headers[0]["authorization"] == "Bearer secret"
+    assert service.headers[0]["x-client-id"] == "run-1"
+    assert service.requests[0].evaluators == ["clip"]
+    assert service.requests[0].normalization == "z"
+
+
+def test_every_kind_of_picture_arrives_unchanged(tmp_path: Path) -> None:
+    """Pillow, array, uint8 and float tensors, path and bytes all reach the service as the same pixels."""
+    path = tmp_path / "picture.png"
+    Image.fromarray(PIXELS).save(path)
+    floats = torch.from_numpy(PIXELS).permute(2, 0, 1) / 255
+    kinds = [
+        Image.fromarray(PIXELS),
+        PIXELS,
+        np.asfortranarray(PIXELS),
+        torch.from_numpy(PIXELS),
+        floats.requires_grad_(),
+        floats.double(),
+        path,
+        str(path),
+        path.read_bytes(),
+    ]
+    service = Service()
+    client(service).score(["x"] * len(kinds), kinds)
+    for item in service.requests[0].items:
+        sent = decode(item.image.data, item.image.format, item.image.shape)
+        np.testing.assert_array_equal(sent.rgb, PIXELS)
+        assert not sent.lossy
+
+
+def test_problems_are_told_by_the_callers_own_index() -> None:
+    """A batch that goes out in several requests: the second one's pair 3 is the caller's 1,027."""
+    images = [PIXELS] * 1030
+
+    def refuse_the_second(request: httpx.Request) -> httpx.Response:
+        asked = decode_request(request.content, MSGPACK)
+        return answer(response_to(asked)) if len(asked.items) > 6 else problem(422, retryable=False)
+
+    with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
+        client(refuse_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
+    assert caught.value.problem is not None
+    assert caught.value.problem.errors[0].index == 1027
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", object(), None, 3, b"bytes"])
+def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
+    """Not a codec's own exception, and nothing is sent."""
+    service = Service()
+    with pytest.raises(InputError, match="prompt 0 cannot be sent"):
+        client(service).score([prompt], [PIXELS])
+    assert service.requests == []
+
+
+def test_a_batch_may_be_one_array_or_tensor() -> None:
+    """N pictures in one array are taken apart along the first axis."""
+    service = Service()
+    client(service).score(["x"] * 3, np.stack([PIXELS] * 3))
+    client(service).score(["x"] * 2, torch.zeros(2, 3, 4, 5))
+    assert [len(request.items) for request in service.requests] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (PIXELS.astype(np.float32), "uint8"),
+        (PIXELS[:, :, 0], "shape"),
+        (PIXELS.transpose(2, 0, 1), "shape"),
+        (torch.full((3, 4, 5), 1.5), r"\[0, 1\]"),
+        (torch.full((3, 4, 5), float("nan")), r"\[0, 1\]"),
+        (torch.zeros(4, 5, 3), "shape"),
+        (torch.zeros(3, 0, 5), "no pixels"),
+        (b"GIF89a", "not a PNG"),
+        ("/no/such/file.png", "cannot be read"),
+        (None, "NoneType"),
+    ],
+)
+def test_pictures_that_cannot_be_sent_are_refused(image: Any, words: str) -> None:
+    """The message names the index and the problem, and nothing is sent."""
+    service = Service()
+    with pytest.raises(InputError, match=f"image 1: .*{words}"):
+        client(service).score(["a", "b"], [PIXELS, image])
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "words"),
+    [
+        ([], [], "empty"),
+        (["a"], [], "1 prompts but 0 images"),
+        ("abc", [PIXELS] * 3, "one string"),
+        (["a"], Image.fromarray(PIXELS), "one picture"),
+        (["a", ""], [PIXELS] * 2, "prompt 1 is empty"),
+    ],
+)
+def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words: str) -> None:
+    """Slips that would score the wrong thing are told at once."""
+    with pytest.raises(InputError, match=words):
+        client(Service()).score(prompts, images)
+
+
+def test_large_batches_are_split_and_merged() -> None:
+    """Chunks by count and by bytes; results renumbered as if it had been one request."""
+    service = Service()
+    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
+    response = judge.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
+    assert [len(request.items) for request in service.requests] == [3, 4, 1]
+    assert [result.index for result in response.results] == list(range(8))
+    assert response.timing_ms == {"total": 3.0}
+
+
+def test_a_scorer_that_changes_between_chunks_is_an_error() -> None:
+    """Scores of two different models are never mixed in one response."""
+    prints = iter("ab")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        return answer(response_to(decode_request(request.content, MSGPACK), next(prints)))
+
+    with pytest.raises(IdentityChangedError, match="clip has another fingerprint"):
+        client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
+
+
+def test_what_is_retryable_is_retried() -> None:
+    """429, 503, 504 and a refused connection are asked again, and then the scores come."""
+    service = Service(problem(429), problem(503), problem(504), httpx.ConnectError("refused"))
+    pauses: list[float] = []
+    assert len(client(service, pauses).score(["x"], [PIXELS]).results) == 1
+    assert len(service.requests) == 5
+    assert len(pauses) == 4
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_proxys_bare_words_are_retried(status: int) -> None:
+    """What stands before the service may say that nobody answered: without a reason, it is asked again."""
+    service = Service(httpx.Response(status, text="Internal Server Error"))
+    assert len(client(service, []).score(["x"], [PIXELS]).results) == 1
+    assert len(service.requests) == 2
+
+
+def test_retry_after_is_honoured() -> None:
+    """The pause is never shorter than the service asked for, and pauses differ between clients."""
+    found = []
+    for _ in range(8):
+        pauses: list[float] = []
+        client(Service(problem(503, retry_after="7")), pauses).score(["x"], [PIXELS])
+        found += pauses
+    assert min(found) >= 7.0
+    assert len(set(found)) > 1
+
+
+def test_it_gives_up_when_the_budget_is_spent() -> None:
+    """A budget in seconds, not a count of attempts; the error says what the service said."""
+    service = Service(*[problem(503, retry_after="40")] * 9)
+    with pytest.raises(OverloadedError, match="503 queue_full: pair 3: the reason"):
+        client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 413, 415, 422, 500])
+def test_what_is_not_retryable_is_asked_once(status: int) -> None:
+    """A rejected request fails at once, with the problem at hand."""
+    service = Service(problem(status, "some_code", retryable=False))
+    with pytest.raises(RejectedError) as caught:
+        client(service).score(["x"], [PIXELS])
+    assert (caught.value.status, len(service.requests)) == (status, 1)
+    assert caught.value.problem is not None
+    assert caught.value.problem.errors[0].index == 3
+
+
+def test_an_unreachable_service_is_named_with_a_remedy() -> None:
+    """Address, cause and remedy in one line."""
+    service = Service(*[httpx.ConnectError("connection refused")] * 2)
+    with pytest.raises(
+        UnreachableError, match=r"http://judge\.invalid \(connection refused\); start it"
+    ) as error:
+        client(service, retry_budget_s=0.0).score(["x"], [PIXELS])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        httpx.Response(200, text="<html>hello</html>"),
+        answer(response_to(ScoreRequest([]))),
+        answer(
+            response_to(
+                decode_request(b'{"items":[{"prompt":"x","image":{"data":""}}]}', "application/json"),
+                raw=float("nan"),
+            )
+        ),
+        answer({"id": "x"}),
+    ],
+    ids=["html", "too few", "nan", "other json"],
+)
+def test_a_strange_answer_is_never_a_score(strange: httpx.Response) -> None:
+    """Missing results, numbers that are none, or another program's answer raise."""
+    with pytest.raises(ProtocolError, match="is no reward service"):
+        client(Service(strange)).score(["x"], [PIXELS])
+
+
+def test_a_missing_evaluator_is_an_error() -> None:
+    """An answer without a score that was asked for raises."""
+    with pytest.raises(ProtocolError, match="missing"):
+        client(Service()).score(["x"], [PIXELS], evaluators=["clip", "hpsv2"])
+
+
+def test_waiting_until_ready() -> None:
+    """Waits through refused connections and loading; stops early when loading failed."""
+    states: list[Any] = [
+        httpx.ConnectError("refused"),
+        answer(Health("loading", "models"), 503),
+        answer(Health("ready"), 200),
+    ]
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        state = states.pop(0)
+        if isinstance(state, Exception):
+            raise state
+        assert isinstance(state, httpx.Response)
+        return state
+
+    client(handler).wait_until_ready(5.0)
+    assert states == []
+    states += [answer(Health("failed", "no weights"), 503), answer(Health("loading"), 503)]
+    with pytest.raises(NotReadyError, match="failed: no weights"):
+        client(handler).wait_until_ready(60.0)
+    assert client(handler).ready() is False
+
+
+def test_the_asynchronous_client_does_the_same() -> None:
+    """Retries, scores and errors as the synchronous one."""
+    service = Service(problem(503))
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def run() -> ScoreResponse:
+        transport = httpx.MockTransport(service)
+        async with AsyncRewardClient(URL, transport=transport, sleep=sleep) as judge:
+            return await judge.score(["x"], [PIXELS])
+
+    assert asyncio.run(run()).results[0].scores["clip"].raw == float(PIXELS.sum())
+    assert len(slept) == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["client", "protocol", "settings", "config", "scheduler.scheduler", "scoring.calibration"]
+)
+def test_light_modules_bring_no_torch(module: str) -> None:
+    """A trainer or notebook that only asks for scores never loads torch, nor the web server."""
+    heavy = "{'torch', 'fastapi', 'transformers'}"
+    code = f"import sys, reward_service.{module}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_reward_without_the_scores_behind_it_is_refused() -> None:
+    """A number whose evaluators are not named could be anybody's."""
+
+    def bare(request: httpx.Request) -> httpx.Response:
+        full = response_to(decode_request(request.content, MSGPACK))
+        results = [msgspec.structs.replace(result, scores={}) for result in full.results]
+        return answer(msgspec.structs.replace(full, results=results, evaluators={}))
+
+    def other(request: httpx.Request) -> httpx.Response:
+        full = response_to(decode_request(request.content, MSGPACK))
+        return answer(msgspec.structs.replace(full, evaluators={"hpsv2": full.evaluators["clip"]}))
+
+    for handler in (bare, other):
+        with pytest.raises(ProtocolError, match="not the scores"), client(handler) as judge:
+            judge.score(["x"], [PIXELS])

@@ -1,0 +1,222 @@
+"""Models that may not be used: every command says so in one line, with the file, and ends with code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from reward_service.cli.main import main
+from tests.support.service.checkpoints import HEAD_SIZES, Checkpoints, head_module
+
+CLIP, HPS, HEAD = "clip/model.safetensors", "hps/HPS.pt", "aesthetic/head.pth"
+Spoil = Callable[[Path], None]
+
+
+def cut(file: str, share: float = 0.5) -> Spoil:
+    """Keep the first part of a file only."""
+
+    def spoil(folder: Path) -> None:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: int(len(data) * share)])
+
+    return spoil
+
+
+def write(file: str, text: str) -> Spoil:
+    return lambda folder: (folder / file).write_text(text) and None
+
+
+def change_clip(**changes: torch.Tensor | None) -> Spoil:
+    """Replace tensors of the clip tower, or leave them out; ``__`` stands for a dot."""
+
+    def spoil(folder: Path) -> None:
+        state: dict[str, Any] = load_file(folder / CLIP)
+        state |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
+        save_file({key: tensor for key, tensor in state.items() if tensor is not None}, folder / CLIP)
+
+    return spoil
+
+
+def change_config(**changes: object) -> Spoil:
+    def spoil(folder: Path) -> None:
+        path = folder / "clip" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def wider_hps(folder: Path) -> None:
+    """As a ViT-H's weights in a ViT-L's place."""
+    state = torch.load(folder / HPS, weights_only=True)["state_dict"]
+    wider = {key: torch.cat([tensor] * 2, -1) if tensor.ndim else tensor for key, tensor in state.items()}
+    torch.save({"state_dict": wider}, folder / HPS)
+
+
+def deeper_hps(folder: Path) -> None:
+    """Every shape fits, but there are layers too many."""
+    state = torch.load(folder / HPS, weights_only=True)["state_dict"]
+    more = {key.replace("resblocks.1", "resblocks.2"): value for key, value in state.items()}
+    torch.save({"state_dict": {**more, **state}}, folder / HPS)
+
+
+def torchscript(folder: Path) -> None:
+    """As OpenAI's own ViT-L-14.pt is."""
+    with warnings.catch_warnings(action="ignore"):  # newer torch deprecates writing them
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / HPS)
+
+
+def narrow_head(folder: Path) -> None:
+    sizes = (HEAD_SIZES[0] // 2, *HEAD_SIZES[1:])
+    state = {
+        f"layers.{key}": value[:, : sizes[0]] if key == "0.weight" else value
+        for key, value in head_module().state_dict().items()
+    }
+    torch.save({key: value.clone() for key, value in state.items()}, folder / HEAD)
+
+
+def change_head(**changes: torch.Tensor | None) -> Spoil:
+    """Replace tensors of the head, or leave them out; ``__`` stands for a dot."""
+
+    def spoil(folder: Path) -> None:
+        state: dict[str, Any] = torch.load(folder / HEAD, weights_only=True)
+        state |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
+        torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, folder / HEAD)
+
+    return spoil
+
+
+SPOILT: dict[str, tuple[Spoil, Sequence[str]]] = {
+    "cut safetensors": (cut(CLIP), (CLIP, "not a whole file", "expected", "found")),
+    "cut header": (cut(CLIP, 0.001), (CLIP, "not a whole file", "expected", "found")),
+    "empty safetensors": (cut(CLIP, 0), (CLIP, "expected a safetensors header, found 0")),
+    "cut pickle": (cut(HPS), (HPS, "not a whole file", "expected", "found")),
+    "empty pickle": (cut(HPS, 0), (HPS, "not a whole file", "expected", "found 0")),
+    "pickled code": (
+        lambda folder: torch.save({"state_dict": {"x": print}}, folder / HPS),
+        (HPS, "expected an archive of tensors, found"),
+    ),
+    "TorchScript": (torchscript, (HPS, "expected a state dict, found a TorchScript archive")),
+    "not a state dict": (
+        lambda folder: torch.save([1, 2], folder / HPS),
+        (HPS, "expected a state dict of tensors, found"),
+    ),
+    "another width": (wider_hps, (HPS, "expected [", "found [", "another architecture")),
+    "more layers": (deeper_hps, (HPS, "has unknown", "resblocks.2", "expected", "found")),
+    "missing key": (change_clip(logit_scale=None), (CLIP, "lacks logit_scale: expected", "found")),
+    "extra key": (change_clip(more=torch.zeros(1)), (CLIP, "has unknown more: expected", "found")),
+    "missing part of a stack": (
+        change_clip(text_model__encoder__layers__0__self_attn__q_proj__bias=None),
+        (CLIP, "lacks text_model.encoder.layers.0.self_attn.q_proj.bias"),
+    ),
+    "broken JSON": (write("clip/config.json", "{"), ("clip/config.json", "not readable as JSON")),
+    "JSON of another kind": (write("clip/config.json", "[]"), ("clip/config.json", "expected a JSON object")),
+    "another model": (change_config(model_type="bert"), ("expected model_type clip, found bert",)),
+    "nonsense in the JSON": (change_config(vision_config=7), ("clip/config.json", "not a CLIP model's")),
+    "another activation": (
+        change_config(vision_config={"hidden_act": "relu"}),
+        ("clip/config.json", "hidden_act must be"),
+    ),
+    "broken vocabulary": (write("clip/vocab.json", "{"), ("clip/vocab.json", "not readable as JSON")),
+    "foreign vocabulary": (
+        write("clip/vocab.json", json.dumps({str(n): n for n in range(9999)})),
+        ("clip/vocab.json", "expected", "words, found 9999"),
+    ),
+    "broken merges": (write("clip/merges.txt", "a b c d\n"), ("clip/vocab.json", "not a tokenizer's")),
+    "foreign BPE file": (write("hps/bpe.txt.gz", "no gzip"), ("hps/bpe.txt.gz", "not a tokenizer's")),
+    "narrow head": (narrow_head, (HEAD, "expected a head for 96 numbers, found one for 48")),
+    "no head": (lambda folder: torch.save({"w": torch.zeros(1)}, folder / HEAD), (HEAD, "expected linear")),
+    "empty head": (
+        lambda folder: torch.save({}, folder / HEAD),
+        (HEAD, "expected linear", "found no tensors"),
+    ),
+    "head without a bias": (
+        change_head(layers__2__bias=None),
+        (HEAD, "expected linear layers", "found no layers.2.bias"),
+    ),
+    "head without a layer": (
+        change_head(layers__2__weight=None, layers__2__bias=None),
+        (HEAD, "layers.4.weight: expected 64 columns, found 32"),
+    ),
+    "head with more": (change_head(more=torch.zeros(1)), (HEAD, "expected linear layers", "found more")),
+    "head with named layers": (
+        change_head(layers__a__weight=torch.zeros(1, 1)),
+        (HEAD, "expected linear layers", "found layers.a.weight"),
+    ),
+    "head with one bias for all": (
+        change_head(layers__2__bias=torch.zeros(1)),
+        (HEAD, "layers.2: expected a linear layer, found weight [32, 64] and bias [1]"),
+    ),
+}
+
+
+@pytest.fixture
+def spoilt(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    """A copy of the checkpoints to spoil, with a picture."""
+    shutil.copytree(checkpoints.folder, tmp_path / "models")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "models" / "picture.png")
+    return tmp_path / "models"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path, command: str, *more: str) -> str:
+    """What the command says on stderr before it ends with code 2; nothing goes to stdout."""
+    pictures = (str(folder / "picture.png"), "--prompt", "a red square") if command == "score" else ()
+    with pytest.raises(SystemExit) as ended:
+        main([command, *pictures, "--config", str(folder / "config.yaml"), *more])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1, said.err
+    return said.err
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_unusable_models_are_refused(name: str, spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the same line by every command that reads models."""
+    spoil, words = SPOILT[name]
+    spoil(spoilt)
+    said = {refusal(capsys, spoilt, command) for command in ("score", "evaluators", "download")}
+    assert len(said) == 1
+    assert [word for word in words if word not in min(said)] == []
+
+
+@pytest.mark.parametrize("command", ["score", "evaluators", "download"])
+def test_a_wrong_hash_is_refused(command: str, spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the hash expected and the one found, for a tower and for a head."""
+    expected = "0" * 64
+    for key, file in (
+        ("towers.clip.weights", CLIP),
+        ("towers.hps.weights", HPS),
+        ("evaluators.aesthetic.head.weights", HEAD),
+    ):
+        said = refusal(capsys, spoilt, command, "--set", f"{key}.sha256='{expected}'")
+        assert f"{spoilt / file}: expected sha256 {expected}, found " in said
+
+
+def test_half_precision_is_refused(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the two dtypes to choose from."""
+    assert "use float32 or bfloat16" in refusal(capsys, spoilt, "score", "--set", "dtype=float16")
+
+
+@pytest.mark.parametrize("name", ["cut safetensors", "another width"])
+def test_the_service_does_not_start_with_them(name: str, spoilt: Path) -> None:
+    """It ends by itself, with code 2 and the line."""
+    spoil, words = SPOILT[name]
+    spoil(spoilt)
+    command = [sys.executable, "-m", "reward_service", "serve", "--config", str(spoilt / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert [word for word in words if word not in done.stderr] == []

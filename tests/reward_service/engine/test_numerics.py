@@ -1,0 +1,355 @@
+"""How far a score may move, and how little is computed for it. The tolerances of docs/numerics.md."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reward_service.config import Origin, ServiceConfig, load_config
+from reward_service.engine.clip import (
+    Bucketed,
+    Encode,
+    accelerated,
+    block_at,
+    buckets,
+    is_plain,
+    read_first_token,
+)
+from reward_service.engine.engine import RewardEngine, distinct
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair
+from reward_service.engine.weights import ModelError
+from reward_service.images import Pixels
+from tests.reward_service.conftest import PROMPTS
+from tests.support.service.checkpoints import CONTEXT, SIZE_PX, Checkpoints, hps_model_config
+
+# docs/numerics.md states these two rows: largest change of a score, by evaluator.
+FLOAT32 = {"aesthetic": 1e-5, "clip": 1e-6, "hpsv2": 1e-6, "pickscore": 1e-4}
+BFLOAT16 = {"aesthetic": 0.1, "clip": 0.01, "hpsv2": 0.01, "pickscore": 1.0}
+TOLERANCES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+# What the last block's shortcut may change in a unit embedding.
+SHORTCUT = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+Models = tuple[str, RewardEngine]
+
+
+def table(engine: RewardEngine, pairs: list[Pair], *, deterministic: bool = False) -> Tensor:
+    """Raw scores (pairs, evaluators by name), every prompt embedded anew."""
+    for evaluator in engine.evaluators.values():
+        evaluator.tower.forget_texts()
+    rows = engine.score(pairs, deterministic=deterministic)
+    return torch.tensor([[row.raw[name] for name in sorted(row.raw)] for row in rows], dtype=torch.float64)
+
+
+def assert_within(dtype: str, moved: Tensor, engine: RewardEngine) -> None:
+    for name, largest in zip(sorted(engine.evaluators), moved.abs().amax(dim=0).tolist(), strict=True):
+        assert largest <= TOLERANCES[dtype][name], name
+
+
+def on_one_thread(kind: str, config: ServiceConfig, dtype: str) -> RewardEngine:
+    base = config if kind == "small" else load_config()
+    return build_engine(base.model_copy(update={"dtype": dtype, "device": "cpu", "threads": 1}))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(kind, dtype) for kind in ("small", "miniature") for dtype in ("float32", "bfloat16")],
+    ids="-".join,
+)
+def models(request: pytest.FixtureRequest, config: ServiceConfig) -> Models:
+    kind, dtype = request.param
+    return dtype, on_one_thread(kind, config, dtype)
+
+
+@pytest.fixture(scope="module")
+def many(pictures: list[Pixels]) -> list[Pair]:
+    """64 different pairs of short prompts."""
+    rng = np.random.default_rng(5)
+    made = []
+    for number in range(64):
+        picture = pictures[number % len(pictures)]
+        noise = rng.integers(-60, 60, picture.shape)
+        made.append(Pair(f"{number} red circles", (picture + noise).clip(0, 255).astype(np.uint8)))
+    return made
+
+
+# ------------------------------------------------------------------------------------------- tolerances
+
+
+def test_a_batch_of_1_equals_a_batch_of_64(models: Models, many: list[Pair]) -> None:
+    """A pair alone scores as it does among 63 others."""
+    dtype, engine = models
+    together = table(engine, many)
+    alone = torch.cat([table(engine, [pair]) for pair in many])
+    assert_within(dtype, alone - together, engine)
+    for name, spread in zip(sorted(engine.evaluators), together.std(dim=0).tolist(), strict=True):
+        assert spread > 100 * FLOAT32[name], name
+
+
+def test_the_order_of_a_batch_does_not_matter(models: Models, many: list[Pair]) -> None:
+    """Shuffled pairs keep their scores."""
+    dtype, engine = models
+    order = random.Random(1).sample(range(len(many)), len(many))
+    shuffled = table(engine, [many[place] for place in order])
+    assert_within(dtype, shuffled - table(engine, many)[order], engine)
+
+
+def test_longer_prompts_beside_it_do_not_matter(models: Models, many: list[Pair]) -> None:
+    """A prompt is embedded at the length of the longest in its batch, which is exact up to rounding."""
+    dtype, engine = models
+    company = [Pair("and " * 60, many[0].picture), Pair(PROMPTS[2], many[1].picture)]
+    moved = table(engine, [*many[:8], *company])[:8] - table(engine, many[:8])
+    assert_within(dtype, moved, engine)
+
+
+@pytest.mark.parametrize("kind", ["small", "miniature"])
+def test_a_bfloat16_trunk_stays_near(kind: str, config: ServiceConfig, many: list[Pair]) -> None:
+    """Trunk bf16 against fp32, head and cosine fp32 in both."""
+    rough, exact = (on_one_thread(kind, config, dtype) for dtype in ("bfloat16", "float32"))
+    assert_within("bfloat16", table(rough, many) - table(exact, many), exact)
+
+
+def test_bfloat16_scores_stay_distinct(config: ServiceConfig, many: list[Pair]) -> None:
+    """A head or cosine in bf16 would leave a few levels; 64 pairs must keep 64 scores."""
+    engine = build_engine(config.model_copy(update={"dtype": "bfloat16"}))
+    for scores in table(engine, many).T:
+        assert len(scores.unique()) == len(many)
+        assert not torch.equal(scores, scores.bfloat16().double())
+
+
+def test_deterministic_scores_are_the_same_bits(models: Models, many: list[Pair]) -> None:
+    """Alone, together, in another order, beside other prompts: equal, not close."""
+    _, engine = models
+    together = table(engine, many, deterministic=True)
+    assert torch.equal(torch.cat([table(engine, [p], deterministic=True) for p in many]), together)
+    assert torch.equal(table(engine, many[::-1], deterministic=True).flip(0), together)
+    company = [*many[:9], Pair("and " * 60, many[0].picture)]
+    assert torch.equal(table(engine, company, deterministic=True)[:9], together[:9])
+
+
+def test_deterministic_scores_stay_near_the_others(models: Models, many: list[Pair]) -> None:
+    """The mode changes rounding and nothing else."""
+    dtype, engine = models
+    assert_within(dtype, table(engine, many, deterministic=True) - table(engine, many), engine)
+
+
+# ----------------------------------------------------------------------------------- the last block
+
+
+def model_of(quick_gelu: bool, **vision: object) -> open_clip.CLIP:
+    torch.manual_seed(11)
+    config = {**hps_model_config(), "quick_gelu": quick_gelu}
+    config["vision_cfg"] = {**config["vision_cfg"], **vision}  # type: ignore[dict-item]
+    model = open_clip.CLIP(**config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_class_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
+    """Pictures: open_clip's full forward pass and ours give one embedding."""
+    model = model_of(quick_gelu).to(dtype)
+    pixels = torch.randn(5, 3, SIZE_PX, SIZE_PX).to(dtype)
+    whole = F.normalize(model.encode_image(pixels).float(), dim=-1)
+    read_first_token(model.visual)
+    found = F.normalize(model.encode_image(pixels).float(), dim=-1)
+    assert (found - whole).abs().max() <= SHORTCUT[dtype]
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_end_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
+    """Prompts: one token of each row, under the causal mask."""
+    block = model_of(quick_gelu).transformer.resblocks[-1].to(dtype)
+    hidden, at = torch.randn(6, CONTEXT, 96).to(dtype), torch.tensor([0, 1, 5, 22, 23, 9])
+    mask = torch.full((CONTEXT, CONTEXT), float("-inf"), dtype=dtype).triu(1)
+    whole = F.normalize(block(hidden, attn_mask=mask)[torch.arange(6), at].float(), dim=-1)
+    found = F.normalize(block_at(block, hidden, at, mask).float(), dim=-1)
+    assert (found - whole).abs().max() <= SHORTCUT[dtype]
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"ls_init_value": 0.3},
+        {"final_ln_after_pool": True},
+        {"no_ln_pre": True},
+        {"block_type": "custom"},
+        {"qk_norm": True, "scale_fc": True},
+        {"pool_type": "avg"},
+        {"attentional_pool": True, "attn_pooler_heads": 4},
+    ],
+    ids=lambda vision: next(iter(vision)),
+)
+def test_other_architectures_keep_their_embeddings(vision: dict[str, object]) -> None:
+    """Where the shortcut would not hold, the block is computed whole."""
+    model = model_of(quick_gelu=False, **vision)
+    pixels = torch.randn(3, 3, SIZE_PX, SIZE_PX)
+    whole = F.normalize(model.encode_image(pixels), dim=-1)
+    read_first_token(model.visual)
+    assert (F.normalize(model.encode_image(pixels), dim=-1) - whole).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("text", [{"no_causal_mask": True}, {"pool_type": "last"}, {"proj_bias": True}])
+def test_text_that_is_read_otherwise_is_refused(
+    text: dict[str, object], checkpoints: Checkpoints, config: ServiceConfig, tmp_path: Path
+) -> None:
+    """Trimming prompts and reading them at their end would be wrong there, and silently so."""
+    for file in checkpoints.hps.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    changed = hps_model_config()
+    changed["text_cfg"] = {**changed["text_cfg"], **text}  # type: ignore[dict-item]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": changed}))
+    hps = config.towers["hps"].model_copy(update={"origin": Origin(folder=tmp_path)})
+    with pytest.raises(ModelError, match=rf"text_cfg\.{next(iter(text))}"):
+        build_engine(config.model_copy(update={"towers": {**config.towers, "hps": hps}}))
+
+
+def test_the_shortcut_is_taken(engine: RewardEngine, pictures: list[Pixels]) -> None:
+    """The last MLP of a picture sees one token a row."""
+    tower = engine.evaluators["clip"].tower
+    last = tower._model.visual.transformer.resblocks[-1].block
+    assert is_plain(last)
+    seen: list[tuple[int, ...]] = []
+    hook = last.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    tower.embed_images(torch.zeros(3, 3, SIZE_PX, SIZE_PX))
+    hook.remove()
+    assert seen == [(3, 64)]
+
+
+# ------------------------------------------------------------------------------------------------ sharing
+
+
+def test_every_forward_pass_runs_once(
+    engine: RewardEngine, many: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 pairs of one prompt: one pass over 64 pictures a tower, one text row, and none the second time."""
+    towers = {each.tower_name: each.tower for each in engine.evaluators.values()}
+    ran: list[tuple[str, str, int]] = []
+    for name, tower in towers.items():
+        tower.forget_texts()
+        for kind in ("_encode", "_encode_texts"):
+            real = getattr(tower, kind)
+
+            def counted(rows: Tensor, *rest: Tensor, real=real, what=(name, kind)) -> Tensor:  # type: ignore[no-untyped-def]
+                ran.append((*what, len(rows)))
+                return real(rows, *rest)
+
+            monkeypatch.setattr(tower, kind, counted)
+    pairs = [Pair("a red square", pair.picture) for pair in many]
+    engine.score(pairs)
+    images = [(name, "_encode", 64) for name in towers]
+    assert sorted(ran) == sorted([*images, *((name, "_encode_texts", 1) for name in towers)])
+    ran.clear()
+    engine.score(pairs)
+    assert sorted(ran) == sorted(images)
+
+
+def test_one_picture_of_many_prompts_is_embedded_once(
+    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal bytes are one picture, whoever sent them; every pair keeps its own score."""
+    pairs = [Pair(prompt, picture.copy()) for prompt in PROMPTS for picture in pictures[:2]]
+    alone = torch.cat([table(engine, [pair]) for pair in pairs])
+    seen: list[int] = []
+    tower = engine.evaluators["hpsv2"].tower
+    real = tower._encode
+    monkeypatch.setattr(tower, "_encode", lambda rows: seen.append(len(rows)) or real(rows))
+    assert_within("float32", table(engine, pairs) - alone, engine)
+    assert seen == [2]
+
+
+def test_pictures_are_only_one_if_every_byte_is() -> None:
+    """One changed pixel where no sample looks, or another shape of the same bytes, is another picture."""
+    first = np.zeros((40, 30, 3), np.uint8)
+    changed = first.copy()
+    changed[7, 3, 1] = 1
+    kept, rows = distinct([first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()])
+    for picture, row in zip([first, changed, first.reshape(30, 40, 3), changed, first], rows, strict=True):
+        assert np.array_equal(kept[row], picture)
+    assert rows[:4] == [0, 1, 2, 1]
+
+
+# ------------------------------------------------------------------------------------------ acceleration
+
+
+def test_buckets_are_powers_of_two() -> None:
+    """Few sizes, none more than twice what is asked for."""
+    assert buckets(1) == [1]
+    assert buckets(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert buckets(65)[-1] == 128
+
+
+def test_each_bucket_is_prepared_once_and_its_filling_dropped() -> None:
+    """5, 7 and 8 rows share one pass; what comes back is the rows' own, safe from the next replay."""
+    prepared: list[int] = []
+    buffer = torch.empty(8, 2)
+
+    def prepare(encode: Encode, example: Tensor) -> Encode:
+        prepared.append(len(example))
+        return lambda rows: buffer[: len(rows)].copy_(encode(rows))
+
+    encode = Bucketed(lambda rows: rows * 2, prepare)
+    first = encode(torch.full((5, 2), 3.0))
+    encode(torch.zeros(7, 2))
+    encode(torch.zeros(8, 2))
+    encode(torch.zeros(1, 2))
+    assert torch.equal(first, torch.full((5, 2), 6.0))
+    assert prepared == [8, 1]
+
+
+def test_graphs_are_refused_on_a_cpu(config: ServiceConfig) -> None:
+    """In one line that names the field and the ways out."""
+    with pytest.raises(ModelError, match=r"service\.acceleration: graphs are for CUDA.*none or compile"):
+        build_engine(config.model_copy(update={"acceleration": "graphs"}))
+
+
+@pytest.mark.slow
+# torch's compiler imports parts of torch that torch has deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_towers_give_the_same_scores(
+    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through torch.compile, in buckets, within the tolerance; loaded on one thread and used on another."""
+    tower = engine.evaluators["clip"].tower
+    pixels = torch.randn(3, 3, SIZE_PX, SIZE_PX)
+    plain = tower.embed_images(pixels)
+    monkeypatch.setattr(tower, "_encode", accelerated(tower._encode_images, "compile"))
+    tower.embed_images(pixels)
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(tower.embed_images, pixels).result()
+    assert (found - plain).abs().max() <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("acceleration", ["none", "compile", "graphs"])
+def test_a_gpu_scores_within_the_tolerances(
+    acceleration: str, config: ServiceConfig, engine: RewardEngine, many: list[Pair]
+) -> None:
+    """bf16 against the CPU's fp32; deterministic to the bit; with every acceleration."""
+    changes = {"device": "cuda", "dtype": "auto", "acceleration": acceleration}
+    gpu = build_engine(config.model_copy(update=changes))
+    assert gpu.dtype == torch.bfloat16
+    with ThreadPoolExecutor(1) as scheduler:
+        found = scheduler.submit(table, gpu, many).result()
+    assert_within("bfloat16", found - table(engine, many), engine)
+    fixed = table(gpu, many, deterministic=True)
+    assert torch.equal(table(gpu, many[::-1], deterministic=True).flip(0), fixed)
+    assert torch.equal(table(gpu, many[:5], deterministic=True), fixed[:5])

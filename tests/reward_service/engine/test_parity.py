@@ -1,0 +1,159 @@
+"""Each evaluator against its reference's own computation, written independently, on the same weights."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.preprocessing import OPENAI_MEAN, OPENAI_STD
+from reward_service.engine.types import Pair
+from reward_service.images import Pixels
+from tests.reward_service.conftest import PROMPTS
+from tests.support.service.checkpoints import CONTEXT, SIZE_PX, Checkpoints, head_module, hps_model_config
+
+
+def scores(engine: RewardEngine, pictures: Sequence[Pixels], name: str) -> Tensor:
+    pairs = [Pair(prompt, picture) for prompt, picture in zip(PROMPTS, pictures, strict=True)]
+    return torch.tensor([pair.raw[name] for pair in engine.score(pairs, [name])])
+
+
+def transformers_embeddings(
+    folder: Path, pictures: Sequence[Pixels], prompts: Sequence[str]
+) -> tuple[CLIPModel, Tensor, Tensor]:
+    """Unit embeddings by transformers' model, tokenizer and image processor, one pair at a time.
+
+    The checkpoints were published with the processor's Pillow backend; transformers 5 defaults to
+    torchvision's, whose resize of uint8 tensors differs from it by up to 13 grey levels.
+    """
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    images, texts = [], []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        pixels = processor(images=Image.fromarray(picture), return_tensors="pt")
+        ids = tokenizer(
+            prompt, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
+        )
+        with torch.no_grad():
+            images.append(model.get_image_features(**pixels).pooler_output[0])
+            texts.append(model.get_text_features(**ids).pooler_output[0])
+    return model, F.normalize(torch.stack(images), dim=-1), F.normalize(torch.stack(texts), dim=-1)
+
+
+def torchvision_crop(picture: Pixels) -> Tensor:
+    """OpenAI's own transform."""
+    transform = v2.Compose(
+        [
+            v2.Resize(SIZE_PX, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(SIZE_PX),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(OPENAI_MEAN, OPENAI_STD),
+        ]
+    )
+    return transform(Image.fromarray(picture))
+
+
+def hps_letterbox(picture: Pixels) -> Tensor:
+    """HPSv2's ToTensor, ResizeMaxSize, Normalize through torchvision's functions."""
+    image = v2.functional.to_dtype(v2.functional.pil_to_tensor(Image.fromarray(picture)), scale=True)
+    height, width = image.shape[1:]
+    scale = SIZE_PX / float(max(height, width))
+    new = [round(height * scale), round(width * scale)]
+    if scale != 1.0:
+        image = v2.functional.resize(image, new, v2.InterpolationMode.BICUBIC, antialias=True)
+    down, right = SIZE_PX - new[0], SIZE_PX - new[1]
+    image = v2.functional.pad(image, [right // 2, down // 2, right - right // 2, down - down // 2], fill=0.0)
+    return v2.functional.normalize(image, list(OPENAI_MEAN), list(OPENAI_STD))
+
+
+def openai_cleaned(prompt: str) -> str:
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().split())
+
+
+def test_pickscore_is_the_published_formula(
+    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+) -> None:
+    """exp(logit_scale) times the cosine of transformers' CLIPModel and its processor."""
+    model, images, texts = transformers_embeddings(checkpoints.pickscore, pictures, PROMPTS)
+    expected = model.logit_scale.exp().item() * (images * texts).sum(-1)
+    assert expected.std() > 1.0
+    torch.testing.assert_close(scores(engine, pictures, "pickscore"), expected, atol=1e-4, rtol=0)
+
+
+def test_clip_is_the_cosine_of_the_quick_gelu_model(
+    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+) -> None:
+    """OpenAI's cleaning and crop, transformers' model; QuickGELU taken from the configuration."""
+    model, _, texts = transformers_embeddings(
+        checkpoints.clip, pictures, [openai_cleaned(prompt) for prompt in PROMPTS]
+    )
+    pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+    with torch.no_grad():
+        images = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+    expected = (images * texts).sum(-1)
+    torch.testing.assert_close(scores(engine, pictures, "clip"), expected, atol=1e-6, rtol=0)
+
+
+def test_aesthetic_is_the_unfolded_head(
+    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+) -> None:
+    """LAION's five layers one after another on the unit embedding."""
+    model = CLIPModel.from_pretrained(checkpoints.clip).eval()
+    head = head_module().eval()
+    state = torch.load(checkpoints.head, weights_only=True)
+    head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+    pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+    with torch.no_grad():
+        expected = head(F.normalize(model.get_image_features(pixels).pooler_output, dim=-1))[:, 0]
+    torch.testing.assert_close(scores(engine, pictures, "aesthetic"), expected, atol=1e-5, rtol=0)
+
+
+def test_hps_is_open_clip_behind_its_letterbox(
+    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+) -> None:
+    """open_clip's model, tokenizer and HPSv2's transform; the cosine without a scale."""
+    model = open_clip.CLIP(**hps_model_config()).eval()
+    model.load_state_dict(torch.load(checkpoints.hps / "HPS.pt", weights_only=True)["state_dict"])
+    tokenizer = SimpleTokenizer(str(checkpoints.hps / "bpe.txt.gz"), context_length=CONTEXT)
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([hps_letterbox(p) for p in pictures]), normalize=True)
+        texts = model.encode_text(tokenizer(list(PROMPTS)), normalize=True)
+    expected = (images * texts).sum(-1)
+    torch.testing.assert_close(scores(engine, pictures, "hpsv2"), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", ["activation", "antialias"])
+def test_the_parity_checks_would_notice(
+    wrong: str, checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+) -> None:
+    """GELU for QuickGELU, or a resize without antialias, moves a score by far more than the tolerances."""
+    if wrong == "activation":
+        model = CLIPModel.from_pretrained(checkpoints.clip, text_config={"hidden_act": "gelu"}).eval()
+        for block in model.vision_model.encoder.layers:
+            block.mlp.activation_fn = torch.nn.GELU()
+        pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+        with torch.no_grad():
+            found = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+        own = engine.evaluators["clip"].tower.embed_images(pixels)
+    else:
+        unit = torch.from_numpy(pictures[2]).permute(2, 0, 1)[None].float() / 255
+        aliased = F.interpolate(unit, (32, 14), mode="bicubic", antialias=False)
+        padded = F.pad(aliased, (9, 9))
+        tower, way = engine.evaluators["hpsv2"].tower, engine.evaluators["hpsv2"].preprocessing
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
+        found, own = tower.embed_images((padded - mean) / std), tower.embed_images(way(pictures[2:3]))
+    assert (found - own).abs().max() > 1e-3

@@ -1,0 +1,225 @@
+"""Prompts to tokens over the real vocabulary of 49,408: as each reference does it, special tokens aside."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer, default_bpe
+from transformers import CLIPTokenizer
+
+from benchmarks.parity.weights import (
+    random_state,
+    write_head,
+    write_huggingface,
+    write_open_clip,
+    write_tokenizer,
+)
+from reward_service.config import ServiceConfig
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
+from reward_service.engine.preprocessing import HuggingFaceTokenizer, OpenClipTokenizer, Tokenizer, neutralise
+from reward_service.engine.types import Pair
+
+CONTEXT, START, END = 77, 49406, 49407
+NAMES = ("openai", "huggingface", "open_clip")
+SPECIAL = (
+    *("<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>"),
+    *("<|ENDOFTEXT|>", "<|StartOfText|>", "<START_OF_TEXT>", "<End_Of_Text>"),
+    *("&lt;|endoftext|&gt;", "&amp;lt;end_of_text&amp;gt;", "&#60;start_of_text&#62;", "&lt|endoftext|&gt"),
+    *("＜|ｅｎｄｏｆｔｅｘｔ|＞", "＜start_of_text＞", "<|endof\u200btext|>", "<<|endoftext|>|endoftext|>"),
+    *(" <|endoftext|>\n", "<| endoftext |>", "<|endoftext|><|endoftext|>", "<start_of_text><end_of_text>"),
+    *(
+        "x<end_of_text>x",
+        "<|startoftext|>" * 40,
+        "<\u017ftart_of_text>",
+        "<|\u212aendoftext|>",
+        "<end_of_text",
+    ),
+)
+# What the tokenizers treat each in a way of its own, mixed with anything at all.
+ODD = ("’s", "“", "&amp;", "&#x301;", "ﬁ", "ΟΔΟΣ", "İ", "'Ll", "\u0301", "\x85", "👩‍🚀", "12½", "<", "|")
+ORDINARY = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+PROMPTS = st.lists(st.one_of(st.sampled_from(SPECIAL), ORDINARY), max_size=30).map("".join)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(vocabulary: Path) -> dict[str, Tokenizer]:
+    return {
+        "openai": HuggingFaceTokenizer(vocabulary, CONTEXT, "openai"),
+        "huggingface": HuggingFaceTokenizer(vocabulary, CONTEXT),
+        "open_clip": OpenClipTokenizer(Path(default_bpe()), CONTEXT),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(prompt=PROMPTS)
+@settings(max_examples=200, deadline=None)
+def test_any_prompt_has_one_start_and_one_end(
+    name: str, tokenizers: dict[str, Tokenizer], prompt: str
+) -> None:
+    """The start first, the end last, neither anywhere between, and never more than the context."""
+    ids = tokenizers[name](prompt).ids
+    assert ids[0] == START
+    assert ids[-1] == END
+    assert max(ids[1:-1], default=0) < START
+    assert len(ids) <= CONTEXT
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("special", SPECIAL)
+def test_special_token_strings_are_words_like_others(
+    name: str, special: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """In every spelling that a tokenizer could take for the token; what stands after it is still read."""
+    tokenizer = tokenizers[name]
+    whole = tokenizer(f"a cat {special} on a mat").ids
+    assert sum(token >= START for token in whole) == 2
+    # The longest of them fills the context, where nothing after it could be read in any case.
+    if len(whole) < CONTEXT:
+        assert whole[-4:-1] == tokenizer("on a mat").ids[-4:-1]
+
+
+@given(prompt=st.lists(ORDINARY, max_size=30).map("".join))
+@settings(max_examples=200, deadline=None)
+def test_openai_tokenizer_over_transformers_files_is_openai_own(
+    tokenizers: dict[str, Tokenizer], prompt: str
+) -> None:
+    """open_clip's is OpenAI's code but for its special tokens; transformers lower-cases otherwise."""
+    assert tokenizers["openai"](prompt) == tokenizers["open_clip"](prompt)
+
+
+@given(prompt=PROMPTS)
+@settings(max_examples=200, deadline=None)
+def test_without_special_tokens_the_ids_are_the_reference_own(
+    vocabulary: Path, tokenizers: dict[str, Tokenizer], prompt: str
+) -> None:
+    """Neutralising changes no prompt in which the reference sees no special token."""
+    references = {
+        "open_clip": [START, *reference_open_clip().encode(prompt), END],
+        "huggingface": reference_transformers(vocabulary)(prompt, verbose=False)["input_ids"],
+    }
+    for name, ids in references.items():
+        if sum(token >= START for token in ids) == 2:
+            cut = ids if len(ids) <= CONTEXT else [*ids[: CONTEXT - 1], END]
+            assert list(tokenizers[name](prompt).ids) == cut
+
+
+@cache
+def reference_open_clip() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+@cache
+def reference_transformers(folder: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_neutralised_strings_are_read_as_they_are_written() -> None:
+    """To a tokenizer for which `<|endoftext|>` is nothing special, the spaces are invisible."""
+    plain = reference_open_clip().encode
+    for text in ("<|endoftext|>", "see: <|startoftext|>!", "(<|endoftext|>)"):
+        assert neutralise(text) != text
+        assert plain(neutralise(text)) == plain(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_context_holds_75_tokens_of_content(name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """75 and both ends fit exactly; of 76 the last is cut, and that is said."""
+    fitting, longer = tokenizers[name]("cat " * 75), tokenizers[name]("cat " * 76)
+    assert (len(fitting.ids), fitting.truncated) == (CONTEXT, False)
+    assert (len(longer.ids), longer.truncated) == (CONTEXT, True)
+    assert fitting.ids == longer.ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", [" ", "\n\t", "\u00a0\u2003"])
+def test_a_prompt_of_white_space_is_the_empty_prompt(
+    name: str, prompt: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """Start and end alone, as the references have it."""
+    assert tokenizers[name](prompt).ids == (START, END)
+
+
+@pytest.fixture(scope="session")
+def long_engine(tmp_path_factory: pytest.TempPathFactory) -> RewardEngine:
+    """Four evaluators over small towers with the real vocabulary and the real context."""
+    folder = tmp_path_factory.mktemp("long")
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 64}
+    text = {"context_length": CONTEXT, "vocab_size": END + 1, "width": 64, "heads": 1, "layers": 2}
+    config = {"embed_dim": 768, "vision_cfg": vision, "text_cfg": text}
+    quick = {**config, "quick_gelu": True}
+    write_huggingface(folder / "clip", quick, random_state(quick, seed=1))
+    write_huggingface(folder / "pickscore", config, random_state(config, seed=2))
+    weights = write_open_clip(folder / "hps", random_state(config, seed=3))
+    described = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+    (folder / "hps" / "open_clip_config.json").write_text(described)
+    write_head(folder / "aesthetic", seed=4)
+    tower = {"layout": "huggingface", "weights": {"file": "model.safetensors"}}
+    head = {"origin": {"folder": folder / "aesthetic"}, "weights": {"file": "head.pth"}}
+    settings = {
+        "towers": {
+            "clip": {**tower, "origin": {"folder": folder / "clip"}, "text_cleaning": "openai"},
+            "pickscore": {**tower, "origin": {"folder": folder / "pickscore"}},
+            "hps": {
+                "layout": "open_clip",
+                "origin": {"folder": folder / "hps"},
+                "weights": {"file": weights.name},
+            },
+        },
+        "evaluators": {
+            "aesthetic": {"kind": "aesthetic", "tower": "clip", "head": head},
+            "clip": {"kind": "clip", "tower": "clip"},
+            "pickscore": {"kind": "pickscore", "tower": "pickscore"},
+            "hpsv2": {"kind": "hpsv2", "tower": "hps"},
+        },
+        "calibration": folder / "unused.json",
+        "device": "cpu",
+        "threads": 1,
+    }
+    return build_engine(ServiceConfig.model_validate(settings))
+
+
+READERS = ("clip", "pickscore", "hpsv2")
+
+
+def test_long_captions_differ_by_what_is_read_of_them(long_engine: RewardEngine) -> None:
+    """Past 77 tokens another beginning is another score, another end is not, and all are said to be cut."""
+    picture = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    tail = "a small boat, " * 30
+    captions = [
+        "a harbour at dawn, " + tail,
+        "an alley at night, " + tail,
+        "a harbour at dawn, " + tail + "!",
+    ]
+    one, other_start, other_end = long_engine.score([Pair(caption, picture) for caption in captions])
+    assert one.truncated_prompt
+    assert other_start.truncated_prompt
+    assert other_end.truncated_prompt
+    for name in READERS:
+        assert abs(one.raw[name] - other_start.raw[name]) > 1e-4
+        assert one.raw[name] == pytest.approx(other_end.raw[name], abs=1e-6)
+    assert one.raw["aesthetic"] == pytest.approx(other_start.raw["aesthetic"], abs=1e-6)
+
+
+def test_a_caption_that_just_fits_is_whole(long_engine: RewardEngine) -> None:
+    """75 tokens of content are read to the last word, and nothing is said to be cut."""
+    picture = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    start = "cat " * 74
+    first, second = long_engine.score([Pair(start + "dog", picture), Pair(start + "boat", picture)])
+    assert not first.truncated_prompt
+    assert not second.truncated_prompt
+    for name in READERS:
+        assert abs(first.raw[name] - second.raw[name]) > 1e-5

@@ -1,0 +1,129 @@
+"""Forms: prompts and pictures as curl sends them are the same request as JSON's."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from reward_service.config import ServiceConfig
+from reward_service.engine.engine import RewardEngine
+from reward_service.images import Pixels
+from reward_service.protocol import MAX_PAIRS, Item, MalformedBodyError, Picture, ScoreRequest
+from reward_service.scoring.requests import decode_form
+from reward_service.web.app import create_app
+from tests.support.service.serving import asking, judging, png
+
+BOUNDARY = "multipart/form-data; boundary=xx"
+Part = tuple[str, bytes]
+
+
+def form(*parts: Part, end: bytes = b"--xx--\r\n") -> bytes:
+    lines = [
+        b'--xx\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), value)
+        for name, value in parts
+    ]
+    return b"".join(lines) + end
+
+
+@pytest.fixture(scope="module")
+def app(config: ServiceConfig, engine: RewardEngine) -> Iterator[FastAPI]:
+    with judging(config, engine) as judge:
+        yield create_app(config, judge)
+
+
+def post(app: FastAPI | str, **how: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with asking(app) as client:
+            return await client.post("/score", **how)
+
+    return asyncio.run(ask())
+
+
+def test_a_form_scores_as_json_does(app: FastAPI, pictures: list[Pixels]) -> None:
+    """Files with names and types, as curl sends them, get the numbers of the same pairs in JSON."""
+    files = [png(picture) for picture in pictures[:2]]
+    prompts = ["a red square", 'ünïcode; "quotes"']
+    sent = [("image", (f"{number}.png", file, "image/png")) for number, file in enumerate(files)]
+    fields = {"prompt": prompts, "evaluators": "clip, pickscore", "weights": '{"clip": 2}'}
+    answer = post(app, data={**fields, "normalization": "z", "deterministic": "true"}, files=sent)
+    items = [
+        {"prompt": prompt, "image": {"data": base64.b64encode(file).decode()}}
+        for prompt, file in zip(prompts, files, strict=True)
+    ]
+    body = {"items": items, "evaluators": ["clip", "pickscore"], "weights": {"clip": 2}}
+    same = post(app, json={**body, "normalization": "z", "deterministic": True})
+    assert (answer.status_code, same.status_code) == (200, 200)
+    assert answer.json()["results"] == same.json()["results"]
+
+
+def test_one_prompt_is_for_all_pictures() -> None:
+    """One prompt and three pictures are three pairs."""
+    request = decode_form(form(("prompt", b"x"), *[("image", b"%d" % n) for n in range(3)]), BOUNDARY)
+    assert request == ScoreRequest([Item("x", Picture(b"%d" % n)) for n in range(3)])
+
+
+def test_pairs_are_in_order_wherever_they_stand() -> None:
+    """The first prompt goes with the first picture, however the fields are mixed."""
+    parts = [("prompt", b"a"), ("image", b"1"), ("image", b"2"), ("deterministic", b"true"), ("prompt", b"b")]
+    request = decode_form(form(*parts), BOUNDARY)
+    assert request == ScoreRequest([Item("a", Picture(b"1")), Item("b", Picture(b"2"))], deterministic=True)
+
+
+def test_a_picture_may_hold_anything() -> None:
+    """Bytes that look like a boundary, line ends and zeros come through unchanged."""
+    data = b"\r\n--x\r\n--xy--\r\n\0\r\r\n-"
+    request = decode_form(form(("prompt", b"a"), ("image", data)), BOUNDARY)
+    assert request.items[0].image.data == data
+
+
+PAIR: tuple[Part, Part] = (("prompt", b"x"), ("image", b"y"))
+UNFIT: dict[str, tuple[bytes, str]] = {
+    "no parts": (form(), "empty_batch"),
+    "no picture": (form(("prompt", b"secret")), "empty_batch"),
+    "no prompt": (form(("image", b"secret")), "invalid_request"),
+    "two for three": (form(*[("prompt", b"secret")] * 2, *[("image", b"y")] * 3), "invalid_request"),
+    "unknown field": (form(*PAIR, ("secret", b"1")), "invalid_request"),
+    "twice": (form(*PAIR, ("weights", b'{"clip": 1}'), ("weights", b"{}")), "invalid_request"),
+    "weights": (form(*PAIR, ("weights", b"secret")), "invalid_request"),
+    "deep weights": (form(*PAIR, ("weights", b"[" * 100_000)), "invalid_request"),
+    "weights of words": (form(*PAIR, ("weights", b'{"clip": "secret"}')), "invalid_request"),
+    "boolean": (form(*PAIR, ("deterministic", b"secret")), "invalid_request"),
+    "normalization": (form(*PAIR, ("normalization", b"secret!")), "invalid_request"),
+    "not UTF-8": (form(("prompt", b"\xff"), ("image", b"y")), "invalid_request"),
+    "empty prompt": (form(("prompt", b""), ("image", b"y")), "invalid_request"),
+    "no image": (form(*PAIR), "not_an_image"),
+    "too many": (form(*[("image", b"y")] * (2 * MAX_PAIRS + 6)), "too_many_pairs"),
+    "one too many": (form(("prompt", b"x"), *[("image", b"y")] * (MAX_PAIRS + 1)), "too_many_pairs"),
+    "cut off": (form(*PAIR, end=b""), "malformed_body"),
+    "cut in a header": (form(*PAIR, end=b"--xx\r\nContent-Dis"), "malformed_body"),
+    "no form": (b"secret", "malformed_body"),
+    "empty": (b"", "malformed_body"),
+    "no name": (b"--xx\r\n\r\nsecret\r\n--xx--\r\n", "malformed_body"),
+    "many headers": (b"--xx\r\n" + b"a: b\r\n" * 10_000 + b"\r\n", "malformed_body"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_forms_are_named(app: FastAPI, name: str) -> None:
+    """Each mistake has its code, and nothing of the form comes back."""
+    body, code = UNFIT[name]
+    answer = post(app, content=body, headers={"Content-Type": BOUNDARY})
+    assert answer.json()["code"] == code
+    assert answer.status_code in (400, 422)
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "content_type", ["multipart/form-data", "multipart/form-data; boundary=" + "x" * 300]
+)
+def test_a_form_needs_a_boundary(content_type: str) -> None:
+    """A type without a boundary, or with an endless one, is a malformed body."""
+    with pytest.raises(MalformedBodyError) as error:
+        decode_form(form(*PAIR), content_type)
+    assert error.value.syntax

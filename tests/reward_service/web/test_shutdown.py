@@ -1,0 +1,206 @@
+"""A whole service whose device or models break: what callers get, and how the process ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from reward_service.config import ServiceConfig, load_config
+from reward_service.engine.engine import RewardEngine
+from reward_service.engine.loading import build_engine
+from reward_service.engine.types import Pair, PairScores
+from reward_service.observability.metrics import Metrics
+from reward_service.scoring.service import Judge, open_bench
+
+READY_S, END_S = 90.0, 30.0
+# What breaks and when is the prompt's to say.
+PROGRAM = """
+import sys, threading
+from reward_service.engine.engine import RewardEngine
+score = RewardEngine._batch
+broken = []
+def breaking(self, pairs, chosen, *rest):
+    prompts = {pair.prompt for pair in pairs}
+    if "hang" in prompts:
+        threading.Event().wait()
+    if "clip" in prompts:
+        broken.append("clip")
+    if broken and any(evaluator.name == "clip" for evaluator in chosen):
+        from reward_service.engine.types import ScoringError
+        raise ScoringError("evaluator clip failed", "clip")
+    return score(self, pairs, chosen, *rest)
+RewardEngine._batch = breaking
+from reward_service.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def miniature() -> ServiceConfig:
+    return load_config(overrides=["threads=1"])
+
+
+@pytest.fixture
+def engine(miniature: ServiceConfig) -> RewardEngine:
+    """One that a test may damage."""
+    return build_engine(miniature)
+
+
+@contextmanager
+def service(*settings: str, stderr: Any = subprocess.PIPE) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A ready service in a process of its own, and its address."""
+    options = [part for setting in ("threads=1", *settings) for part in ("--set", setting)]
+    command = [sys.executable, "-c", PROGRAM, "serve", "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        wait_for(url, 200)
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(url: str, status: int) -> None:
+    deadline = time.monotonic() + READY_S
+    while httpx.get(f"{url}/health/ready").status_code != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ask(url: str, prompt: str, **options: Any) -> httpx.Response:
+    picture = {"data": "AAAA", "format": "raw", "shape": [1, 1, 3]}
+    body = {"items": [{"prompt": prompt, "image": picture}], **options}
+    return httpx.post(f"{url}/score", json=body, timeout=END_S)
+
+
+def events(log: str) -> list[str]:
+    """Of the lines of JSON; the one line for people at the end is none."""
+    return [json.loads(line)["event"] for line in log.splitlines() if line.startswith("{")]
+
+
+def test_a_hung_device_ends_the_process() -> None:
+    """Its callers are told to come back, and within seconds the process ends so that it can be restarted."""
+    with service("watch.stuck_s=1") as (process, url):
+        answer = ask(url, "hang")
+        assert (answer.status_code, answer.json()["code"], answer.json()["retryable"]) == (
+            503,
+            "not_ready",
+            True,
+        )
+        assert int(answer.headers["Retry-After"]) >= 1
+        _, log = process.communicate(timeout=END_S)
+    assert process.returncode == 2
+    (line,) = [event for event in events(log) if event.endswith("so that it can be started anew")]
+    assert "has not answered for 1 s" in line
+    assert log.splitlines()[-1] == "reward-service: the device has not answered for 1 s"
+
+
+def test_an_evaluator_that_is_down_and_a_full_disk_cost_what_they_must() -> None:
+    """Strict callers are told when to come back, the others get the rest; lost lines are only counted."""
+    with Path("/dev/full").open("w") as full, service(stderr=full) as (process, url):
+        strict = ask(url, "clip")
+        assert (strict.status_code, strict.json()["code"]) == (503, "evaluator_down")
+        assert int(strict.headers["Retry-After"]) >= 1
+        partial = ask(url, "x", allow_partial=True).json()
+        assert partial["failed"] == {"clip": "evaluator_down"}
+        assert set(partial["results"][0]["scores"]) == {"aesthetic", "pickscore", "hpsv2"}
+        assert partial["results"][0]["reward"] is None
+        assert ask(url, "x", evaluators=["aesthetic", "hpsv2"]).json()["failed"] == {}
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'reward_evaluator_up{evaluator="clip"} 0.0' in metrics
+        (lost,) = re.findall(r"^reward_lost_log_lines (\S+)", metrics, re.MULTILINE)
+        assert float(lost) >= 3
+        process.terminate()
+        assert process.wait(END_S) == 0
+
+
+def start(config: ServiceConfig, engine: RewardEngine) -> tuple[Judge, threading.Event]:
+    """A judge, and the event of its failure."""
+    failed = threading.Event()
+    judge = Judge(config, build=lambda _: engine, on_failure=lambda _: failed.set())
+    judge.start()
+    return judge, failed
+
+
+def test_golden_scores_that_do_not_come_out_end_the_start(
+    miniature: ServiceConfig, engine: RewardEngine, tmp_path: Path
+) -> None:
+    """One line names the evaluator, both scores and the tolerance; it is never ready."""
+    assert miniature.canary is not None
+    golden = json.loads(miniature.canary.read_text())
+    for entry in golden["scores"]["cpu"].values():
+        entry["raw"] += 0.25 if entry["evaluator"] == "hpsv2" else 0.0
+    path = tmp_path / "canary.json"
+    path.write_text(json.dumps(golden))
+    judge, failed = start(miniature.model_copy(update={"canary": path}), engine)
+    assert failed.wait(END_S)
+    assert judge.health.status == "failed"
+    expected = (
+        r"evaluator hpsv2 scores the canary pair 0\.427.*, expected its golden score 0\.677.* within 1e-05"
+    )
+    assert re.fullmatch(expected, judge.health.detail)
+    judge.close()
+
+
+def test_a_score_that_changes_while_it_runs_is_noticed(
+    miniature: ServiceConfig, engine: RewardEngine
+) -> None:
+    """Within a round of the canary, without anybody's asking; then nothing more is scored."""
+    watch = miniature.watch.model_copy(update={"canary_every_s": 0.05})
+    judge, failed = start(miniature.model_copy(update={"watch": watch}), engine)
+    deadline = time.monotonic() + END_S
+    while judge.health.status == "loading" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (judge.health.status, failed.wait(0.3)) == ("ready", False)
+    engine.evaluators["pickscore"].tower.logit_scale *= 1.1
+    assert failed.wait(END_S)
+    assert judge.health.status == "failed"
+    assert judge.health.detail.startswith("evaluator pickscore scores the canary pair")
+    judge.close()
+
+
+def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engine: RewardEngine) -> None:
+    """Its pictures are tower inputs before the device is free, and are not prepared once more."""
+    miniature = miniature.model_copy(update={"prepare_ahead": True})
+    bench = open_bench(miniature, engine, Metrics(), print, print)
+    score, free, prepared = engine._batch, threading.Event(), threading.Event()
+    ready: list[bool] = []
+
+    def held(pairs: Sequence[Pair], *rest: Any) -> list[PairScores]:
+        assert free.wait(READY_S)
+        ready.extend(bool(pair.inputs) for pair in pairs)
+        return score(pairs, *rest)
+
+    def watched(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
+        found = RewardEngine.prepare(engine, pairs, names)
+        if any(pair.prompt == "second" for pair in pairs):
+            prepared.set()
+        return found
+
+    engine._batch, engine.prepare = held, watched  # type: ignore[method-assign]
+    lane, picture = (tuple(engine.evaluators), False), np.zeros((64, 64, 3), np.uint8)
+    first = bench.queue.submit([Pair("first", picture)], lane)
+    while bench.queue.queued_pairs:
+        time.sleep(0.001)
+    second = bench.queue.submit([Pair("second", picture)], lane)
+    assert prepared.wait(READY_S)
+    assert not first.done()
+    free.set()
+    assert second.result(READY_S).results[0].raw.keys() == engine.evaluators.keys()
+    assert ready == [True, True]
+    assert bench.close(END_S)

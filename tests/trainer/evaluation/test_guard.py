@@ -1,0 +1,172 @@
+"""The guard: an evaluator that is not trained on, held out by name or in turn."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.coverage import measured
+from trainer.config import ConfigError, EvaluationConfig, TrainerConfig
+from trainer.evaluation.guard import GuardVerdict, judge_guard, rotation, with_guard
+from trainer.evaluation.intervals import Floats
+
+NAMES = ("dark", "red")
+
+
+def configured(weights: dict[str, float] | None = None, **guard: object) -> TrainerConfig:
+    return TrainerConfig.model_validate(
+        {
+            "runs_dir": "runs",
+            "karlo": {"path": "karlo"},
+            "prompts": {"train": "train.txt"},
+            "objective": {"weights": weights or {"red": 1.0}},
+            "evaluation": EvaluationConfig(resamples=500).model_dump(),
+            "guard": guard,
+        }
+    )
+
+
+def judged(dark: float, red: float, looks: int = 10, spread: float = 0.5, **guard: object) -> GuardVerdict:
+    """24 prompts gain so much on average; "red" is trained on, "dark" the guard."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(24, 2, 2))
+    noise = rng.normal(0, spread, (24, 1, 2))
+    gained = base + np.array([dark, red]) + noise - noise.mean(axis=0)
+    config = configured(evaluator="dark", **guard)
+    return judge_guard(measured(base), measured(gained), NAMES, config, None, looks)
+
+
+def test_a_hack_trips_it_and_is_said() -> None:
+    """What is trained on rises, what is not falls."""
+    verdict = judged(-0.6, 1.0)
+    assert verdict.tripped
+    assert verdict.sentence.startswith(
+        "Guard dark falls significantly (-0.60 deviations) while the composite"
+    )
+    assert verdict.gain.name == "dark"
+    plain = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+    assert plain["tripped"] is True
+    assert plain["looks"] == 10
+    assert plain["gain"]["verdict"] == "falls"
+    assert plain["level"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("dark", "red", "said"),
+    [
+        (0.6, 1.0, "rises significantly"),
+        (0.0, 1.0, "has not fallen clearly"),
+        (-0.6, 0.0, "but the composite does not rise"),
+        (-0.6, -1.0, "but the composite does not rise"),
+    ],
+)
+def test_it_trips_on_nothing_else(dark: float, red: float, said: str) -> None:
+    """A guard that rises, stays, or falls with everything else stops nobody."""
+    verdict = judged(dark, red)
+    assert not verdict.tripped
+    assert said in verdict.sentence
+
+
+def test_the_more_often_it_looks_the_surer_it_has_to_be() -> None:
+    """The same small fall counts at a single look, and not at one of fifty."""
+    assert judged(-0.22, 1.0, looks=1).tripped
+    assert not judged(-0.22, 1.0, looks=50).tripped
+
+
+def test_a_demanding_confidence_trips_later() -> None:
+    """guard.confidence is what an honest run is promised."""
+    assert judged(-0.32, 1.0, looks=5, confidence=0.9).tripped
+    assert not judged(-0.32, 1.0, looks=5, confidence=0.999).tripped
+
+
+def walks(rng: np.random.Generator, looks: int, prompts: int) -> Floats:
+    """Gains of an honest run, (looks, prompts): the guard wanders, prompt by prompt, and falls nowhere."""
+    return np.cumsum(rng.normal(size=(looks, prompts)), axis=0)
+
+
+def stopped(share: bool, runs: int = 300, looks: int = 8, prompts: int = 24) -> float:
+    """Share of honest runs that are stopped by one of their correlated looks."""
+    rng = np.random.default_rng(0)
+    config = configured(evaluator="dark")
+    trips = 0
+    for _ in range(runs):
+        base = rng.normal(size=(prompts, 2, 2))
+        for wandered in walks(rng, looks, prompts):
+            gained = base + np.stack([wandered, np.ones(prompts)], axis=-1)[:, None]
+            verdict = judge_guard(
+                measured(base), measured(gained), NAMES, config, None, looks if share else 1
+            )
+            if verdict.tripped:
+                trips += 1
+                break
+    return trips / runs
+
+
+def test_an_honest_run_is_stopped_in_at_most_5_of_100() -> None:
+    """Over all its evaluations together, correlated as they are; each at the full level would stop more."""
+    assert stopped(share=True) <= 0.05 < stopped(share=False)
+
+
+def test_near_duplicates_do_not_trip_it_alone() -> None:
+    """One group of prompts that falls is one observation."""
+    base = np.random.default_rng(0).normal(size=(24, 2, 2))
+    fallen = np.where(np.arange(24) < 16, -0.5, 0.0) + np.random.default_rng(1).normal(0, 0.05, 24)
+    gained = base + np.stack([fallen, np.ones(24)], axis=-1)[:, None]
+    both = measured(base), measured(gained)
+    config = configured(evaluator="dark")
+    assert judge_guard(*both, NAMES, config, None, 3).tripped
+    assert not judge_guard(*both, NAMES, config, [0] * 16 + list(range(1, 9)), 3).tripped
+
+
+def test_a_guard_that_the_service_does_not_have_is_refused_in_one_line() -> None:
+    """The message names the setting and what there is."""
+    both = measured(np.zeros((3, 2, 2)))
+    with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: .* blue; it has dark, red"):
+        judge_guard(both, both, NAMES, configured(evaluator="blue"), None, 1)
+
+
+def test_one_prompt_trips_nothing() -> None:
+    """A trial run on one prompt is no evidence, and its JSON stays readable."""
+    base = np.zeros((1, 2, 2))
+    verdict = judge_guard(
+        measured(base), measured(base + np.array([-1.0, 1.0])), NAMES, configured(evaluator="dark"), None, 0
+    )
+    assert not verdict.tripped
+    json.dumps(verdict.to_dict(), allow_nan=False)
+
+
+def test_rotation_holds_out_each_once_in_a_round() -> None:
+    """Folds or trials from 0."""
+    assert [rotation(("a", "b", "c"), turn) for turn in range(5)] == ["a", "b", "c", "a", "b"]
+
+
+def test_rotating_takes_the_guard_out_of_what_is_trained_and_reported() -> None:
+    """Its weights become 0 in both; the others keep theirs, and the configuration stays valid."""
+    weights = {"aesthetic": 1.0, "clip": 3.0, "hpsv2": 0.0, "pickscore": 1.0}
+    config = configured(weights, evaluator="rotate", confidence=0.9)
+    config = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"weights": {"clip": 1.0, "hpsv2": 1.0}})}
+    )
+    turned = [with_guard(config, turn) for turn in range(4)]
+    assert [one.guard.evaluator for one in turned] == ["aesthetic", "clip", "pickscore", "aesthetic"]
+    assert turned[1].objective.weights == weights | {"clip": 0.0}
+    assert turned[1].evaluation.weights == {"clip": 0.0, "hpsv2": 1.0}
+    assert turned[1].guard.confidence == 0.9
+    for one in turned:
+        assert TrainerConfig.model_validate(one.model_dump()) == one
+
+
+def test_without_rotation_the_configuration_stays_as_it_is() -> None:
+    """A named guard, or none, is the same in every fold."""
+    for config in (configured(), configured(evaluator="dark")):
+        assert with_guard(config, 3) is config
+
+
+@pytest.mark.parametrize("judged_by", [None, {"clip": 1.0}])
+def test_rotation_needs_two_evaluators_to_be_left_with_one(judged_by: dict[str, float] | None) -> None:
+    """Otherwise nothing would be trained on, or reported."""
+    weights = {"clip": 1.0} if judged_by is None else {"clip": 1.0, "red": 1.0}
+    config = configured(weights, evaluator="rotate")
+    evaluation = config.evaluation.model_copy(update={"weights": judged_by})
+    with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: rotate .* only clip has a weight"):
+        with_guard(config.model_copy(update={"evaluation": evaluation}), 0)

@@ -1,0 +1,79 @@
+"""What common random numbers remove from the variance within a prompt, and how well that is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.trainer.conftest import PROMPTS, FakeScorer
+from tests.trainer.rl.test_train import with_changes
+from trainer.config import TrainerConfig
+from trainer.rl.rewards import Pictures, Scores, ScoringError
+from trainer.rl.sampler import Studio
+from trainer.runs.studies import SharingReport, measure_sharing, sharing_table, variance_removed
+from trainer.runtime.errors import EvaluationError
+
+
+def groups(prompts: int, pictures: int, removed: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Within-group variances of a world in which sharing removes this share of the variance."""
+    rng = np.random.default_rng(seed)
+    scale = rng.gamma(4.0, 0.25, (prompts, 1))  # some prompts vary more than others
+    own = rng.normal(size=(prompts, pictures)) * (1 - removed) ** 0.5
+    common = rng.normal(size=(prompts, pictures)) * removed**0.5
+    return (scale * own).var(axis=1, ddof=1), (scale * (own + common)).var(axis=1, ddof=1)
+
+
+@pytest.mark.parametrize("removed", [0.0, 0.4, 0.9])
+def test_the_share_is_found_and_its_interval_covers_it(removed: float) -> None:
+    """In worlds with a known share, the estimate is right on average and 95 % means about 95 %."""
+    found = [variance_removed(*groups(40, 8, removed, seed)) for seed in range(100)]
+    shares = np.array([it.share for it in found])
+    assert abs(shares.mean() - removed) < 4 * max(shares.std(), 1e-9) / 10 + 1e-9
+    covered = np.mean([it.low - 1e-9 <= removed <= it.high + 1e-9 for it in found])
+    assert covered >= 0.85
+
+
+def test_an_evaluator_without_variance_has_no_share() -> None:
+    """Nothing divided by nothing is not a number, and not an error either."""
+    assert np.isnan(variance_removed(np.zeros(5), np.zeros(5)).share)
+    assert np.isnan(variance_removed(np.ones(1), np.ones(1)).share)
+
+
+def test_a_report_without_variance_can_be_written() -> None:
+    """One prompt, or an evaluator that never varies, is null in sharing.json and no reason to stop a run."""
+    report = SharingReport({"as configured": {"red": variance_removed(np.ones(1), np.ones(1))}}, 1, 4, 0.95)
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["removed"]["as configured"]["red"] == {"share": None, "low": None, "high": None}
+
+
+def test_sharing_everything_that_is_random_before_the_end_removes_variance(
+    studio: Studio, trainer_config: TrainerConfig
+) -> None:
+    """Drawn and scored for real: shared randomness lowers the variance, nothing shared leaves it as it is."""
+    nothing = with_changes(
+        trainer_config,
+        rollout__share__prior="image",
+        rollout__share__decoder_start="image",
+        rollout__share__super_res="image",
+    )
+    none = measure_sharing(studio, FakeScorer(), PROMPTS, nothing, each=True)
+    assert none.removed["as configured"]["composite"] == (0.0, 0.0, 0.0)
+    assert list(none.removed) == ["as configured"]
+    report = measure_sharing(studio, FakeScorer(), PROMPTS, trainer_config, each=True)
+    assert list(report.removed) == ["as configured", "prior alone", "decoder_start alone", "super_res alone"]
+    assert list(report.removed["as configured"]) == ["dark", "red", "composite"]
+    assert report.removed["as configured"]["composite"].share > 0.1
+    values = report.to_dict()
+    assert values["removed"]["prior alone"]["red"].keys() == {"share", "low", "high"}
+    assert sharing_table(report).row_count == 4 * 3
+
+
+def test_a_scorer_that_fails_is_one_line(studio: Studio, trainer_config: TrainerConfig) -> None:
+    """No share is made up from scores that did not come."""
+
+    class Failing(FakeScorer):
+        def score(self, prompts: list[str], pictures: Pictures) -> Scores:
+            raise ScoringError("no judge", retryable=False)
+
+    with pytest.raises(EvaluationError, match="no judge"):
+        measure_sharing(studio, Failing(), PROMPTS, trainer_config)

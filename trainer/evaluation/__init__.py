@@ -1,0 +1,1 @@
+"""Paired evaluation of the tuned policy against the base."""

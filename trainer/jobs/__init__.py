@@ -1,0 +1,1 @@
+"""Trainer jobs as containers."""

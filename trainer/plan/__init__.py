@@ -1,0 +1,1 @@
+"""Cost of an iteration before anything is loaded."""

@@ -1,0 +1,1 @@
+"""HTML reports from what runs left behind."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: policy, objective, rollout and update."""

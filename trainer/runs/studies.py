@@ -1,0 +1,374 @@
+"""How much of the noise in an advantage common random numbers take away.
+
+An advantage compares the pictures of one prompt. Two groups of G pictures are drawn for each of P prompts by
+the policy as it is: one with independent random numbers, one that shares them. With v the variance of a score
+within a group, what sharing removes is 1 - (sum of v, shared) / (sum of v, apart), both pooled over prompts.
+Pictures of both groups have the same streams where nothing is shared, so the comparison is paired.
+
+Do scores before super-resolution order pictures as scores after it do? Measured on the user's own prompts.
+
+Rank correlations (Spearman), with cluster-bootstrap intervals over prompts. What the learner compares are the
+pictures of one prompt, so the correlation within prompts is the one that decides: the mean over prompts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap, spearmanr
+
+from trainer.config import EvaluationConfig, Sharing, TrainerConfig
+from trainer.evaluation.comparison import COMPOSITE, paired_interval
+from trainer.rl.karlo import to_uint8
+from trainer.rl.rewards import Floats, Scorer, Scores, ScoringError, composite
+from trainer.rl.rollout import Judging, draw_and_score, group_keys, micro_batches
+from trainer.rl.sampler import NOTHING_SHARED, Studio
+from trainer.runs.folder import RunFolder
+from trainer.runs.setup import check_evaluators, open_studio
+from trainer.runtime.distributed import Processes
+from trainer.runtime.errors import EvaluationError
+from trainer.runtime.progress import progress, track
+from trainer.runtime.rng import PictureKey
+
+RESAMPLES = 1000  # of the correlation over all pictures, which has to be computed anew for each
+
+
+class Correlation(NamedTuple):
+    """A rank correlation and the bounds of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} ({self.low:+.2f} {self.high:+.2f})"
+
+
+class StageRow(NamedTuple):
+    """How far one evaluator's scores before and after super-resolution agree."""
+
+    name: str
+    overall: Correlation
+    within: Correlation
+
+
+class StageReport(NamedTuple):
+    """The agreement of K evaluators and of the composite, and what each stage took."""
+
+    rows: tuple[StageRow, ...]
+    prompts: int
+    images_per_prompt: int
+    confidence: float
+    decoder_s: float  # of drawing, prior and text included
+    super_resolution_s: float
+
+    @property
+    def saved(self) -> float:
+        """Share of the time of drawing that super-resolution takes."""
+        return self.super_resolution_s / (self.decoder_s + self.super_resolution_s)
+
+
+def compare_stages(
+    studio: Studio, scorer: Scorer, prompts: Sequence[str], images_per_prompt: int, config: TrainerConfig
+) -> StageReport:
+    """Draw G >= 2 pictures of each of P >= 2 prompts as in training, and score each before and after.
+
+    Raises EvaluationError where scores are missing.
+    """
+    keys = group_keys(prompts, images_per_prompt, seed=config.evaluation.seed, fold=0, iteration=-1)
+    share = config.rollout.share
+    small_s = large_s = 0.0
+    bounds = micro_batches(len(keys), config.sampling.micro_batch)
+    with Judging(scorer, config.rollout) as judging:
+        for first, last in track(bounds, "drawing and scoring both", "batch"):
+            batch = keys[first:last]
+            start = time.perf_counter()
+            drawing = studio.draw(batch, share, "decoder")
+            drawn = time.perf_counter()
+            small = drawing.trajectory.latents[:, -1].clamp(-1, 1)
+            enlarged = to_uint8(studio.enlarge(small, batch, share)).numpy()
+            small_s, large_s = small_s + drawn - start, large_s + time.perf_counter() - drawn
+            for pictures in (drawing.pictures, enlarged):
+                judging.ask([key.prompt for key in batch], pictures)
+        scores = [_score_of(outcome) for outcome in judging.finish()]
+    shape = (len(prompts), images_per_prompt, len(scorer.evaluators))
+    before, after = (
+        np.concatenate([s.z for s in half]).reshape(shape) for half in (scores[::2], scores[1::2])
+    )
+    return StageReport(
+        _rows(before, after, scorer.evaluators, config),
+        len(prompts),
+        images_per_prompt,
+        config.evaluation.confidence,
+        small_s,
+        large_s,
+    )
+
+
+def _score_of(outcome: Scores | ScoringError) -> Scores:
+    if isinstance(outcome, ScoringError):
+        raise EvaluationError(f"the comparison of stages stopped: {outcome}") from outcome
+    return outcome
+
+
+def _rows(
+    before: Floats, after: Floats, evaluators: Sequence[str], config: TrainerConfig
+) -> tuple[StageRow, ...]:
+    columns = {name: (before[..., k], after[..., k]) for k, name in enumerate(evaluators)}
+    weights = config.objective.weights
+    columns[COMPOSITE] = (composite(before, evaluators, weights), composite(after, evaluators, weights))
+    return tuple(
+        StageRow(
+            name, overall_correlation(x, y, config.evaluation), within_correlation(x, y, config.evaluation)
+        )
+        for name, (x, y) in columns.items()
+    )
+
+
+def overall_correlation(before: Floats, after: Floats, config: EvaluationConfig) -> Correlation:
+    """Spearman's rho of all pictures, (P, G) each; the interval resamples prompts."""
+    value = _spearman(before.ravel(), after.ravel())
+    if np.isnan(value):
+        return Correlation(value, value, value)
+    result = bootstrap(
+        (np.arange(len(before)),),
+        lambda rows: _spearman(before[rows].ravel(), after[rows].ravel()),
+        confidence_level=config.confidence,
+        n_resamples=min(RESAMPLES, config.resamples),
+        method="percentile",
+        vectorized=False,
+        rng=np.random.default_rng(config.seed),
+    )
+    return Correlation(value, *map(float, result.confidence_interval))
+
+
+def within_correlation(before: Floats, after: Floats, config: EvaluationConfig) -> Correlation:
+    """Mean over prompts of Spearman's rho of its pictures, (P, G) each.
+
+    A prompt whose pictures all score the same has no order, and is left out.
+    """
+    varied = (np.ptp(before, axis=1) > 0) & (np.ptp(after, axis=1) > 0)
+    by_prompt = np.array([_spearman(x, y) for x, y in zip(before[varied], after[varied], strict=True)])
+    if not len(by_prompt):
+        return Correlation(np.nan, np.nan, np.nan)
+    low, high, _ = paired_interval(by_prompt, config)
+    return Correlation(float(by_prompt.mean()), low, high)
+
+
+def _spearman(x: Floats, y: Floats) -> float:
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def stage_table(report: StageReport) -> Table:
+    """The report as a person reads it."""
+    table = Table(
+        title=f"Rank correlation of scores before and after super-resolution\n"
+        f"{report.prompts} prompts × {report.images_per_prompt} pictures, {report.confidence:.0%} intervals",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("", "over all pictures", "within prompts"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in report.rows:
+        if row.name == COMPOSITE:
+            table.add_section()
+        table.add_row(row.name, str(row.overall), str(row.within))
+    return table
+
+
+def stage_sentences(report: StageReport, pictures: int) -> list[str]:
+    """What the report says, in words, for iterations of so many pictures."""
+    within = report.rows[-1].within
+    saved_s = report.super_resolution_s / (report.prompts * report.images_per_prompt) * pictures
+    agreement = (
+        "Within a prompt, which is what the learner compares, the composite's order before super-resolution "
+        f"correlates {within} with the order after it."
+    )
+    saving = (
+        f"rollout.reward_stage=decoder would save {saved_s:.2f} s an iteration of {pictures} pictures "
+        f"({report.saved:.0%} of drawing). Evaluation would still look at the final pictures."
+    )
+    return [agreement, saving]
+
+
+SHARING_PROMPTS = 32  # 8 pictures each tell a share of a half to about a tenth
+
+
+class Removed(NamedTuple):
+    """Share of the within-prompt variance of a score that sharing removes; negative where it adds."""
+
+    share: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values for JSON, which knows no NaN."""
+        return {name: value if np.isfinite(value) else None for name, value in self._asdict().items()}
+
+
+@dataclass(frozen=True)
+class SharingReport:
+    """What sharing removes, for each way of sharing and each evaluator and the composite."""
+
+    removed: Mapping[str, Mapping[str, Removed]]
+    prompts: int
+    images_per_prompt: int
+    confidence: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON; null where nothing varies."""
+        removed = {
+            way: {name: it.to_dict() for name, it in columns.items()} for way, columns in self.removed.items()
+        }
+        return asdict(self) | {"removed": removed}
+
+
+def measure_sharing(
+    studio: Studio, scorer: Scorer, prompts: Sequence[str], config: TrainerConfig, *, each: bool = False
+) -> SharingReport:
+    """What the configured sharing removes for these prompts; with `each`, also every part of it alone.
+
+    Raises EvaluationError where scores do not come.
+    """
+    ways = {"as configured": config.rollout.share} | (_parts(config.rollout.share) if each else {})
+    apart = _variances(studio, scorer, prompts, config, NOTHING_SHARED, "apart")
+    removed = {}
+    for name, sharing in ways.items():
+        shared = _variances(studio, scorer, prompts, config, sharing, name)
+        columns = (*scorer.evaluators, COMPOSITE)
+        removed[name] = {
+            column: variance_removed(shared[:, k], apart[:, k], config.evaluation.confidence)
+            for k, column in enumerate(columns)
+        }
+    return SharingReport(
+        removed, len(prompts), config.rollout.images_per_prompt, config.evaluation.confidence
+    )
+
+
+def variance_removed(shared: Floats, apart: Floats, confidence: float = 0.95) -> Removed:
+    """From the within-group variance of P prompts with and without sharing, (P,) each, in equal groups.
+
+    The interval is a percentile bootstrap over prompts, taken in pairs. NaN where nothing varies.
+    """
+    if len(apart) < 2 or not apart.any():
+        return Removed(np.nan, np.nan, np.nan)
+
+    def removed(one: Floats, other: Floats, axis: int = -1) -> Floats:
+        share: Floats = 1 - one.sum(axis=axis) / np.maximum(other.sum(axis=axis), 1e-300)
+        return share
+
+    interval = bootstrap(
+        (shared, apart),
+        removed,
+        paired=True,
+        vectorized=True,
+        confidence_level=confidence,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Removed(float(removed(shared, apart)), float(interval.low), float(interval.high))
+
+
+def _parts(sharing: Sharing) -> dict[str, Sharing]:
+    """Each stage that is shared, shared alone."""
+    return {
+        f"{stage} alone": NOTHING_SHARED.model_copy(update={stage: share})
+        for stage, share in sharing.model_dump().items()
+        if share != "image"
+    }
+
+
+def _variances(
+    studio: Studio,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    config: TrainerConfig,
+    sharing: Sharing,
+    what: str,
+) -> Floats:
+    """Within-group variance of each evaluator's z and of the composite, (P, K + 1)."""
+    count, size = config.rollout.images_per_prompt, config.sampling.micro_batch
+    keys = [PictureKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
+    with progress(len(keys), f"variance, {what}", "picture", inner=True) as bar:
+        judged = draw_and_score(
+            studio,
+            scorer,
+            [keys[start : start + size] for start in range(0, len(keys), size)],
+            sharing,
+            config.rollout.reward_stage,
+            config.rollout,
+            enough=lambda judging: judging.failed,
+            keep=lambda _drawing: None,
+            on_drawn=bar.update,
+        )
+    scores = []
+    for outcome in judged.outcomes:
+        if isinstance(outcome, ScoringError):
+            raise EvaluationError(f"measuring the variance stopped: {outcome}") from outcome
+        scores.append(outcome.z)
+    z = np.concatenate(scores).reshape(len(prompts), count, -1)
+    total = composite(z, scorer.evaluators, config.objective.weights)
+    variances: Floats = np.concatenate([z, total[..., None]], axis=2).var(axis=1, ddof=1)
+    return variances
+
+
+def sharing_table(report: SharingReport) -> Table:
+    """The report as a person reads it."""
+    shown = Table(
+        title="Within-prompt variance that sharing removes",
+        caption=f"{report.prompts} prompts × {report.images_per_prompt} pictures, "
+        f"{report.confidence:.0%} intervals over prompts",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for title in ("shared", "score", "removed", "from", "to"):
+        shown.add_column(title, justify="left" if title in ("shared", "score") else "right", no_wrap=True)
+    for way, columns in report.removed.items():
+        shown.add_section()
+        for first, (column, removed) in zip([way, *[""] * len(columns)], columns.items(), strict=False):
+            shown.add_row(first, column, *(f"{value:.0%}" for value in removed))
+    return shown
+
+
+def record_sharing(
+    studio: Studio,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    config: TrainerConfig,
+    run: RunFolder,
+    processes: Processes,
+) -> None:
+    """Write once to the run what common random numbers remove of the base policy's within-prompt variance."""
+    with processes.one_fate(), studio.policy.base():
+        if processes.main and not (run.path / "sharing.json").exists():
+            report = measure_sharing(studio, scorer, prompts[:SHARING_PROMPTS], config)
+            run.write_json("sharing.json", report.to_dict())
+
+
+def variance_run(config: TrainerConfig, prompts: Sequence[str], scorer: Scorer, console: Console) -> None:
+    """Print what the configured sharing removes of the within-prompt variance, and each part of it alone."""
+    check_evaluators(config, scorer)
+    console.print(sharing_table(measure_sharing(open_studio(config), scorer, prompts, config, each=True)))
+
+
+def stages_run(
+    config: TrainerConfig, prompts: Sequence[str], images_per_prompt: int, scorer: Scorer, console: Console
+) -> None:
+    """Print how far scores before and after super-resolution agree, and what leaving it out saves."""
+    check_evaluators(config, scorer)
+    report = compare_stages(open_studio(config), scorer, prompts, images_per_prompt, config)
+    console.print(stage_table(report))
+    groups = min(config.rollout.prompts_per_iteration, len(prompts))
+    for line in stage_sentences(report, groups * config.rollout.images_per_prompt):
+        console.print(line)
