@@ -50,7 +50,7 @@ GROUPINGS = {
 def experiment(
     rng: np.random.Generator, draw: Draw, grouping: Grouping, clusters: int
 ) -> tuple[Measurement, Measurement, list[int]]:
-    """Base and tuned measurement of a null experiment, two pictures a prompt, and the prompts' groups."""
+    """Base and tuned measurement of a null experiment, two images a prompt, and the prompts' groups."""
     sizes = rng.integers(1, LARGEST + 1, clusters) if grouping.unequal else np.ones(clusters, int)
     groups = np.repeat(np.arange(clusters), sizes)
     own, common = draw(rng, len(groups)), draw(rng, clusters)[groups]
@@ -60,10 +60,10 @@ def experiment(
 
 
 def measured(z: Floats) -> Measurement:
-    """Scores (P, G, K) without pictures to speak of."""
+    """Scores (P, G, K) without images to speak of."""
     prompts, images, _ = z.shape
-    pictures = np.zeros((prompts, images, 1, 1, 3), dtype=np.uint8)
-    return Measurement(tuple(f"prompt {i}" for i in range(prompts)), pictures, z, z)
+    pixels = np.zeros((prompts, images, 1, 1, 3), dtype=np.uint8)
+    return Measurement(tuple(f"prompt {i}" for i in range(prompts)), pixels, z, z)
 
 
 def misses(draw: Draw, grouping: Grouping, clusters: int, experiments: int, seed: int) -> tuple[float, float]:

@@ -5,7 +5,7 @@
     python benchmarks/evaluators.py --device cuda         # bfloat16; all batch sizes and accelerations
 
 Weights are random and of the published sizes: ViT-L/14 with QuickGELU and LAION's head, two ViT-H/14. The
-references compute with the very same tensors on the same pictures, alternating with the engine in one run.
+references compute with the very same tensors on the same images, alternating with the engine in one run.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), help="the trunks': float32 on CPU, else bfloat16"
     )
     parser.add_argument(
-        "--images", type=positive, default=6, help="pictures of a run against the references (6)"
+        "--images", type=positive, default=6, help="images of a run against the references (6)"
     )
-    parser.add_argument("--size-px", type=positive, default=256, help="edge of the pictures (256, Karlo's)")
-    parser.add_argument("--per-prompt", type=positive, default=3, help="pictures of one prompt (3)")
+    parser.add_argument("--size-px", type=positive, default=256, help="edge of the images (256, Karlo's)")
+    parser.add_argument("--per-prompt", type=positive, default=3, help="images of one prompt (3)")
     parser.add_argument(
         "--repeats", type=positive, default=3, help="runs of each, alternating; the median counts (3)"
     )

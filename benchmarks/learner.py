@@ -1,10 +1,10 @@
-"""How fast the learner is: sampling against diffusers' pipeline, an iteration's parts, waiting, memory.
+"""How fast the trainer is: sampling against diffusers' pipeline, an iteration's parts, waiting, memory.
 
-    python -m benchmarks.learner --output benchmarks/results    # the miniature on this CPU: about 4 minutes
-    python -m benchmarks.learner --repeats 3 --iterations 1     # a quick look
-    python -m benchmarks.learner --full --config configs/karlo.yaml    # random weights, CUDA, bfloat16
+    python -m benchmarks.trainer --output benchmarks/results    # the miniature on this CPU: about 4 minutes
+    python -m benchmarks.trainer --repeats 3 --iterations 1     # a quick look
+    python -m benchmarks.trainer --full --config configs/karlo.yaml    # random weights, CUDA, bfloat16
 
-On two or more cores the learner is bound to the first and a scoring service of its own to the second, one
+On two or more cores the trainer is bound to the first and a scoring service of its own to the second, one
 thread each, so that waiting is for scores and not for the processor. Times are medians, with their range.
 """
 
@@ -43,10 +43,10 @@ from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, _wait_for_addres
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import ServiceScorer
 from trainer.rl.rollout import DropCount, collect, group_keys
-from trainer.rl.sampler import NOTHING_SHARED, Studio
-from trainer.rl.train import improve, new_learner, train_fold
-from trainer.runs.setup import open_studio
-from trainer.runtime.rng import PictureKey
+from trainer.rl.sampler import NOTHING_SHARED, ImageSampler
+from trainer.rl.train import improve, new_training_state, train_fold
+from trainer.runs.setup import load_sampler
+from trainer.runtime.rng import ImageKey
 
 GROUP = 8
 SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
@@ -54,12 +54,12 @@ SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
 
 @dataclass
 class LearnerReport(Report):
-    """Everything measured of the learner, in one run."""
+    """Everything measured of the trainer, in one run."""
 
     name = "learner"
     titles: ClassVar = {
-        "machine": "# Learner benchmark\n",
-        "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and pictures, "
+        "machine": "# Trainer benchmark\n",
+        "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and images, "
         "alternating in one run; each ratio is the median of the ratios of neighbours.\n",
         "parts": "\n## Parts of an iteration\n\nScoring goes on beside the others; what is left of it is "
         "the waiting.\n",
@@ -118,7 +118,7 @@ def measure(report: LearnerReport, options: argparse.Namespace, cores: Sequence[
 
 
 def compare_samplers(config: TrainerConfig, prompts: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Two groups of eight pictures, with the configured guidance and with strong guidance."""
+    """Two groups of eight images, with the configured guidance and with strong guidance."""
     rows = []
     for guidance in (config.sampling.decoder_guidance, 4.0):
         sampling = config.sampling.model_copy(
@@ -142,10 +142,10 @@ def compare_samplers(config: TrainerConfig, prompts: Sequence[str], repeats: int
     return rows
 
 
-def _samplers(config: TrainerConfig, keys: Sequence[PictureKey]) -> dict[str, Callable[[], object]]:
+def _samplers(config: TrainerConfig, keys: Sequence[ImageKey]) -> dict[str, Callable[[], object]]:
     sampling = config.sampling
-    studio = open_studio(config)
-    pipeline = UnCLIPPipeline(**studio._karlo.parts())
+    sampler = load_sampler(config)
+    pipeline = UnCLIPPipeline(**sampler._karlo.parts())
     pipeline.set_progress_bar_config(disable=True)
 
     def theirs() -> object:
@@ -162,7 +162,7 @@ def _samplers(config: TrainerConfig, keys: Sequence[PictureKey]) -> dict[str, Ca
 
     def ours(share: Sharing) -> object:
         # A studio without memories: text and prior are computed as the pipeline must.
-        return Studio(studio._karlo, studio.policy, sampling).draw(keys, share)
+        return ImageSampler(sampler._karlo, sampler.policy, sampling).draw(keys, share)
 
     return {
         "UnCLIPPipeline": theirs,
@@ -209,8 +209,8 @@ def iterations(
     config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Train for some iterations; the first, in which everything is new, does not count."""
-    studio = open_studio(config)
-    studio.policy.add_lora(config.lora, seed=0)
+    sampler = load_sampler(config)
+    sampler.policy.add_lora(config.lora, seed=0)
     watch = Stopwatch()
     records: list[dict[str, Any]] = []
     laps: list[dict[str, float]] = []
@@ -233,7 +233,7 @@ def iterations(
             (ServiceScorer, "score", "encoding, sending and scoring (beside the others)"),
         ):
             stack.enter_context(patch.object(place, name, watch.wrap(label, getattr(place, name))))
-        train_fold(studio, scorer, prompts, more, log=log)
+        train_fold(sampler, scorer, prompts, more, log=log)
     laps, records = laps[1:], records[1:]
     names = list(dict.fromkeys(name for lap in laps for name in lap))
     times = {name: [lap.get(name, 0.0) for lap in laps] for name in names}
@@ -273,9 +273,9 @@ def update_memory(
     """Of one iteration's update, by the profiler's record of allocations."""
     update = config.update.model_copy(update={"gradient_checkpointing": few})
     changed = config.model_copy(update={"update": update})
-    studio = open_studio(changed)
-    studio.policy.add_lora(config.lora, seed=0)
-    learner = new_learner(studio.policy, changed, len(scorer.evaluators))
+    sampler = load_sampler(changed)
+    sampler.policy.add_lora(config.lora, seed=0)
+    training = new_training_state(sampler.policy, changed, len(scorer.evaluators))
     rollout_config = config.rollout
     keys = group_keys(
         prompts[: rollout_config.prompts_per_iteration],
@@ -284,11 +284,11 @@ def update_memory(
         fold=0,
         iteration=0,
     )
-    rollout = collect(studio, scorer, keys, rollout_config, config.sampling.micro_batch, DropCount(0.05))
+    rollout = collect(sampler, scorer, keys, rollout_config, config.sampling.micro_batch, DropCount(0.05))
     start = time.perf_counter()
-    improve(learner, rollout, scorer.evaluators, changed, fold=0, iteration=0)
+    improve(training, rollout, scorer.evaluators, changed, fold=0, iteration=0)
     seconds = time.perf_counter() - start
-    work = partial(improve, learner, rollout, scorer.evaluators, changed, fold=0, iteration=1)
+    work = partial(improve, training, rollout, scorer.evaluators, changed, fold=0, iteration=1)
     return {
         "gradient checkpointing": "on" if few else "off",
         "micro-batch": update.micro_batch,
@@ -342,7 +342,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="Karlo's own size on a CUDA device")
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 8, 16], help="for --full")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--output", type=Path, help="a folder for learner-DEVICE.md and .json")
+    parser.add_argument("--output", type=Path, help="a folder for trainer-DEVICE.md and .json")
     return parser.parse_args(arguments)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.loading             # full size: 6 GB of disk, 6 GB of memory, a minute
     python -m benchmarks.loading --layers 2  # a quick look
 
-Each load runs in a process of its own. ``own`` is the process's anonymous memory, sampled every millisecond;
-``mapped`` is what it has of the file in view, which the kernel takes back when it needs the room.
+Each load runs in a process of its own. `own` is the process's anonymous memory, sampled every millisecond;
+`mapped` is what it has of the file in view, which the kernel takes back when it needs the room.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(folder: Path, layers: int | None) -> list[dict[str, Any]]:
     """Write both checkpoints into a folder and measure their loading, each in a process of its own.
 
-    :param layers: of both transformers; None for the published number
-    :returns: rows with sizes in bytes
+    Args:
+        layers: of both transformers; None for the published number
+
+    Returns:
+        rows with sizes in bytes
     """
     rows = []
     for file in (HPS, PICKSCORE):
@@ -114,7 +117,7 @@ def _load(file: str, folder: Path, dtype: str) -> dict[str, Any]:
 
 
 class _Peak:
-    """The process's highest memory while the block runs: ``own`` and ``mapped``, in bytes."""
+    """The process's highest memory while the block runs: `own` and `mapped`, in bytes."""
 
     def __enter__(self) -> _Peak:
         self.own, self.mapped, self._done = 0, 0, threading.Event()

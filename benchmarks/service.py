@@ -55,7 +55,7 @@ class ServiceReport(Report):
         "wire": "\n## (b) CPU time of the service by form\n\n"
         "The miniature, batches of 64 pairs of 256×256, one request at a time. Receiving, parsing,\n"
         "decoding, queue, answer, log and metrics; user and system time. The engine's share is what the\n"
-        "device's thread takes within it, with the threads that prepare pictures for it and torch's own;\n"
+        "device's thread takes within it, with the threads that prepare images for it and torch's own;\n"
         "the rest of the process's CPU time is the service's.\n",
         "loads": "\n## (c) Latency against offered load\n\n"
         "The miniature with a queue of at most 512 pairs; requests of 4 pairs from 8 clients, arriving by\n"

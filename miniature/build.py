@@ -18,14 +18,14 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from miniature import generator, judges, layout, probe, tokenizer, world
+from miniature import evaluators, generator, layout, probe, tokenizer, world
 from miniature.fitting import Pool
 from miniature.world import Part
 from trainer.data.near_duplicates import jaccard
 
 M = TypeVar("M", bound=nn.Module)
 
-# Optimiser steps of each stage at effort 1, and pictures drawn for each part of the world.
+# Optimiser steps of each stage at effort 1, and images drawn for each part of the world.
 STEPS = {
     "clip": 900,
     "aesthetic": 1500,
@@ -68,7 +68,7 @@ class Build:
         return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
 
     @cached_property
-    def judges_pool(self) -> Pool:
+    def evaluators_pool(self) -> Pool:
         """Scenes of the judges' part."""
         return self._pool(Part.JUDGES, 1)
 
@@ -85,23 +85,23 @@ class Build:
     @cached_property
     def clip(self) -> CLIPModel:
         """The CLIP that alignment and aesthetic share."""
-        return self._clip("clip", "quick_gelu", "clip", 2, "judges_pool")
+        return self._clip("clip", "quick_gelu", "clip", 2, "evaluators_pool")
 
     @cached_property
     def preference_base(self) -> CLIPModel:
         """The CLIP that both preference models start from."""
-        return self._clip("base", "gelu", "preference base", 4, "judges_pool")
+        return self._clip("base", "gelu", "preference base", 4, "evaluators_pool")
 
     @cached_property
     def aesthetic(self) -> nn.Sequential:
         """The aesthetic head."""
         path = self.work / "aesthetic.pt"
         if not path.exists():
-            head = judges.train_aesthetic(
-                self.clip, self.judges_pool, self.steps("aesthetic"), self.stream(3)
+            head = evaluators.train_aesthetic(
+                self.clip, self.evaluators_pool, self.steps("aesthetic"), self.stream(3)
             )
             torch.save(head.state_dict(), path)
-        head = judges.aesthetic_head()
+        head = evaluators.aesthetic_head()
         head.load_state_dict(torch.load(path, weights_only=True))
         return head
 
@@ -118,16 +118,16 @@ class Build:
     def _preference(self, kind: str, stream: int) -> CLIPModel:
         def train() -> CLIPModel:
             base = deepcopy(self.preference_base)
-            return judges.train_preference(
-                kind, base, self.judges_pool, self.words, self.steps("preference"), self.stream(stream)
+            return evaluators.train_preference(
+                kind, base, self.evaluators_pool, self.words, self.steps("preference"), self.stream(stream)
             )
 
         return self._kept(kind, CLIPModel, train)
 
     def _clip(self, name: str, activation: str, stage: str, stream: int, pool: str) -> CLIPModel:
         def train() -> CLIPModel:
-            config = judges.clip_config(activation)
-            return judges.train_clip(
+            config = evaluators.clip_config(activation)
+            return evaluators.train_clip(
                 stage, getattr(self, pool), self.words, config, self.steps(stage), self.stream(stream)
             )
 
@@ -211,12 +211,12 @@ class Build:
         """The independent witness."""
         path = self.work / "probe.safetensors"
         if not path.exists():
-            pools = [self.judges_pool, self.generator_pool]
+            pools = [self.evaluators_pool, self.generator_pool]
             probe.save_probe(probe.train_probe(pools, self.steps("probe"), self.stream(21)), path)
         return probe.load_probe(path)
 
 
-def write_judges(build: Build, models: Path) -> None:
+def write_evaluators(build: Build, models: Path) -> None:
     """clip/, aesthetic/, pickscore/, hps/."""
     layout.write_clip(build.clip, models / "clip")
     layout.write_aesthetic(build.aesthetic, models / "aesthetic")

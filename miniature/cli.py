@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miniature import evaluate as measures
-from miniature.build import Build, write_generator, write_judges, write_probe, write_prompts
+from miniature.build import Build, write_evaluators, write_generator, write_probe, write_prompts
 from reward_service.config import load_config
 from reward_service.engine.weights import ModelError
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
@@ -41,7 +41,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)  # now, not when the hour is over
     work.mkdir(parents=True, exist_ok=True)
     stages = Build(work, seed, effort)
-    write_judges(stages, out)
+    write_evaluators(stages, out)
     write_generator(stages, out)
     write_probe(stages, out)
     write_prompts(out.parent / "prompts", seed)
@@ -59,7 +59,7 @@ def calibrate(
     table = measures.calibrate(load_config(config), load_trainer_config(config))
     content = {
         "provisional": True,
-        "provenance": "miniature: base generator on its training prompts; std is over all pictures",
+        "provenance": "miniature: base generator on its training prompts; std is over all images",
         "evaluators": table,
     }
     out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def _tables(found: measures.Quality) -> list[Table]:
         )
     for name, accuracy in found.preference.items():
         judged.add_row(name, "preference-pair accuracy", f"{accuracy:.1%}")
-    together = Table(title="Correlation of the scores, on generated pictures of held-out prompts")
+    together = Table(title="Correlation of the scores, on generated images of held-out prompts")
     for column in ("evaluator", "evaluator", "r"):
         together.add_column(column, justify="right" if column == "r" else "left")
     for (a, b), r in found.correlation.items():

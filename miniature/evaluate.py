@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from miniature import judges, world
+from miniature import evaluators, world
 from miniature.probe import QUALITY, Reading, load_probe
 from miniature.world import Part, Scenes
 from reward_service.calibrate.statistics import correlation, spread
@@ -24,9 +24,9 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair
 from trainer.config import TrainerConfig
 from trainer.data.prompts import read_prompts
-from trainer.rl.sampler import Studio
-from trainer.runs.setup import open_studio
-from trainer.runtime.rng import PictureKey
+from trainer.rl.sampler import ImageSampler
+from trainer.runs.setup import load_sampler
+from trainer.runtime.rng import ImageKey
 
 Scores = NDArray[np.float64]
 
@@ -39,7 +39,7 @@ CALIBRATION_IMAGES_PER_PROMPT = 8
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Share of held-out captions whose own picture is the best, or among the best five, of 256."""
+    """Share of held-out captions whose own image is the best, or among the best five, of 256."""
 
     top1: float
     top5: float
@@ -47,7 +47,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Quality:
-    """What `evaluate` prints. `correlation`: of the four scores over generated pictures, by pair."""
+    """What `evaluate` prints. `correlation`: of the four scores over generated images, by pair."""
 
     retrieval: dict[str, Retrieval]
     preference: dict[str, float]
@@ -61,17 +61,17 @@ def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, se
     """Measure judges, generator and probe on scenes and prompts that no model has seen."""
     rng = torch.Generator().manual_seed(90_000 + seed)
     engine = build_engine(service)
-    studio = open_studio(trainer)
+    sampler = load_sampler(trainer)
     prompts = read_prompts(trainer.prompts.validation or trainer.prompts.train)
-    pictures, asked = generate(studio, prompts, IMAGES_PER_PROMPT)
-    raw = score(engine, asked, pictures, "scoring generated pictures")
+    images, asked = generate(sampler, prompts, IMAGES_PER_PROMPT)
+    raw = score(engine, asked, images, "scoring generated images")
     return Quality(
         retrieval=retrieval(engine, rng),
         preference={kind: preference_accuracy(engine, kind, rng) for kind in ("pickscore", "hpsv2")},
         aesthetic=aesthetic_correlation(engine, rng),
         correlation=correlations(raw),
         probe=probe_accuracy(probe_file, rng),
-        generated=fidelity(probe_file, asked, pictures),
+        generated=fidelity(probe_file, asked, images),
     )
 
 
@@ -80,21 +80,21 @@ def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, se
 
 def as_uint8(pixels: Tensor) -> NDArray[np.uint8]:
     """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, as a caller of the service would send them."""
-    pictures: NDArray[np.uint8] = (
+    images: NDArray[np.uint8] = (
         (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     )
-    return pictures
+    return images
 
 
 def score(
     engine: RewardEngine,
     prompts: list[str],
-    pictures: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     what: str,
     names: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
     """Raw scores (N,) of N pairs by the named evaluators, or by all."""
-    pairs = [Pair(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+    pairs = [Pair(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     rows = []
     for start in tqdm(range(0, len(pairs), 256), desc=what):
         rows += [result.raw for result in engine.score(pairs[start : start + 256], names)]
@@ -111,14 +111,14 @@ def distinct_held_out(n: int, rng: torch.Generator) -> Scenes:
 
 
 def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval]:
-    """Full captions against pictures of every quality, for each evaluator that reads the prompt."""
+    """Full captions against images of every quality, for each evaluator that reads the prompt."""
     scenes = distinct_held_out(RETRIEVAL_SCENES, rng)
-    pictures = list(as_uint8(world.draw(scenes, rng)))
+    pixels = list(as_uint8(world.draw(scenes, rng)))
     captions = world.describe(scenes, rng, drop=0.0).text
     found = {}
     for name, evaluator in engine.evaluators.items():
         if evaluator.reads_prompt:
-            images = evaluator.tower.embed_images(evaluator.preprocessing(pictures))
+            images = evaluator.tower.embed_images(evaluator.preprocessing(pixels))
             texts = evaluator.tower.embed_texts(captions).vectors
             own = (texts @ images.T).argsort(1, descending=True) == torch.arange(len(captions))[:, None]
             found[name] = Retrieval(*(own[:, :k].any(1).float().mean().item() for k in (1, 5)))
@@ -128,37 +128,41 @@ def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval
 def preference_accuracy(engine: RewardEngine, kind: str, rng: torch.Generator) -> float:
     """Share of held-out pairs in which the evaluator prefers what its stated utility prefers."""
     scenes = world.sample_scenes(PREFERENCE_PAIRS, Part.HELD_OUT, rng)
-    other = judges.rival(scenes, Part.HELD_OUT, rng)
+    other = evaluators.rival(scenes, Part.HELD_OUT, rng)
     captions = world.describe(scenes, rng)
     sides = [
         score(engine, captions.text, as_uint8(world.draw(s, rng)), f"preferences of {kind}", [kind])[kind]
         for s in (scenes, other)
     ]
-    gap = judges.utilities(kind, captions, scenes, scenes) - judges.utilities(kind, captions, scenes, other)
+    gap = evaluators.utilities(kind, captions, scenes, scenes) - evaluators.utilities(
+        kind, captions, scenes, other
+    )
     return float(((sides[0] > sides[1]) == (gap.numpy() > 0)).mean())
 
 
 def aesthetic_correlation(engine: RewardEngine, rng: torch.Generator) -> float:
     """Pearson correlation of the aesthetic score with the world's stated aesthetic, held-out scenes."""
     scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
-    pictures = as_uint8(world.draw(scenes, rng))
-    found = score(engine, [""] * len(scenes), pictures, "aesthetic", ["aesthetic"])["aesthetic"]
+    images = as_uint8(world.draw(scenes, rng))
+    found = score(engine, [""] * len(scenes), images, "aesthetic", ["aesthetic"])["aesthetic"]
     return float(np.corrcoef(found, world.aesthetic(scenes).numpy())[0, 1])
 
 
 # Generator ----------------------------------------------------------------------------------------
 
 
-def generate(studio: Studio, prompts: tuple[str, ...], each: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """`each` pictures of every prompt by the base policy, (P * each, H, W, 3), and the prompt of each."""
-    keys = [PictureKey(0, 0, -2, prompt, image) for prompt in prompts for image in range(each)]
+def generate(
+    sampler: ImageSampler, prompts: tuple[str, ...], each: int
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """`each` images of every prompt by the base policy, (P * each, H, W, 3), and the prompt of each."""
+    keys = [ImageKey(0, 0, -2, prompt, image) for prompt in prompts for image in range(each)]
     starts = tqdm(range(0, len(keys), 64), desc="generating")
-    drawn = [studio.draw(keys[start : start + 64]).pictures for start in starts]
+    drawn = [sampler.draw(keys[start : start + 64]).images for start in starts]
     return np.concatenate(drawn), [key.prompt for key in keys]
 
 
 def correlations(raw: dict[str, Scores]) -> dict[tuple[str, str], float]:
-    """Pearson correlation of every two evaluators over the same pictures."""
+    """Pearson correlation of every two evaluators over the same images."""
     names = list(raw)
     matrix = correlation(np.cov([raw[name] for name in names]))
     return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
@@ -167,12 +171,12 @@ def correlations(raw: dict[str, Scores]) -> dict[tuple[str, str], float]:
 def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[str, float]]:
     """Mean and standard deviation of the base generator's scores on its training prompts, by evaluator.
 
-    The scale's deviation is that over all pictures, so that foreign pictures too get a unit inside (0, 1).
-    The pooled within-prompt deviation stands beside it as a note: a learner divides by its own.
+    The scale's deviation is that over all images, so that foreign images too get a unit inside (0, 1).
+    The pooled within-prompt deviation stands beside it as a note: a trainer divides by its own.
     """
     prompts = read_prompts(trainer.prompts.train)
-    pictures, asked = generate(open_studio(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
-    raw = score(build_engine(service), asked, pictures, "calibrating")
+    images, asked = generate(load_sampler(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
+    raw = score(build_engine(service), asked, images, "calibrating")
     group = np.repeat(np.arange(len(prompts)), CALIBRATION_IMAGES_PER_PROMPT)
     found = spread(np.column_stack(list(raw.values())), group)
     return {
@@ -191,9 +195,9 @@ def probe_accuracy(probe_file: Path, rng: torch.Generator) -> dict[str, float]:
     return reading.faithful(scenes.content)
 
 
-def fidelity(probe_file: Path, prompts: list[str], pictures: NDArray[np.uint8]) -> dict[str, float]:
-    """Share of pictures that show what their prompt states, and their mean quality, read by the probe."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def fidelity(probe_file: Path, prompts: list[str], images: NDArray[np.uint8]) -> dict[str, float]:
+    """Share of images that show what their prompt states, and their mean quality, read by the probe."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     reading = load_probe(probe_file).read(pixels)
     return {**_stated_shown(prompts, reading), **_mean_quality(reading)}
 

@@ -31,7 +31,7 @@ class Pool:
         return Pool(scenes, (torch.cat(chunks) * 255).to(torch.uint8))
 
     def batch(self, index: Tensor) -> tuple[Scenes, Tensor]:
-        """The chosen scenes and their pictures (B, 3, 32, 32) in [-1, 1]."""
+        """The chosen scenes and their images (B, 3, 32, 32) in [-1, 1]."""
         return self.scenes[index], self.pixels[index].float() / 127.5 - 1
 
     def hard_index(self, n: int, colour_pairs: int, rng: torch.Generator) -> Tensor:

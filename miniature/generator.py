@@ -1,6 +1,6 @@
 """The generator's models: a small Karlo, stage by stage, in diffusers' own classes.
 
-Learns from the generator's part of the world only, with pictures of every quality, and is left
+Learns from the generator's part of the world only, with images of every quality, and is left
 deliberately imperfect: blur, fading and noise are part of what it has learnt to draw.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from miniature import judges, tokenizer, world
+from miniature import evaluators, tokenizer, world
+from miniature.evaluators import EMBED
 from miniature.fitting import Pool, fit
-from miniature.judges import EMBED
 
 DECODER_PX = 16
 DROP_CAPTION = 0.1
@@ -60,9 +60,9 @@ def some_dropped(captions: list[str], rng: torch.Generator) -> tuple[list[str], 
 
 @torch.no_grad()
 def image_embeddings(clip: CLIPModel, pool: Pool) -> Tensor:
-    """(N, E) unnormalised CLIP projections of all pictures of the pool."""
+    """(N, E) unnormalised CLIP projections of all images of the pool."""
     chunks = torch.arange(len(pool.scenes)).split(512)
-    return torch.cat([judges.embed_images(clip, pool.batch(index)[1]) for index in chunks])
+    return torch.cat([evaluators.embed_images(clip, pool.batch(index)[1]) for index in chunks])
 
 
 # Prior --------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def variance_bound(x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, a_t: Tensor, 
 
 
 def super_resolution_unet() -> UNet2DModel:
-    """Reads noisy and upscaled picture side by side."""
+    """Reads noisy and upscaled image side by side."""
     return UNet2DModel(
         sample_size=world.SIZE_PX,
         in_channels=6,
@@ -244,14 +244,14 @@ def super_resolution_unet() -> UNet2DModel:
 
 
 def super_resolution_scheduler() -> UnCLIPScheduler:
-    """Predicts the picture, not the noise: at this size noise prediction gives colour casts."""
+    """Predicts the image, not the noise: at this size noise prediction gives colour casts."""
     return UnCLIPScheduler(
         variance_type="fixed_small_log", clip_sample=True, clip_sample_range=1.0, prediction_type="sample"
     )
 
 
 def upscaled(small: Tensor) -> Tensor:
-    """(N, 3, 32, 32) as UnCLIPPipeline upscales the decoder's picture."""
+    """(N, 3, 32, 32) as UnCLIPPipeline upscales the decoder's image."""
     return F.interpolate(
         small, size=[world.SIZE_PX, world.SIZE_PX], mode="bicubic", align_corners=False, antialias=True
     )

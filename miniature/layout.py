@@ -3,11 +3,11 @@
 ====================  ==========================================================  =========================
 folder                looks like                                                  files
 ====================  ==========================================================  =========================
-``karlo/``            ``kakaobrain/karlo-v1-alpha``                               ten subfolders, model_index
-``clip/``             ``openai/clip-vit-large-patch14``                           transformers CLIPModel
-``aesthetic/``        LAION's ``sac+logos+ava1-l14-linearMSE.pth``                state dict
-``pickscore/``        ``yuvalkirstain/PickScore_v1``                              transformers CLIPModel
-``hps/``              ``xswu/HPSv2``                                              {"state_dict": …}, open_clip
+`karlo/`            `kakaobrain/karlo-v1-alpha`                               ten subfolders, model_index
+`clip/`             `openai/clip-vit-large-patch14`                           transformers CLIPModel
+`aesthetic/`        LAION's `sac+logos+ava1-l14-linearMSE.pth`                state dict
+`pickscore/`        `yuvalkirstain/PickScore_v1`                              transformers CLIPModel
+`hps/`              `xswu/HPSv2`                                              {"state_dict": …}, open_clip
 ====================  ==========================================================  =========================
 
 Tensors are stored in half precision, which halves the repository; everything computes in float32.
@@ -21,7 +21,7 @@ from diffusers import ModelMixin, PriorTransformer, UNet2DModel
 from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
-from miniature import generator, judges, tokenizer, world
+from miniature import evaluators, generator, tokenizer, world
 from reward_service.engine.weights import open_clip_config, open_clip_names
 
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -56,9 +56,9 @@ def write_clip(model: CLIPModel, folder: Path) -> None:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(judges.MEAN),
+        "image_mean": list(evaluators.MEAN),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(judges.STD),
+        "image_std": list(evaluators.STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
@@ -81,7 +81,7 @@ def write_hps(model: CLIPModel, folder: Path) -> None:
     (folder / "config.json").unlink()
     state = {name: tensor.half() for name, tensor in open_clip_names(model.state_dict()).items()}
     torch.save({"state_dict": state}, folder / HPS_FILE)
-    preprocessing = {"mean": list(judges.MEAN), "std": list(judges.STD)}
+    preprocessing = {"mean": list(evaluators.MEAN), "std": list(evaluators.STD)}
     _write_json(
         folder / "open_clip_config.json", {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     )

@@ -1,6 +1,6 @@
-"""An independent witness: a small CNN that reads a picture's attributes.
+"""An independent witness: a small CNN that reads an image's attributes.
 
-It takes no part in scoring or learning. It tells whether a gain in reward is a gain in the pictures.
+It takes no part in scoring or learning. It tells whether a gain in reward is a gain in the images.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ QUALITY = ("sharp", "vivid", "clean")
 
 @dataclass(frozen=True)
 class Reading:
-    """What the probe sees in N pictures: content indices (N, 5) and quality in [0, 1], (N, 3)."""
+    """What the probe sees in N images: content indices (N, 5) and quality in [0, 1], (N, 3)."""
 
     content: Tensor
     quality: Tensor
 
     def faithful(self, content: Tensor) -> dict[str, float]:
-        """Share of pictures that show each attribute as asked, content (N, 5)."""
+        """Share of images that show each attribute as asked, content (N, 5)."""
         return dict(zip(CONTENT, (self.content == content).float().mean(0).tolist(), strict=True))
 
 
@@ -52,13 +52,13 @@ class Probe(nn.Module):
         self.head = nn.Linear(128, sum(CONTENT.values()) + len(QUALITY))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Logits of each content attribute, then quality (N, 3), for pictures (N, 3, 32, 32) in [-1, 1]."""
+        """Logits of each content attribute, then quality (N, 3), for images (N, 3, 32, 32) in [-1, 1]."""
         split = self.head(self.trunk(pixels)).split([*CONTENT.values(), len(QUALITY)], dim=1)
         return list(split)
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> Reading:
-        """Read pictures (N, 3, 32, 32) in [-1, 1]."""
+        """Read images (N, 3, 32, 32) in [-1, 1]."""
         *content, quality = self(pixels)
         return Reading(torch.stack([c.argmax(1) for c in content], 1), quality.sigmoid())
 
@@ -69,7 +69,7 @@ def quality_of(scenes: Scenes) -> Tensor:
 
 
 def train_probe(pools: list[Pool], steps: int, rng: torch.Generator) -> Probe:
-    """Learn to read pictures of the judges' and the generator's parts; held-out scenes stay unseen."""
+    """Learn to read images of the judges' and the generator's parts; held-out scenes stay unseen."""
     torch.manual_seed(rng.initial_seed())
     probe = Probe()
 

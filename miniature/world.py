@@ -2,7 +2,7 @@
 
 A scene has content (shape, figure colour, background colour, size, texture) and quality
 (blur, fading, noise). Content decides whether a caption is true; quality decides whether the
-picture is good. All attributes are columns of equal length N, so that thousands of scenes are
+image is good. All attributes are columns of equal length N, so that thousands of scenes are
 drawn by a few tensor operations.
 
 The 660 combinations of shape, figure and background are divided into three disjoint parts by a
@@ -131,9 +131,9 @@ def perfect(scenes: Scenes) -> Scenes:
 
 
 def draw(scenes: Scenes, rng: torch.Generator, size_px: int = SIZE_PX) -> Tensor:
-    """Pictures (N, 3, size, size) in [0, 1], rounded to the 256 levels of a file.
+    """Images (N, 3, size, size) in [0, 1], rounded to the 256 levels of a file.
 
-    The same scene is drawn at any resolution by averaging 32-pixel pictures, so that the decoder's
+    The same scene is drawn at any resolution by averaging 32-pixel images, so that the decoder's
     16-pixel targets show what the super-resolution's 32-pixel targets show.
     """
     colours = torch.tensor(list(PALETTE.values()))
@@ -143,13 +143,13 @@ def draw(scenes: Scenes, rng: torch.Generator, size_px: int = SIZE_PX) -> Tensor
     cover = _coverage(scenes, rng)[:, None]
     paint = figure[..., None, None] * (1 - 0.65 * _stripes(scenes)[:, None])
     paint = paint + background[..., None, None] * 0.65 * _stripes(scenes)[:, None]
-    picture = cover * paint + (1 - cover) * background[..., None, None]
-    picture = _blurred(picture.clamp(0, 1), scenes.blur_px)
+    image = cover * paint + (1 - cover) * background[..., None, None]
+    image = _blurred(image.clamp(0, 1), scenes.blur_px)
     fade = scenes.fade[:, None, None, None]
-    picture = picture * (1 - fade) + FADED_GREY * fade
-    picture = picture + scenes.noise[:, None, None, None] * torch.randn(picture.shape, generator=rng)
-    picture = (picture.clamp(0, 1) * 255).round() / 255
-    return picture if size_px == SIZE_PX else F.adaptive_avg_pool2d(picture, size_px)
+    image = image * (1 - fade) + FADED_GREY * fade
+    image = image + scenes.noise[:, None, None, None] * torch.randn(image.shape, generator=rng)
+    image = (image.clamp(0, 1) * 255).round() / 255
+    return image if size_px == SIZE_PX else F.adaptive_avg_pool2d(image, size_px)
 
 
 def _grid() -> tuple[Tensor, Tensor]:
@@ -195,13 +195,13 @@ def _signed_distances(u: Tensor, v: Tensor, r: Tensor) -> list[Tensor]:
     return [circle, square, triangle, cross, ring, diamond]
 
 
-def _blurred(picture: Tensor, blur_px: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of its own for each picture, edges repeated."""
-    n, c, h, w = picture.shape
+def _blurred(image: Tensor, blur_px: Tensor) -> Tensor:
+    """Gaussian blur with a standard deviation of its own for each image, edges repeated."""
+    n, c, h, w = image.shape
     taps = torch.arange(-6, 7, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (taps / blur_px.clamp(min=0.05)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)
-    flat = F.pad(picture.reshape(1, n * c, h, w), (6, 6, 6, 6), mode="replicate")
+    flat = F.pad(image.reshape(1, n * c, h, w), (6, 6, 6, 6), mode="replicate")
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=n * c)
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=n * c)
     return flat.reshape(n, c, h, w)
@@ -212,7 +212,7 @@ def _blurred(picture: Tensor, blur_px: Tensor) -> Tensor:
 TEMPLATES = (
     "a {size}{texture}{figure} {shape} on {background}",
     "a {size}{texture}{figure} {shape} on a {background} background",
-    "a picture of a {size}{texture}{figure} {shape} over {background}",
+    "an image of a {size}{texture}{figure} {shape} over {background}",
     "{size}{texture}{figure} {shape}, {background} background",
 )
 ARTICLE = {"a orange": "an orange"}
@@ -255,17 +255,17 @@ def quality_words(scenes: Scenes) -> Tensor:
     return bad + 2 * torch.arange(3)
 
 
-def agreement(captions: Captions, caption_of: Scenes, pictured: Scenes) -> Tensor:
-    """(N, M) share of the attributes stated by caption i (written for scene i) that hold in picture j."""
-    same = caption_of.content[:, None] == pictured.content[None]
+def agreement(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
+    """(N, M) share of the attributes stated by caption i (written for scene i) that hold in image j."""
+    same = caption_of.content[:, None] == imaged.content[None]
     stated = captions.stated[:, None].float()
     return (same * stated).sum(-1) / stated.sum(-1)
 
 
-def true_of(captions: Captions, caption_of: Scenes, pictured: Scenes) -> Tensor:
-    """(N, M) whether caption i, written for scene i, is true of picture j, its quality word included."""
-    content = agreement(captions, caption_of, pictured) > 0.999
-    spoken = (captions.quality[:, None, None] == quality_words(pictured)[None]).any(-1)
+def true_of(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
+    """(N, M) whether caption i, written for scene i, is true of image j, its quality word included."""
+    content = agreement(captions, caption_of, imaged) > 0.999
+    spoken = (captions.quality[:, None, None] == quality_words(imaged)[None]).any(-1)
     return content & (spoken | (captions.quality < 0)[:, None])
 
 

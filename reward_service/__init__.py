@@ -1,6 +1,6 @@
-"""The judge: four image evaluators behind one batch ``POST /score``.
+"""The service: four image evaluators behind one batch `POST /score`.
 
-Importing this package, its ``client``, ``protocol`` or ``settings`` never imports torch.
+Importing this package, its `client`, `protocol` or `settings` never imports torch.
 """
 
 __version__ = "0.1.0"

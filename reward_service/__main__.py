@@ -1,4 +1,4 @@
-"""``python -m reward_service``: the same as the command ``reward-service``."""
+"""`python -m reward_service`: the same as the command `reward-service`."""
 
 from reward_service.cli import main
 

@@ -1,4 +1,4 @@
-"""The ``service:`` section of a configuration file. No torch."""
+"""The `service:` section of a configuration file. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EvaluatorKind = Literal["aesthetic", "clip", "pickscore", "hpsv2"]
 class Origin(Settings):
     """Where files come from: a folder, a hub repository at a revision, or a web address.
 
-    ``url`` is the folder part of an address; files from it need a sha256.
+    `url` is the folder part of an address; files from it need a sha256.
     """
 
     folder: ConfigPath | None = None
@@ -42,7 +42,7 @@ class Origin(Settings):
 
 
 class Weights(Settings):
-    """One file of weights; ``sha256`` is compulsory for anything but safetensors from a folder or hub."""
+    """One file of weights; `sha256` is compulsory for anything but safetensors from a folder or hub."""
 
     file: str
     sha256: Sha256 | None = None
@@ -51,9 +51,9 @@ class Weights(Settings):
 class TowerConfig(Settings):
     """One CLIP model: the published layout it comes in, and where.
 
-    ``huggingface``: config.json, weights and tokenizer files of transformers' CLIPModel.
-    ``open_clip``: weights with open_clip's names; ``architecture`` is a name that open_clip knows, or null
-    for an open_clip_config.json beside the weights; ``vocabulary`` is the BPE file's name, or null for
+    `huggingface`: config.json, weights and tokenizer files of transformers' CLIPModel.
+    `open_clip`: weights with open_clip's names; `architecture` is a name that open_clip knows, or null
+    for an open_clip_config.json beside the weights; `vocabulary` is the BPE file's name, or null for
     open_clip's own.
     """
 
@@ -82,9 +82,9 @@ class HeadConfig(Settings):
 
 
 class EvaluatorConfig(Settings):
-    """One evaluator: its kind fixes formula and preprocessing, ``tower`` names the model it looks through.
+    """One evaluator: its kind fixes formula and preprocessing, `tower` names the model it looks through.
 
-    One that is not ``enabled`` is neither loaded nor served.
+    One that is not `enabled` is neither loaded nor served.
     """
 
     kind: EvaluatorKind
@@ -103,8 +103,8 @@ class EvaluatorConfig(Settings):
 class Limits(Settings):
     """What a request, a client and all of them together may cost.
 
-    A client is a key, or, without keys, an ``X-Client-Id``. Pairs and bytes count from before a body is read
-    until its answer; ``decoded`` are the pixels of the pictures, 3 bytes each, and no request may exceed
+    A client is a key, or, without keys, an `X-Client-Id`. Pairs and bytes count from before a body is read
+    until its answer; `decoded` are the pixels of the images, 3 bytes each, and no request may exceed
     them. With nothing else under way, a client may exceed its pairs with one request. The last eighth of
     each sum is kept for clients who hold less than a sixteenth of it.
     """
@@ -128,9 +128,9 @@ class Limits(Settings):
 class Auth(Settings):
     """Who may ask.
 
-    ``keys``: the file that ``reward-service keys new`` writes; with one, a request needs a key, wherever the
-    service listens. Without one it listens on loopback only, unless ``allow_anonymous``, which lets
-    everybody in who can reach it. ``open_metrics``: /metrics needs no key.
+    `keys`: the file that `reward-service keys new` writes; with one, a request needs a key, wherever the
+    service listens. Without one it listens on loopback only, unless `allow_anonymous`, which lets
+    everybody in who can reach it. `open_metrics`: /metrics needs no key.
     """
 
     keys: ConfigPath | None = None
@@ -139,12 +139,12 @@ class Auth(Settings):
 
 
 class Watch(Settings):
-    """When the judge doubts itself.
+    """When the service doubts itself.
 
-    ``canary_every_s``: pause between two scorings of the canary pair. ``stuck_s``: a batch that takes longer
-    hangs, and the process ends. ``breaker_failures``: different pairs in a row that an evaluator fails on
-    before it is taken out of service. ``breaker_pause_s``: until it is tried again, doubled each time it
-    fails, up to ``breaker_longest_pause_s``.
+    `canary_every_s`: pause between two scorings of the canary pair. `stuck_s`: a batch that takes longer
+    hangs, and the process ends. `breaker_failures`: different pairs in a row that an evaluator fails on
+    before it is taken out of service. `breaker_pause_s`: until it is tried again, doubled each time it
+    fails, up to `breaker_longest_pause_s`.
     """
 
     canary_every_s: Seconds = 60.0
@@ -164,7 +164,7 @@ class Tracing(Settings):
 
 
 class Logs(Settings):
-    """The log on stderr: ``json``, ``text``, or ``auto``, which is text on a terminal and JSON elsewhere."""
+    """The log on stderr: `json`, `text`, or `auto`, which is text on a terminal and JSON elsewhere."""
 
     format: Literal["auto", "json", "text"] = "auto"
 
@@ -179,11 +179,11 @@ def _no_float16(dtype: object) -> object:
 
 
 class ServiceConfig(Settings):
-    """Everything the judge can be told. ``dtype`` is the trunks'; heads and cosines are always float32.
+    """Everything the service can be told. `dtype` is the trunks'; heads and cosines are always float32.
 
-    ``canary`` is a file of golden scores that ``reward-service canary --write`` makes; without one the
-    scores of the start are what later ones are held against. ``prepare_ahead``: whether the next batch's
-    pictures are resized and cropped while one runs; None: where the device is not the CPU that would do it.
+    `canary` is a file of golden scores that `reward-service canary --write` makes; without one the
+    scores of the start are what later ones are held against. `prepare_ahead`: whether the next batch's
+    images are resized and cropped while one runs; None: where the device is not the CPU that would do it.
     """
 
     towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
@@ -225,8 +225,9 @@ class ServiceConfig(Settings):
 
 
 def load_config(path: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> ServiceConfig:
-    """Read the ``service:`` section of a configuration file.
+    """Read the `service:` section of a configuration file.
 
-    :raises ConfigError: whatever is wrong, in one line
+    Raises:
+        ConfigError: whatever is wrong, in one line
     """
     return load_section(ServiceConfig, path, "service", overrides)

@@ -47,7 +47,7 @@ _EXIF = ("exif", "Raw profile type exif")
 
 
 class ImageError(ValueError):
-    """A picture that is refused; ``code`` is the problem's code, the message cause and remedy."""
+    """An image that is refused; `code` is the problem's code, the message cause and remedy."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -69,14 +69,17 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     reserve: Callable[[int], None] = lambda _: None,
 ) -> Decoded:
-    """Decode one picture of an allowed format.
+    """Decode one image of an allowed format.
 
-    :param data: an encoded file, or the rows of a raw picture
-    :param declared: ``png``, ``jpeg``, ``webp``, ``raw``, or None to go by the first bytes
-    :param shape: (height, width, 3) in pixels, for ``raw`` only
-    :param max_pixels: largest height x width that is decoded
-    :param reserve: told the bytes of the decoded picture before it is; what it raises goes to the caller
-    :raises ImageError: not such a picture, or too large
+    Args:
+        data: an encoded file, or the rows of a raw image
+        declared: `png`, `jpeg`, `webp`, `raw`, or None to go by the first bytes
+        shape: (height, width, 3) in pixels, for `raw` only
+        max_pixels: largest height x width that is decoded
+        reserve: told the bytes of the decoded image before it is; what it raises goes to the caller
+
+    Raises:
+        ImageError: not such an image, or too large
     """
     if declared == "raw":
         reserve(len(data))
@@ -85,14 +88,14 @@ def decode(
         raise ImageError("bad_shape", "shape goes with format raw only; leave it out for an encoded file")
     found = sniff(data)
     if found is None:
-        raise ImageError("not_an_image", "the bytes are not a PNG, JPEG or WebP picture; send one of these")
+        raise ImageError("not_an_image", "the bytes are not a PNG, JPEG or WebP image; send one of these")
     if declared not in (None, found):
         raise ImageError("not_an_image", f"declared as {declared}, but the bytes are {found}; correct it")
     return Decoded(_decode_file(data, found, max_pixels, reserve), lossy=_is_lossy(data, found))
 
 
 def sniff(data: bytes) -> str | None:
-    """``png``, ``jpeg`` or ``webp`` by the first bytes; None if it is none of them."""
+    """`png`, `jpeg` or `webp` by the first bytes; None if it is none of them."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -101,9 +104,10 @@ def sniff(data: bytes) -> str | None:
 
 
 def flatten(image: Image.Image) -> Pixels:
-    """An opened Pillow picture as RGB by the policies above.
+    """An opened Pillow image as RGB by the policies above.
 
-    :returns: uint8 array of shape (height, width, 3)
+    Returns:
+        uint8 array of shape (height, width, 3)
     """
     _mend_colour_key(image)
     image = _upright(image)
@@ -153,12 +157,12 @@ def _raw(data: bytes, shape: Sequence[int] | None, max_pixels: int) -> Pixels:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise ImageError("not_an_image", f"the picture is {width}x{height} pixels; it needs at least 1x1")
+        raise ImageError("not_an_image", f"the image is {width}x{height} pixels; it needs at least 1x1")
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:g} megapixels"
         raise ImageError("image_too_large", f"{width}x{height} pixels exceed the {limit} allowed; shrink it")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        # The crop's resize would blow a 1 x 4,000,000 picture up to 200 gigapixels.
+        # The crop's resize would blow a 1 x 4,000,000 image up to 200 gigapixels.
         message = f"{width}x{height} pixels are longer than {MAX_ASPECT} times their width; crop it"
         raise ImageError("image_too_long", message)
 
@@ -175,21 +179,21 @@ def _decode_file(data: bytes, found: str, max_pixels: int, reserve: Callable[[in
             _check_size(*image.size, max_pixels)
             try:
                 reserve(_CHANNELS * image.size[0] * image.size[1])
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is not the picture's
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is not the image's
                 refusal = error
             else:
                 return flatten(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError("image_too_large", "the picture has far too many pixels; shrink it") from None
+        raise ImageError("image_too_large", "the image has far too many pixels; shrink it") from None
     except Exception:  # noqa: BLE001 - Pillow's decoders raise nearly every kind on hostile bytes
         raise _corrupt(found) from None
     raise refusal
 
 
 def _corrupt(found: str) -> ImageError:
-    return ImageError("not_an_image", f"the {found} picture is truncated or corrupt; send it whole")
+    return ImageError("not_an_image", f"the {found} image is truncated or corrupt; send it whole")
 
 
 def _png_ends(data: bytes) -> bool:
@@ -222,7 +226,7 @@ def _is_lossy(data: bytes, found: str) -> bool:
 
 
 def _webp_lossless(data: bytes) -> bool:
-    """Whether the first picture chunk of a WebP file is VP8L; chunks are walked, not searched for."""
+    """Whether the first image chunk of a WebP file is VP8L; chunks are walked, not searched for."""
     position = 12
     while position + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, position)
@@ -234,9 +238,9 @@ def _webp_lossless(data: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; broken EXIF data does not spoil a whole picture."""
+    """Apply the EXIF orientation; broken EXIF data does not spoil a whole image."""
     image.load()
-    # A picture with nothing but the EXIF data: where these say nothing, Pillow looks for XMP's orientation.
+    # An image with nothing but the EXIF data: where these say nothing, Pillow looks for XMP's orientation.
     bare = Image.new("1", (1, 1))
     bare.info = {name: image.info[name] for name in _EXIF if name in image.info}
     try:

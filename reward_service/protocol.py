@@ -1,6 +1,6 @@
-"""Wire types of the judge: one schema for JSON and msgpack, request, response and problem.
+"""Wire types of the service: one schema for JSON and msgpack, request, response and problem.
 
-In JSON the picture's bytes are base64, in msgpack they are binary; the types are the same.
+In JSON the image's bytes are base64, in msgpack they are binary; the types are the same.
 Decoding refuses unknown fields and wrong types; it needs no torch.
 
 Everything that can be wrong with a request, as RFC 9457 problem details. The input is never echoed.
@@ -36,10 +36,10 @@ Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Picture(Struct, frozen=True, forbid_unknown_fields=True):
-    """One picture: an encoded file, or ``raw`` uint8 RGB values in rows.
+    """One image: an encoded file, or `raw` uint8 RGB values in rows.
 
-    ``format`` may be left out for an encoded file: its first bytes tell. ``shape`` is (height, width, 3)
-    in pixels, for ``raw`` only.
+    `format` may be left out for an encoded file: its first bytes tell. `shape` is (height, width, 3)
+    in pixels, for `raw` only.
     """
 
     data: bytes
@@ -48,7 +48,7 @@ class Picture(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Item(Struct, frozen=True, forbid_unknown_fields=True):
-    """One prompt and the picture to judge by it."""
+    """One prompt and the image to judge by it."""
 
     prompt: Annotated[str, Meta(min_length=1, max_length=MAX_PROMPT_CHARS)]
     image: Picture
@@ -57,10 +57,10 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
 class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """A batch of pairs and how to score them.
 
-    ``evaluators``: names, or null for all that the service has. ``weights``: evaluator → weight of its
+    `evaluators`: names, or null for all that the service has. `weights`: evaluator → weight of its
     normalized score in the reward; an evaluator that is not named then weighs 0; null for the service's own.
-    ``normalization``: which of the three numbers the reward is made of. ``allow_partial``: take the scores of
-    the other evaluators when one is out of service; without it that is an error. ``deterministic``: let
+    `normalization`: which of the three numbers the reward is made of. `allow_partial`: take the scores of
+    the other evaluators when one is out of service; without it that is an error. `deterministic`: let
     scores depend on nothing but the pair; slower.
     """
 
@@ -81,9 +81,9 @@ class EvaluatorScore(Struct, frozen=True):
 
 
 class ItemResult(Struct, frozen=True):
-    """The scores of one pair; ``reward`` is the weighted mean of its normalized scores.
+    """The scores of one pair; `reward` is the weighted mean of its normalized scores.
 
-    It is null, never a mean of something else, if an evaluator that it is made of has ``failed``.
+    It is null, never a mean of something else, if an evaluator that it is made of has `failed`.
     """
 
     index: int
@@ -96,7 +96,7 @@ class ItemResult(Struct, frozen=True):
 class EvaluatorIdentity(Struct, frozen=True):
     """What produced an evaluator's numbers.
 
-    ``fingerprint``: hash of weights, preprocessing, tokenizer, formula and dtype. ``calibration``: hash of
+    `fingerprint`: hash of weights, preprocessing, tokenizer, formula and dtype. `calibration`: hash of
     the mean and deviation behind z and unit.
     """
 
@@ -107,8 +107,8 @@ class EvaluatorIdentity(Struct, frozen=True):
 class ScoreResponse(Struct, frozen=True):
     """Results in the order of the request's items, all of them or none.
 
-    ``failed``: evaluator → problem code, for those that were asked for and are out of service; empty unless
-    the request said ``allow_partial``. Neither ``evaluators`` nor any result has them.
+    `failed`: evaluator → problem code, for those that were asked for and are out of service; empty unless
+    the request said `allow_partial`. Neither `evaluators` nor any result has them.
     """
 
     id: str
@@ -119,7 +119,7 @@ class ScoreResponse(Struct, frozen=True):
 
 
 class EvaluatorDescription(Struct, frozen=True):
-    """One configured evaluator, as ``/v1/evaluators`` lists it."""
+    """One configured evaluator, as `/v1/evaluators` lists it."""
 
     fingerprint: str
     calibration: str
@@ -131,7 +131,7 @@ class EvaluatorDescription(Struct, frozen=True):
 
 
 class EvaluatorList(Struct, frozen=True):
-    """Answer of ``/v1/evaluators``: what is configured and on what it runs."""
+    """Answer of `/v1/evaluators`: what is configured and on what it runs."""
 
     evaluators: dict[str, EvaluatorDescription]
     device: str
@@ -139,14 +139,14 @@ class EvaluatorList(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """Answer of the health routes; ``detail`` says what is being waited for."""
+    """Answer of the health routes; `detail` says what is being waited for."""
 
     status: Literal["live", "ready", "loading", "stopping", "failed"]
     detail: str = ""
 
 
 class ProblemItem(Struct, frozen=True):
-    """One thing that is wrong; ``index`` is the item's place in the request, null if it is no item's."""
+    """One thing that is wrong; `index` is the item's place in the request, null if it is no item's."""
 
     code: str
     detail: str
@@ -167,7 +167,7 @@ class Problem(Struct, frozen=True):
 
 
 class MalformedBodyError(Exception):
-    """A body that is not a request of this protocol; ``index`` is the item at fault, if one is."""
+    """A body that is not a request of this protocol; `index` is the item at fault, if one is."""
 
     def __init__(self, detail: str, *, syntax: bool, index: int | None = None) -> None:
         super().__init__(detail)
@@ -187,7 +187,8 @@ def decode_request(body: bytes | bytearray, content_type: str) -> ScoreRequest:
 
     Of a key that comes twice the last value counts.
 
-    :raises MalformedBodyError: not JSON/msgpack at all (``syntax``), or not this schema
+    Raises:
+        MalformedBodyError: not JSON/msgpack at all (`syntax`), or not this schema
     """
     decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
     # msgspec reads a JSON array whole before it looks at its length: gigabytes for a hostile one.
@@ -226,7 +227,8 @@ def encode(value: Struct, content_type: str) -> bytes:
 def decode_response(body: bytes, content_type: str) -> ScoreResponse:
     """Decode a response and refuse one with a missing, unexplained or non-finite number.
 
-    :raises ValueError: not a score response; msgspec's errors are ValueErrors too
+    Raises:
+        ValueError: not a score response; msgspec's errors are ValueErrors too
     """
     decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
     response: ScoreResponse = decoder.decode(body, type=ScoreResponse)
@@ -250,7 +252,7 @@ def finite(reward: float | None, scores: Mapping[str, EvaluatorScore]) -> bool:
 
 
 def schemas() -> dict[str, Any]:
-    """JSON schemas of the wire types by name, for ``#/components/schemas`` of OpenAPI."""
+    """JSON schemas of the wire types by name, for `#/components/schemas` of OpenAPI."""
     types = [ScoreRequest, ScoreResponse, EvaluatorList, Health, Problem]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return components
@@ -264,7 +266,7 @@ CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
     "forbidden": (HTTPStatus.FORBIDDEN, "The key may not do this", False),
     "body_timeout": (HTTPStatus.REQUEST_TIMEOUT, "The body came too slowly", True),
     "body_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too large", False),
-    "pictures_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The pictures are too large together", False),
+    "pictures_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The images are too large together", False),
     "unsupported_media_type": (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Unsupported media type", False),
     "invalid_request": (HTTPStatus.UNPROCESSABLE_ENTITY, "The request does not fit the schema", False),
     "empty_batch": (HTTPStatus.UNPROCESSABLE_ENTITY, "The batch is empty", False),
@@ -291,11 +293,12 @@ CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
 class ProblemError(Exception):
     """A request that is answered with a problem.
 
-    :param code: a key of :data:`CODES`
-    :param detail: cause and remedy in one line
-    :param items: the items at fault; the first ten are told
-    :param retry_after_s: for the Retry-After header
-    :param headers: further ones that the status calls for
+    Args:
+        code: a key of `CODES`
+        detail: cause and remedy in one line
+        items: the items at fault; the first ten are told
+        retry_after_s: for the Retry-After header
+        headers: further ones that the status calls for
     """
 
     def __init__(
@@ -326,5 +329,5 @@ class ProblemError(Exception):
 
 
 def at_item(code: str, detail: str, index: int | None) -> ProblemError:
-    """A problem of one item, or of the request if ``index`` is None."""
+    """A problem of one item, or of the request if `index` is None."""
     return ProblemError(code, detail, [ProblemItem(code, detail, index)])

@@ -1,6 +1,6 @@
 """The service on Ray Serve: replicas of the same application behind one address, on one machine or many.
 
-``serve run configs/ray.yaml``, or ``serve run reward_service.ray_app:app config=FILE``. What differs from one
+`serve run configs/ray.yaml`, or `serve run reward_service.ray_app:app config=FILE`. What differs from one
 process is in docs/ray.md.
 
 What is different about a request that came through Ray's proxy, made the same as on a socket of ours.
@@ -46,7 +46,7 @@ from reward_service.observability.tracing import Reporting, end_soon, reporting
 from reward_service.scheduler.autoscaling import PAIRS
 from reward_service.scoring.auth import load_keys
 from reward_service.scoring.calibration import load_calibration
-from reward_service.scoring.service import RETRY_LOADING_S, Judge
+from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, one_line, rest_idle_threads
 from reward_service.web.app import create_app
 
@@ -63,9 +63,10 @@ _EXPOSED = ProblemError(
 class Door:
     """An ASGI application behind Ray's proxy.
 
-    :param app: the service
-    :param loopback_only: refuse whoever comes by another address of this machine
-    :param direct: the replica's own socket is behind HAProxy, which hides how callers came: refuse all then
+    Args:
+        app: the service
+        loopback_only: refuse whoever comes by another address of this machine
+        direct: the replica's own socket is behind HAProxy, which hides how callers came: refuse all then
     """
 
     def __init__(self, app: ASGIApp, *, loopback_only: bool, direct: bool = False) -> None:
@@ -140,9 +141,10 @@ LABEL = "replica"
 
 
 class ReplicaMetrics(Metrics):
-    """A replica's metrics, whose page shows every replica's, told apart by the label ``replica``.
+    """A replica's metrics, whose page shows every replica's, told apart by the label `replica`.
 
-    :param pages: gets all replicas' own pages by their names; may take its time, and may lack some
+    Args:
+        pages: gets all replicas' own pages by their names; may take its time, and may lack some
     """
 
     def __init__(self, pages: Callable[[], Mapping[str, bytes]]) -> None:
@@ -154,12 +156,12 @@ class ReplicaMetrics(Metrics):
         return super().render()
 
     def render(self) -> bytes:
-        """The answer of ``/metrics``."""
+        """The answer of `/metrics`."""
         return merged(self._pages())
 
 
 def merged(pages: Mapping[str, bytes]) -> bytes:
-    """Pages of Prometheus text as one, each sample with the name of its page as the label ``replica``."""
+    """Pages of Prometheus text as one, each sample with the name of its page as the label `replica`."""
     families: dict[str, Metric] = {}
     for name, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
@@ -203,11 +205,11 @@ def _one_or_more(given: object) -> object:
 
 
 class Arguments(Settings):
-    """``args`` in a configuration of Ray's, or ``key=value`` after the import path.
+    """`args` in a configuration of Ray's, or `key=value` after the import path.
 
-    ``config``: the file with the section ``service:``; a relative path starts in the folder of the process,
-    or, if it is not there, in the one that holds ``configs/``. It is read on the machine of each replica.
-    ``set``: overrides, as ``reward-service serve --set`` takes them.
+    `config`: the file with the section `service:`; a relative path starts in the folder of the process,
+    or, if it is not there, in the one that holds `configs/`. It is read on the machine of each replica.
+    `set`: overrides, as `reward-service serve --set` takes them.
     """
 
     config: Path = DEFAULT_CONFIG
@@ -215,16 +217,19 @@ class Arguments(Settings):
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
-    """The application for ``serve run``, ``serve deploy`` and ``serve.run``.
+    """The application for `serve run`, `serve deploy` and `serve.run`.
 
-    :param arguments: see :class:`Arguments`
-    :raises DeployError: they, the configuration or what it names cannot be used, in one line
+    Args:
+        arguments: see `Arguments`
+
+    Raises:
+        DeployError: they, the configuration or what it names cannot be used, in one line
     """
     return application(arguments, Replica)
 
 
 def application(arguments: Mapping[str, Any], replica: type[Replica], **options: Any) -> serve.Application:
-    """:func:`app` with another replica, and with options of Ray's in place of :func:`deployment`'s."""
+    """`app` with another replica, and with options of Ray's in place of `deployment`'s."""
     try:
         given = _arguments(arguments)
         config = load_config(given.config, given.set)
@@ -277,9 +282,12 @@ def deployment(config: ServiceConfig) -> dict[str, Any]:
 class Replica:
     """One judge of several, as Ray Serve runs it. It takes requests once its models are loaded and proven.
 
-    :param config: path of the configuration
-    :param overrides: of its section ``service:``
-    :raises ConfigError: they cannot be used on this machine
+    Args:
+        config: path of the configuration
+        overrides: of its section `service:`
+
+    Raises:
+        ConfigError: they cannot be used on this machine
     """
 
     def __init__(self, config: str, overrides: list[str]) -> None:
@@ -294,7 +302,8 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Door:
         """The service, for Ray to run, which sends nothing to it before this returns.
 
-        :raises RuntimeError: it will never score, in one line
+        Raises:
+            RuntimeError: it will never score, in one line
         """
         self._judge = await _loaded(self._config, self._metrics, self._report)
         auth = self._config.auth
@@ -310,7 +319,7 @@ class Replica:
             raise RuntimeError(self._judge.health.detail)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :class:`~reward_service.ray_scaling.PairsPerReplica` decides by."""
+        """What `reward_service.ray_scaling.PairsPerReplica` decides by."""
         return {PAIRS: self._judge.admission.used["pairs"]}
 
     async def own_metrics(self) -> tuple[str, bytes]:
@@ -336,7 +345,7 @@ class Replica:
         self._closing.close()
 
 
-async def _loaded(config: ServiceConfig, metrics: ReplicaMetrics, report: Reporting) -> Judge:
+async def _loaded(config: ServiceConfig, metrics: ReplicaMetrics, report: Reporting) -> ScoringService:
     settled = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -345,13 +354,15 @@ async def _loaded(config: ServiceConfig, metrics: ReplicaMetrics, report: Report
         loop.call_soon_threadsafe(settled.set)
 
     def failed(message: str) -> None:
-        if judge.served:  # a device that hangs could hold up any orderly end
+        if service.served:  # a device that hangs could hold up any orderly end
             end_soon(message, report.log, _LAST_ANSWERS_S)
         loop.call_soon_threadsafe(settled.set)
 
-    judge = Judge(config, on_ready=ready, on_failure=failed, on_notice=report.log.warning, metrics=metrics)
-    judge.start()
+    service = ScoringService(
+        config, on_ready=ready, on_failure=failed, on_notice=report.log.warning, metrics=metrics
+    )
+    service.start()
     await settled.wait()
-    if judge.health.status == "failed":
-        raise RuntimeError(judge.health.detail)
-    return judge
+    if service.health.status == "failed":
+        raise RuntimeError(service.health.detail)
+    return service

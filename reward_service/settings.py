@@ -1,7 +1,7 @@
-"""One YAML file, two sections: ``service:`` for the judge, ``trainer:`` for the learner.
+"""One YAML file, two sections: `service:` for the service, `trainer:` for the trainer.
 
 Each program reads its own section into a frozen model that knows every key. Whatever is wrong is one
-:class:`ConfigError` line: the file, the key, the problem, the remedy.
+`ConfigError` line: the file, the key, the problem, the remedy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature
 def rest_idle_threads() -> None:
     """Have OpenMP's idle threads spin for microseconds, then sleep; call it before torch is imported.
 
-    Judge and learner often share cores. Threads that spin on slow the other down by up to four times;
+    Judge and trainer often share cores. Threads that spin on slow the other down by up to four times;
     threads that sleep at once make small operations as slow on two cores as on one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -56,7 +56,7 @@ ConfigPath = Annotated[Path, AfterValidator(_beside_the_file)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as a string; this reads it as the number that was meant."""
+    """YAML 1.1 reads `1e-3` as a string; this reads it as the number that was meant."""
 
 
 _Loader.add_implicit_resolver(
@@ -75,13 +75,16 @@ def load_section(
 ) -> M:
     """Read one section of a configuration file.
 
-    :param model: the pydantic model of the section
-    :param path: the YAML file
-    :param section: ``service`` or ``trainer``
-    :param overrides: ``key.subkey=value`` strings, relative to the section; values are YAML
-    :param presets: ``key.subkey`` of a mapping in the file from such keys to values, which hold where no
-        override says otherwise
-    :raises ConfigError: whatever is wrong, in one line
+    Args:
+        model: the pydantic model of the section
+        path: the YAML file
+        section: `service` or `trainer`
+        overrides: `key.subkey=value` strings, relative to the section; values are YAML
+        presets: `key.subkey` of a mapping in the file from such keys to values, which hold where no override
+            says otherwise
+
+    Raises:
+        ConfigError: whatever is wrong, in one line
     """
     values = _section(_read(path), path, section)
     for key, value in (_preset(values, presets) if presets else {}).items():
@@ -199,7 +202,7 @@ def _remedy(key: str, known: Sequence[str]) -> str:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The field names of the model at ``location`` below ``model``; empty where it is not a model."""
+    """The field names of the model at `location` below `model`; empty where it is not a model."""
     inner: Any = model
     for part in location:
         if _is_model(inner):
@@ -211,7 +214,7 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tupl
 
 
 def _bare(annotation: Any) -> Any:
-    """``X`` of ``X | None`` and of ``Annotated[X, ...]``."""
+    """`X` of `X | None` and of `Annotated[X, ...]`."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -224,5 +227,5 @@ def _is_model(annotation: Any) -> bool:
 
 
 def one_line(message: object) -> str:
-    """``message`` with every run of white space, line ends included, made one space."""
+    """`message` with every run of white space, line ends included, made one space."""
     return " ".join(str(message).split())

@@ -18,7 +18,7 @@ HEADER = """\
 #
 # Made by `make lock` from requirements.lock; do not edit by hand.
 # hpsv2 is absent on purpose: it pins pytest==7.2.0 and protobuf<4 and cannot share an environment with
-# the packages below. The judge does not need it; it only serves as an oracle for parity tests, in an
+# the packages below. The service does not need it; it only serves as an oracle for parity tests, in an
 # environment of its own.
 name: rl-unclip-env
 channels:

@@ -1,1 +1,1 @@
-"""The learner: improves a LoRA on Karlo's decoder from the rewards of the scoring service."""
+"""The trainer: improves a LoRA on Karlo's decoder from the rewards of the scoring service."""

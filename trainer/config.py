@@ -138,8 +138,8 @@ Share = Literal["image", "group", "prompt"]
 
 Precision = Literal["float32", "bfloat16"]
 
-# After which stage pictures are looked at: the decoder's own (64 px with Karlo) or the final ones (256 px).
-PictureStage = Literal["decoder", "super_resolution"]
+# After which stage images are looked at: the decoder's own (64 px with Karlo) or the final ones (256 px).
+ImageStage = Literal["decoder", "super_resolution"]
 
 Scale = Annotated[float, Field(ge=1)]  # guidance scale; 1 means no guidance
 
@@ -173,7 +173,7 @@ class ServiceConfig(Section):
         60.0  # spent on repeating one request that may succeed later
     )
     # Ask for scores that are the same to the bit whoever else is being scored, or was before: a run on the
-    # CPU is then the same whatever befalls the service. Each picture is a forward pass of its own.
+    # CPU is then the same whatever befalls the service. Each image is a forward pass of its own.
     deterministic: bool = False
     ready_timeout_s: PositiveFloat = 10.0  # how long the service may take to answer before training starts
 
@@ -197,14 +197,14 @@ class PromptsConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How a picture is drawn, in training and in evaluation alike."""
+    """How an image is drawn, in training and in evaluation alike."""
 
     prior_steps: Annotated[int, Field(ge=2)] = 25
     prior_guidance: Scale = 4.0
     decoder_steps: Annotated[int, Field(ge=4)] = 25
     decoder_guidance: Scale = 8.0
     super_res_steps: Annotated[int, Field(ge=2)] = 7
-    micro_batch: PositiveInt = 8  # pictures in one forward pass of the decoder (twice that with guidance)
+    micro_batch: PositiveInt = 8  # images in one forward pass of the decoder (twice that with guidance)
 
 
 class LoraSettings(Section):
@@ -239,10 +239,10 @@ class RolloutConfig(Section):
     # within-prompt variance it removes; `reward-trainer variance` does the same at any time.
     measure_sharing: bool = False
     # What is rewarded. "decoder" leaves super-resolution out of training, more than half of Karlo's work;
-    # `reward-trainer stages` says how far scores before and after it order pictures alike.
-    reward_stage: PictureStage = "super_resolution"
+    # `reward-trainer stages` says how far scores before and after it order images alike.
+    reward_stage: ImageStage = "super_resolution"
     in_flight: PositiveInt = 2  # micro-batches that may wait for their scores while the next is drawn
-    # Pictures. The last micro-batch is cut in halves, the last of them as small as this: then little is left
+    # Images. The last micro-batch is cut in halves, the last of them as small as this: then little is left
     # to score when all are drawn. null: it is not cut.
     smallest_batch: PositiveInt | None = None
     score_attempts: PositiveInt = 2  # times a micro-batch is sent before its groups are dropped
@@ -310,14 +310,14 @@ class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0  # iterations between evaluations in training; 0: before and after
     every_limit: PositiveInt | None = None  # validation prompts of those in between: the first so many
     # What is measured: by default what a user will see, whatever `rollout.reward_stage` is.
-    stage: PictureStage = "super_resolution"
+    stage: ImageStage = "super_resolution"
     images_per_prompt: PositiveInt = 4
     micro_batch: PositiveInt = 32
     in_flight: PositiveInt = 2  # micro-batches that may wait for their scores while the next is drawn
     score_attempts: PositiveInt = 2  # times a micro-batch is sent before the evaluation fails
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: PositiveInt = 5000
-    seed: int = 20_000  # of the pictures: fixed, whatever the training seed
+    seed: int = 20_000  # of the images: fixed, whatever the training seed
     # The composite that is reported, stopped and searched by; null: as objective.weights.
     weights: Weights | None = None
     grid_prompts: PositiveInt = 8
@@ -393,14 +393,17 @@ class TrainerConfig(Section):
         return self.decoder_precision or self.precision
 
     @property
-    def judged_by(self) -> Weights:
+    def reward_evaluators(self) -> Weights:
         """Weights of the composite that is reported."""
         return self.evaluation.weights or self.objective.weights
 
     @model_validator(mode="after")
     def _guard_is_not_trained_on(self) -> Self:
         name = self.guard.evaluator
-        for section, weights in (("objective", self.objective.weights), ("evaluation", self.judged_by)):
+        for section, weights in (
+            ("objective", self.objective.weights),
+            ("evaluation", self.reward_evaluators),
+        ):
             if name is not None and weights.get(name, 0) > 0:
                 raise ValueError(
                     f"guard.evaluator: {name} has a weight in {section}.weights, and a guard must not be "

@@ -1,4 +1,4 @@
-"""Drawing at a configuration's full size, with random weights: pictures a second and share of the peak."""
+"""Drawing at a configuration's full size, with random weights: images a second and share of the peak."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.rl.karlo import Condition
 def measure_full(
     config: TrainerConfig, device: str, batches: Sequence[int], repeats: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Prior, decoder and super-resolution of one batch after another; nothing is shared between pictures."""
+    """Prior, decoder and super-resolution of one batch after another; nothing is shared between images."""
     say("building random networks")
     config = config.model_copy(update={"device": device})
     plan = make_plan(config, len(config.objective.weights))
-    per_picture = plan.flops["prior"] / plan.counts["image embeddings"]
-    per_picture += (plan.flops["decoder"] + plan.flops["super-resolution"]) / plan.counts["pictures"]
+    per_image = plan.flops["prior"] / plan.counts["image embeddings"]
+    per_image += (plan.flops["decoder"] + plan.flops["super-resolution"]) / plan.counts["pictures"]
     blueprint = draft(config, device)
     place, dtype = torch.device(device), blueprint.decoder.dtype
     peak = matrix_peak(place, dtype)
@@ -41,8 +41,8 @@ def measure_full(
                 "batch": batch,
                 **{f"{name}, s": round(seconds, 4) for name, seconds in times.items()},
                 "images/s": round(rate, 3),
-                "TFLOP an image": round(per_picture / 1e12, 3),
-                "share of peak": f"{rate * per_picture / peak:.1%}",
+                "TFLOP an image": round(per_image / 1e12, 3),
+                "share of peak": f"{rate * per_image / peak:.1%}",
                 "measured peak, TFLOP/s": round(peak / 1e12, 2),
             }
         )

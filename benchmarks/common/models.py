@@ -2,12 +2,12 @@
 
 The references' own loops, as people run them, over the very tensors that our towers compute with.
 
-Each takes groups of a prompt and its pictures and gives one score a picture, in order.
+Each takes groups of a prompt and its images and gives one score an image, in order.
 
 ==========  ===========================================================================================
-aesthetic   LAION's simple_inference.py: a picture at a time, five linear layers on the unit embedding
+aesthetic   LAION's simple_inference.py: an image at a time, five linear layers on the unit embedding
 clip        OpenAI's README: a pair at a time, cosine
-pickscore   the model card's calc_probs: a prompt with all of its pictures, transformers' CLIPModel
+pickscore   the model card's calc_probs: a prompt with all of its images, transformers' CLIPModel
 hpsv2       hpsv2.img_score.score: a pair at a time. It also loads its 2 GB checkpoint again at every
             call, which is left out here
 ==========  ===========================================================================================
@@ -51,7 +51,7 @@ SIZE_PX = 224
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its pictures."""
+    """A prompt and its images."""
 
     prompt: str
     images: list[Image.Image]
@@ -106,11 +106,11 @@ def clip_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
     transform, tokenizer = clip_transform(), SimpleTokenizer()
 
     def score(prompt: str, image: Image.Image) -> float:
-        picture = clip.encode_image(transform(image)[None].to(device, dtype)).float()
+        rgb = clip.encode_image(transform(image)[None].to(device, dtype)).float()
         text = clip.encode_text(tokenizer([prompt]).to(device)).float()
-        picture = picture / picture.norm(dim=-1, keepdim=True)
+        rgb = rgb / rgb.norm(dim=-1, keepdim=True)
         text = text / text.norm(dim=-1, keepdim=True)
-        return float(picture @ text.T)
+        return float(rgb @ text.T)
 
     return lambda groups: [score(group.prompt, image) for group in groups for image in group.images]
 
@@ -118,7 +118,8 @@ def clip_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
 def pickscore_loop(model: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Loop:
     """The model card's snippet without its softmax; the processor's Pillow half, as it was published with.
 
-    :param folder: tokenizer and processor files
+    Args:
+        folder: tokenizer and processor files
     """
     processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", local_files_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -138,12 +139,12 @@ def pickscore_loop(model: Any, folder: Path, device: torch.device, dtype: torch.
 
 
 def hps_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
-    """hpsv2.img_score's inner loop: model(picture, prompt), the diagonal of their product."""
+    """hpsv2.img_score's inner loop: model(image, prompt), the diagonal of their product."""
     tokenizer = SimpleTokenizer()
 
     def score(prompt: str, image: Image.Image) -> float:
-        picture = hps_transform(image)[None].to(device, dtype)
-        images, texts, _ = clip(picture, tokenizer([prompt]).to(device))
+        rgb = hps_transform(image)[None].to(device, dtype)
+        images, texts, _ = clip(rgb, tokenizer([prompt]).to(device))
         return float(torch.diagonal(images.float() @ texts.float().T))
 
     return lambda groups: [score(group.prompt, image) for group in groups for image in group.images]
@@ -193,7 +194,7 @@ EVALUATORS = {"aesthetic": "clip", "clip": "clip", "pickscore": "pickscore", "hp
 
 @dataclass(frozen=True)
 class Models:
-    """Everything to compare; ``bare`` holds open_clip's unchanged models by tower."""
+    """Everything to compare; `bare` holds open_clip's unchanged models by tower."""
 
     engine: RewardEngine
     loops: dict[str, Loop]
@@ -209,8 +210,9 @@ class Models:
 def build(folder: Path, layers: int | None, device: torch.device, dtype: torch.dtype, batch: int) -> Models:
     """Make them.
 
-    :param folder: a few small files are written here: tokenizer and head
-    :param layers: cut every transformer to so many; None for the published sizes
+    Args:
+        folder: a few small files are written here: tokenizer and head
+        layers: cut every transformer to so many; None for the published sizes
     """
     head, tokenizers = _small_files(folder)
     configs = {name: model_config(architecture, layers) for name, architecture in ARCHITECTURES.items()}
@@ -231,9 +233,9 @@ def random_engine(
     dtype: torch.dtype,
     batch: int,
 ) -> RewardEngine:
-    """The engine alone, with those evaluators that look through one of ``towers``.
+    """The engine alone, with those evaluators that look through one of `towers`.
 
-    The other parameters are those of :func:`build`.
+    The other parameters are those of `build`.
     """
     head, tokenizers = _small_files(folder)
     made = {}

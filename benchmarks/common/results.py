@@ -46,7 +46,7 @@ Say: TypeAlias = Callable[[str], None]
 
 @dataclass
 class Report:
-    """Everything measured in one run; a subclass has a field of rows for each table, and its ``titles``."""
+    """Everything measured in one run; a subclass has a field of rows for each table, and its `titles`."""
 
     name: ClassVar[str]
     titles: ClassVar[Mapping[str, str]]
@@ -65,7 +65,7 @@ class Report:
         return "\n".join(parts)
 
     def write(self, folder: Path) -> None:
-        """Write ``NAME-DEVICE.md`` and ``.json``."""
+        """Write `NAME-DEVICE.md` and `.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{self.name}-{self.machine['device']}"
         (folder / f"{stem}.md").write_text(self.markdown() + "\n")

@@ -33,7 +33,7 @@ class EvaluatorReport(Report):
     name = "evaluators"
     titles: ClassVar = {
         "machine": "# Evaluator benchmark\n",
-        "scores": "\n## The same scores\n\nEngine against reference loop, same weights and pictures.\n",
+        "scores": "\n## The same scores\n\nEngine against reference loop, same weights and images.\n",
         "speed": "\n## Times\n",
         "ratios": "\n## Ratios\n\nEach is the median of the ratios of neighbouring runs.\n",
         "throughput": "\n## Throughput\n\nThe peak is that of a matrix product in this run.\n",
@@ -71,11 +71,11 @@ def measure(
 
 
 def workload(images: int, per_prompt: int, size_px: int) -> list[Group]:
-    """Random pictures under a few prompts."""
-    pictures = [Image.fromarray(scene(size_px, size_px, seed)) for seed in range(images)]
+    """Random images under a few prompts."""
+    pixels = [Image.fromarray(scene(size_px, size_px, seed)) for seed in range(images)]
     starts = range(0, images, per_prompt)
     return [
-        Group(f"{_WORDS[number % len(_WORDS)]}, number {number}", pictures[start : start + per_prompt])
+        Group(f"{_WORDS[number % len(_WORDS)]}, number {number}", pixels[start : start + per_prompt])
         for number, start in enumerate(starts)
     ]
 
@@ -104,22 +104,22 @@ def _differences(models: Models, groups: Sequence[Group]) -> list[dict[str, Any]
 
 def _contestants(models: Models, groups: Sequence[Group]) -> dict[str, Callable[[], object]]:
     pairs = pairs_of(groups)
-    pixels = _pixels(models, [pair.picture for pair in pairs])
+    pixels = _pixels(models, [pair.image for pair in pairs])
     texts = _texts(models, [group.prompt for group in groups])
     return {
         "engine": lambda: models.engine.score(pairs),
         "engine, prompts cached": lambda: models.engine.score(pairs),
         **{f"reference loop, {name}": partial(loop, groups) for name, loop in models.loops.items()},
-        "bare forward passes, pictures": lambda: [models.bare[n].encode_image(p) for n, p in pixels.items()],
+        "bare forward passes, images": lambda: [models.bare[n].encode_image(p) for n, p in pixels.items()],
         "bare forward passes, prompts": lambda: [models.bare[n].encode_text(ids) for n, ids in texts.items()],
     }
 
 
-def _pixels(models: Models, pictures: Sequence[Any]) -> dict[str, Tensor]:
+def _pixels(models: Models, images: Sequence[Any]) -> dict[str, Tensor]:
     """What each tower sees, prepared beforehand and on its device."""
     engine = models.engine
     ways: dict[str, Preprocessing] = {e.tower_name: e.preprocessing for e in engine.evaluators.values()}
-    return {name: way(pictures).to(engine.device, engine.dtype) for name, way in ways.items()}
+    return {name: way(images).to(engine.device, engine.dtype) for name, way in ways.items()}
 
 
 def _texts(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -160,12 +160,12 @@ def _finish(device: torch.device) -> None:
 def _ratios(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     loops = np.sum([times for name, times in seconds.items() if name.startswith("reference")], axis=0)
     engine, cached = np.array(seconds["engine"]), np.array(seconds["engine, prompts cached"])
-    pictures = np.array(seconds["bare forward passes, pictures"])
+    images = np.array(seconds["bare forward passes, images"])
     prompts = np.array(seconds["bare forward passes, prompts"])
     ratios = {
         "four reference loops / engine": loops / engine,
-        "engine / bare forward passes of pictures and prompts": engine / (pictures + prompts),
-        "engine, prompts cached / bare forward passes of pictures": cached / pictures,
+        "engine / bare forward passes of images and prompts": engine / (images + prompts),
+        "engine, prompts cached / bare forward passes of images": cached / images,
     }
     return [
         {
@@ -197,7 +197,7 @@ def _throughput(
         for batch in batches:
             say(f"throughput: {mode}, batch of {batch}")
             pairs = pairs_of(workload(batch, batch, options.size_px))
-            pixels = _pixels(models, [pair.picture for pair in pairs])
+            pixels = _pixels(models, [pair.image for pair in pairs])
             towers = _rate(partial(_embed, models, pixels), batch, engine.device)
             whole = _rate(partial(engine.score, pairs), batch, engine.device)
             rows.append(
@@ -231,7 +231,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _flops(vision: Mapping[str, Any]) -> float:
-    """Of one picture's forward pass: the blocks' matrix products and the patch embedding."""
+    """Of one image's forward pass: the blocks' matrix products and the patch embedding."""
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     tokens, width = patches + 1, vision["width"]
     block = 24 * tokens * width**2 + 4 * tokens**2 * width

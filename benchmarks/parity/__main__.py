@@ -1,4 +1,4 @@
-"""``make parity``: prove that our scores are the references' scores, on random weights, in one command.
+"""`make parity`: prove that our scores are the references' scores, on random weights, in one command.
 
 Ends with 0 if every difference is allowed and every known mistake would be noticed, with 1 otherwise.
 """

@@ -1,4 +1,4 @@
-"""Pictures of odd sizes and modes, and awkward prompts."""
+"""Images of odd sizes and modes, and awkward prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER_LONG = "a narrow alley at night with " + "three old lanterns, " * 12
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt; ``harmless`` spells its special tokens so that a reference does not take them for tokens."""
+    """A prompt; `harmless` spells its special tokens so that a reference does not take them for tokens."""
 
     name: str
     text: str
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file; ``unlike`` says why ``whom`` get our flattened picture instead of opening the file itself."""
+    """A file; `unlike` says why `whom` get our flattened image instead of opening the file itself."""
 
     name: str
     path: Path
@@ -66,11 +66,11 @@ PROMPTS = (
 LONG = ("over 77 tokens", "over 77, other start", "over 77, other end")
 
 
-def write_pictures(folder: Path) -> list[Picture]:
-    """Write every picture."""
+def write_images(folder: Path) -> list[Picture]:
+    """Write every image."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for seed, (name, kind, save, unlike, whom) in enumerate(_PICTURES):
+    for seed, (name, kind, save, unlike, whom) in enumerate(_IMAGES):
         path = folder / f"{seed:02d}.{kind}"
         save(path, seed)
         made.append(Picture(name, path, unlike, whom))
@@ -78,15 +78,15 @@ def write_pictures(folder: Path) -> list[Picture]:
 
 
 def scene(width: int, height: int, seed: int) -> NDArray[np.uint8]:
-    """A random picture with what photographs have: broad areas, edges and fine grain."""
+    """A random image with what photographs have: broad areas, edges and fine grain."""
     rng = np.random.default_rng(seed)
     low = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     broad = np.asarray(low.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
     rows, columns = np.mgrid[:height, :width]
     edges = 70 * np.sign(np.sin(columns / (3 + seed) + seed) * np.cos(rows / (5 + seed % 4)))
     grain = rng.normal(0, 25, (height, width, 3))
-    picture: NDArray[np.uint8] = (broad + edges[:, :, None] + grain).clip(0, 255).astype(np.uint8)
-    return picture
+    image: NDArray[np.uint8] = (broad + edges[:, :, None] + grain).clip(0, 255).astype(np.uint8)
+    return image
 
 
 def _rgb(width: int, height: int, seed: int) -> Image.Image:
@@ -164,7 +164,7 @@ _CLIPPED = ("16-bit grey is clipped to white", _ALL)
 _IGNORED = ("EXIF rotation is ignored", _ALL)
 _FILM = ("Pillow opens it as RGBA, opaque; hpsv2 crashes", ("hpsv2",))
 _NOBODY: tuple[str, tuple[str, ...]] = ("", ())
-_PICTURES: tuple[tuple[str, str, Callable[[Path, int], None], str, tuple[str, ...]], ...] = (
+_IMAGES: tuple[tuple[str, str, Callable[[Path, int], None], str, tuple[str, ...]], ...] = (
     ("JPEG, large, 1600x1200", "jpg", _saver(1600, 1200, quality=90), *_NOBODY),
     ("PNG, ICC profile, 224x227", "png", _with_profile, *_NOBODY),
     ("WebP, lossy, 235x224", "webp", _saver(235, 224, quality=80), *_NOBODY),

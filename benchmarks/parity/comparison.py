@@ -64,23 +64,23 @@ class Comparison:
         return found
 
 
-def all_cases(pictures: Sequence[Picture]) -> list[Case]:
-    """Every picture with every prompt."""
-    return [(picture, prompt) for picture in range(len(pictures)) for prompt in range(len(PROMPTS))]
+def all_cases(images: Sequence[Picture]) -> list[Case]:
+    """Every image with every prompt."""
+    return [(image, prompt) for image in range(len(images)) for prompt in range(len(PROMPTS))]
 
 
-def diagonal(pictures: Sequence[Picture]) -> list[Case]:
-    """Each picture with one prompt of its own, each prompt once."""
-    return [(index, index) for index in range(min(len(pictures), len(PROMPTS)))]
+def diagonal(images: Sequence[Picture]) -> list[Case]:
+    """Each image with one prompt of its own, each prompt once."""
+    return [(index, index) for index in range(min(len(images), len(PROMPTS)))]
 
 
 def own_scores(
-    config: ServiceConfig, kind: str, pictures: Sequence[Picture], cases: Sequence[Case]
+    config: ServiceConfig, kind: str, images: Sequence[Picture], cases: Sequence[Case]
 ) -> dict[Case, float]:
     """Our engine's scores, straight from the files' bytes."""
     engine = build_engine(config)
-    decoded = [decode(picture.path.read_bytes()).rgb for picture in pictures]
-    pairs = [Pair(PROMPTS[prompt].text, decoded[picture]) for picture, prompt in cases]
+    decoded = [decode(image.path.read_bytes()).rgb for image in images]
+    pairs = [Pair(PROMPTS[prompt].text, decoded[image]) for image, prompt in cases]
     found = {case: scored.raw[kind] for case, scored in zip(cases, engine.score(pairs), strict=True)}
     del engine
     gc.collect()
@@ -91,32 +91,33 @@ def compare(
     named: tuple[str, str, str],
     own: dict[Case, float],
     load: Callable[[], Reference],
-    pictures: Sequence[Picture],
+    images: Sequence[Picture],
 ) -> Comparison:
     """Put a reference's scores beside ours.
 
-    :param named: kind of evaluator, reference and model, for the table
+    Args:
+        named: kind of evaluator, reference and model, for the table
     """
     reference = load()
     result = Comparison(*named)
-    theirs = _their_scores(reference, pictures, list(own))
+    theirs = _their_scores(reference, images, list(own))
     result.differences = {case: abs(own[case] - theirs[case]) for case in own}
     result.spread = pstdev(theirs.values())
-    result.mistakes = mistakes.measure(reference, pictures)
+    result.mistakes = mistakes.measure(reference, images)
     _free(reference)
     return result
 
 
 def _their_scores(
-    reference: Reference, pictures: Sequence[Picture], cases: Sequence[Case]
+    reference: Reference, images: Sequence[Picture], cases: Sequence[Case]
 ) -> dict[Case, float]:
-    files = [given_file(reference, picture) for picture in pictures]
+    files = [given_file(reference, image) for image in images]
     found = {}
     for number, prompt in enumerate(PROMPTS):
-        asked = [picture for picture, of in cases if of == number]
+        asked = [image for image, of in cases if of == number]
         text = given_prompt(reference, prompt)
-        scores = reference.score([files[picture] for picture in asked], text) if asked else []
-        found.update({(picture, number): score for picture, score in zip(asked, scores, strict=True)})
+        scores = reference.score([files[image] for image in asked], text) if asked else []
+        found.update({(image, number): score for image, score in zip(asked, scores, strict=True)})
     return found
 
 
@@ -125,12 +126,12 @@ def given_prompt(reference: Reference, prompt: Prompt) -> str:
     return prompt.harmless if mistakes.injects(reference, prompt.text) else prompt.text
 
 
-def given_file(reference: Reference, picture: Picture) -> Path:
+def given_file(reference: Reference, image: Picture) -> Path:
     """The file itself; where the reference has another policy than ours, our pixels as a plain PNG."""
-    if reference.kind not in picture.whom:
-        return picture.path
-    path = picture.path.with_name(f"{picture.path.stem}-flattened.png")
-    Image.fromarray(decode(picture.path.read_bytes()).rgb).save(path)
+    if reference.kind not in image.whom:
+        return image.path
+    path = image.path.with_name(f"{image.path.stem}-flattened.png")
+    Image.fromarray(decode(image.path.read_bytes()).rgb).save(path)
     return path
 
 

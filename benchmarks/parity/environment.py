@@ -19,7 +19,8 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 def make(folder: Path) -> None:
     """Make the environment anew.
 
-    :raises SystemExit: the references cannot be installed
+    Raises:
+        SystemExit: the references cannot be installed
     """
     venv.EnvBuilder(clear=True, symlinks=True, with_pip=False).create(folder)
     python = folder / "bin" / "python"

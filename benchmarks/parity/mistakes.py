@@ -28,19 +28,19 @@ class Mistake:
     difference: float
 
 
-def measure(reference: Reference, pictures: Sequence[Picture]) -> list[Mistake]:
+def measure(reference: Reference, images: Sequence[Picture]) -> list[Mistake]:
     """Make every mistake that this reference's computation allows."""
-    found = [_activation(reference, pictures), _antialias(reference, pictures), _alpha(reference, pictures)]
-    found.append(_half_head(reference, pictures))
+    found = [_activation(reference, images), _antialias(reference, images), _alpha(reference, images)]
+    found.append(_half_head(reference, images))
     if reference.reads_prompt:
-        found.append(_end_cut_off(reference, pictures))
+        found.append(_end_cut_off(reference, images))
     return found
 
 
-def _activation(reference: Reference, pictures: Sequence[Picture]) -> Mistake:
-    right = _score(reference, _pixels(reference, pictures[0]))
+def _activation(reference: Reference, images: Sequence[Picture]) -> Mistake:
+    right = _score(reference, _pixels(reference, images[0]))
     with _other_activation(reference) as name:
-        wrong = _score(reference, _pixels(reference, pictures[0]))
+        wrong = _score(reference, _pixels(reference, images[0]))
     return Mistake(name, abs(wrong - right))
 
 
@@ -67,11 +67,11 @@ class _QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def _antialias(reference: Reference, pictures: Sequence[Picture]) -> Mistake:
-    """The large picture, made small by bicubic interpolation alone."""
-    image = _flattened(pictures[0])
+def _antialias(reference: Reference, images: Sequence[Picture]) -> Mistake:
+    """The large image, made small by bicubic interpolation alone."""
+    image = _flattened(images[0])
     right = reference.pixels(image)
-    unit = torch.from_numpy(decode(pictures[0].path.read_bytes()).rgb).permute(2, 0, 1)[None].float() / 255
+    unit = torch.from_numpy(decode(images[0].path.read_bytes()).rgb).permute(2, 0, 1)[None].float() / 255
     height, width = unit.shape[2:]
     letterbox = reference.kind == "hpsv2"
     scale = 224 / (max(height, width) if letterbox else min(height, width))
@@ -95,28 +95,28 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def _alpha(reference: Reference, pictures: Sequence[Picture]) -> Mistake:
+def _alpha(reference: Reference, images: Sequence[Picture]) -> Mistake:
     """RGBA without white: the colours that lie hidden under the transparency show."""
-    picture = next(picture for picture in pictures if "RGBA" in picture.name)
-    with Image.open(picture.path) as image:
+    rgb = next(rgb for rgb in images if "RGBA" in rgb.name)
+    with Image.open(rgb.path) as image:
         wrong = _score(reference, reference.pixels(image.convert("RGB")))
-    return Mistake("RGBA without white", abs(wrong - _score(reference, _pixels(reference, picture))))
+    return Mistake("RGBA without white", abs(wrong - _score(reference, _pixels(reference, rgb))))
 
 
-def _half_head(reference: Reference, pictures: Sequence[Picture]) -> Mistake:
+def _half_head(reference: Reference, images: Sequence[Picture]) -> Mistake:
     """Embeddings rounded to bf16 before the cosine or the head; the mildest form of the mistake."""
     text = _text(reference, _PLAIN)
     worst = 0.0
-    for picture in pictures[:4]:
-        image = reference.embed_image(_pixels(reference, picture))
+    for rgb in images[:4]:
+        image = reference.embed_image(_pixels(reference, rgb))
         wrong = reference.combine(image.bfloat16().float(), text.bfloat16().float())
         worst = max(worst, abs(wrong - reference.combine(image, text)))
     return Mistake("bf16 head", worst)
 
 
-def _end_cut_off(reference: Reference, pictures: Sequence[Picture]) -> Mistake:
+def _end_cut_off(reference: Reference, images: Sequence[Picture]) -> Mistake:
     """Ids sliced at 77, end token and all."""
-    image = reference.embed_image(_pixels(reference, pictures[0]))
+    image = reference.embed_image(_pixels(reference, images[0]))
     worst = 0.0
     for prompt in (prompt for prompt in PROMPTS if prompt.name in LONG):
         right = reference.ids(prompt.text)
@@ -135,12 +135,12 @@ def _score(reference: Reference, pixels: Tensor) -> float:
     return reference.combine(reference.embed_image(pixels), _text(reference, _PLAIN))
 
 
-def _pixels(reference: Reference, picture: Picture) -> Tensor:
-    return reference.pixels(_flattened(picture))
+def _pixels(reference: Reference, image: Picture) -> Tensor:
+    return reference.pixels(_flattened(image))
 
 
-def _flattened(picture: Picture) -> Image.Image:
-    return Image.fromarray(decode(picture.path.read_bytes()).rgb)
+def _flattened(image: Picture) -> Image.Image:
+    return Image.fromarray(decode(image.path.read_bytes()).rgb)
 
 
 def injects(reference: Reference, prompt: str) -> bool:

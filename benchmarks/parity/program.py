@@ -18,7 +18,7 @@ from hpsv2.src import open_clip as bundled
 from transformers.utils import logging as chatter
 
 from benchmarks.parity import report, weights
-from benchmarks.parity.cases import Picture, write_pictures
+from benchmarks.parity.cases import Picture, write_images
 from benchmarks.parity.comparison import Case, Comparison, all_cases, compare, diagonal, own_scores
 from benchmarks.parity.references import Aesthetic, Hps, OpenAI, PickScore, TransformersClip
 from reward_service.config import ServiceConfig
@@ -29,7 +29,8 @@ RESULT = Path(__file__).parents[1] / "results" / "parity.md"
 def run() -> int:
     """Run every comparison, print and write the table.
 
-    :returns: 0 if every difference is allowed and every known mistake would be noticed, else 1
+    Returns:
+        0 if every difference is allowed and every known mistake would be noticed, else 1
     """
     parser = argparse.ArgumentParser(prog="parity", description="Compare with the references.")
     parser.add_argument("--quick", action="store_true", help="2-layer models only; nothing is written")
@@ -38,10 +39,10 @@ def run() -> int:
     _quiet()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        pictures = write_pictures(Path(folder) / "pictures")
-        found = list(_comparisons(Path(folder), pictures, full=not options.quick))
+        images = write_images(Path(folder) / "pictures")
+        found = list(_comparisons(Path(folder), images, full=not options.quick))
         command = "make parity" + (" PARITY=--quick" if options.quick else "")
-        text = report.markdown(found, pictures, command, time.monotonic() - start)
+        text = report.markdown(found, images, command, time.monotonic() - start)
     print(text)
     if not options.quick:
         RESULT.write_text(text, encoding="utf-8")
@@ -51,23 +52,23 @@ def run() -> int:
     return 1 if faults else 0
 
 
-def _comparisons(folder: Path, pictures: Sequence[Picture], *, full: bool) -> Iterator[Comparison]:
-    yield from _of_size(folder, pictures, all_cases(pictures), 2)
+def _comparisons(folder: Path, images: Sequence[Picture], *, full: bool) -> Iterator[Comparison]:
+    yield from _of_size(folder, images, all_cases(images), 2)
     if full:
-        yield from _of_size(folder, pictures, diagonal(pictures), None)
+        yield from _of_size(folder, images, diagonal(images), None)
 
 
 def _of_size(
-    folder: Path, pictures: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     place = folder / "weights"
     for compared in (_hpsv2, _pickscore, _openai):
-        yield from compared(place, pictures, cases, layers)
+        yield from compared(place, images, cases, layers)
         shutil.rmtree(place)
 
 
 def _hpsv2(
-    folder: Path, pictures: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     config = weights.model_config("ViT-H-14", layers)
     architecture = "ViT-H-14" if layers is None else f"ViT-H-14-{layers}-layers"
@@ -78,27 +79,27 @@ def _hpsv2(
         open_clip.add_model_config(registered)
         bundled.factory.add_model_config(registered)
     tower = _tower("open_clip", path, architecture=architecture)
-    own = own_scores(_config("hpsv2", tower), "hpsv2", pictures, cases)
+    own = own_scores(_config("hpsv2", tower), "hpsv2", images, cases)
     _note(f"hpsv2, {_size(layers)}: our {len(own)} scores are there, the reference's follow")
     named = ("hpsv2", "hpsv2", f"ViT-H/14 {_size(layers)}")
-    yield compare(named, own, lambda: Hps(path, architecture), pictures)
+    yield compare(named, own, lambda: Hps(path, architecture), images)
 
 
 def _pickscore(
-    folder: Path, pictures: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     config = weights.model_config("ViT-H-14", layers)
     place = folder / "pickscore"
     weights.write_huggingface(place, config, weights.random_state(config, seed=2))
     tower = _tower("huggingface", place / "model.safetensors")
-    own = own_scores(_config("pickscore", tower), "pickscore", pictures, cases)
+    own = own_scores(_config("pickscore", tower), "pickscore", images, cases)
     _note(f"pickscore, {_size(layers)}: our {len(own)} scores are there, the reference's follow")
     named = ("pickscore", "transformers", f"ViT-H/14 {_size(layers)}")
-    yield compare(named, own, lambda: PickScore(place), pictures)
+    yield compare(named, own, lambda: PickScore(place), images)
 
 
 def _openai(
-    folder: Path, pictures: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     model = f"ViT-L/14 {_size(layers)}"
     config = weights.model_config("ViT-L-14-quickgelu", layers)
@@ -107,17 +108,17 @@ def _openai(
     weights.write_huggingface(place, config, state)
     head = weights.write_head(folder / "aesthetic", seed=4)
     tower = _tower("huggingface", place / "model.safetensors", text_cleaning="openai")
-    own = own_scores(_config("clip", tower), "clip", pictures, cases)
-    beauty = own_scores(_config("aesthetic", tower, head), "aesthetic", pictures, _once(cases))
+    own = own_scores(_config("clip", tower), "clip", images, cases)
+    beauty = own_scores(_config("aesthetic", tower, head), "aesthetic", images, _once(cases))
     _note(f"clip and aesthetic, {_size(layers)}: our scores are there, the references' follow")
-    yield compare(("clip", "OpenAI clip", model), own, lambda: OpenAI(openai), pictures)
-    yield compare(("clip", "transformers", model), own, lambda: TransformersClip(place), pictures)
-    yield compare(("aesthetic", "LAION MLP", model), beauty, lambda: Aesthetic(openai, head), pictures)
+    yield compare(("clip", "OpenAI clip", model), own, lambda: OpenAI(openai), images)
+    yield compare(("clip", "transformers", model), own, lambda: TransformersClip(place), images)
+    yield compare(("aesthetic", "LAION MLP", model), beauty, lambda: Aesthetic(openai, head), images)
 
 
 def _once(cases: Sequence[Case]) -> list[Case]:
-    """Each picture once: this evaluator reads no prompt."""
-    return list({picture: (picture, prompt) for picture, prompt in cases}.values())
+    """Each image once: this evaluator reads no prompt."""
+    return list({image: (image, prompt) for image, prompt in cases}.values())
 
 
 def _tower(layout: str, path: Path, **more: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The references: their own code, called as they publish it, one pair at a time, in fp32 on the CPU.
 
 =========  =====================================================================================
-hpsv2      ``hpsv2.img_score.score`` of the package hpsv2 1.2.0, untouched
+hpsv2      `hpsv2.img_score.score` of the package hpsv2 1.2.0, untouched
 pickscore  the model card's snippet, through transformers' processor and CLIPModel
-clip       OpenAI's ``clip.load``, its transform, tokenizer and model; also transformers' CLIPModel
-aesthetic  improved-aesthetic-predictor's simple_inference.py over OpenAI's ``clip.load``
+clip       OpenAI's `clip.load`, its transform, tokenizer and model; also transformers' CLIPModel
+aesthetic  improved-aesthetic-predictor's simple_inference.py over OpenAI's `clip.load`
 =========  =====================================================================================
 
 Each also gives its parts (pixels, token ids, embeddings), from which mistakes.py makes known mistakes.
@@ -50,7 +50,7 @@ class Reference(Protocol):
     reads_prompt: bool
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """Scores of some pictures by one prompt, as published."""
+        """Scores of some images by one prompt, as published."""
         ...
 
     def ids(self, prompt: str) -> list[int]:
@@ -58,11 +58,11 @@ class Reference(Protocol):
         ...
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the model's input, float32 (3, 224, 224)."""
+        """An image as the model's input, float32 (3, 224, 224)."""
         ...
 
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """Unit embedding of one prepared picture, (D,)."""
+        """Unit embedding of one prepared image, (D,)."""
         ...
 
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
@@ -74,7 +74,7 @@ class Reference(Protocol):
         ...
 
     def activations(self) -> list[nn.Module]:
-        """The modules whose ``gelu`` or ``activation_fn`` is the activation function."""
+        """The modules whose `gelu` or `activation_fn` is the activation function."""
         ...
 
 
@@ -96,38 +96,38 @@ class Hps:
         self._tokenize = bundled.get_tokenizer("ViT-H-14")
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         found = self._package.score([str(path) for path in paths], prompt, cp=str(self._checkpoint))
         return [float(score) for score in found]
 
     def ids(self, prompt: str) -> list[int]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _without_zeros(self._tokenize([prompt])[0].tolist())
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         pixels: Tensor = self._package.model_dict["preprocess_val"](image)
         return pixels
 
     @torch.no_grad()
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         embedding: Tensor = self._package.model_dict["model"].encode_image(pixels[None], normalize=True)
         return embedding[0]
 
     @torch.no_grad()
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         row = torch.tensor([[*ids, *[0] * (77 - len(ids))]])
         embedding: Tensor = self._package.model_dict["model"].encode_text(row, normalize=True)
         return embedding[0]
 
     def combine(self, image: Tensor, text: Tensor) -> float:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return float(image @ text)
 
     def activations(self) -> list[nn.Module]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _mlps(self._package.model_dict["model"])
 
 
@@ -147,7 +147,7 @@ class PickScore:
         self._images: dict[Path, Tensor] = {}
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         inputs = self._processor(
             text=prompt, padding=True, truncation=True, max_length=77, return_tensors="pt"
         )
@@ -167,28 +167,28 @@ class PickScore:
         return _unit(embedding)
 
     def ids(self, prompt: str) -> list[int]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return list(self._processor(text=prompt, truncation=True, max_length=77)["input_ids"])
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         pixels: Tensor = self._processor(images=[image], return_tensors="pt")["pixel_values"]
         return pixels[0]
 
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return self._normalised(self._model.get_image_features, {"pixel_values": pixels[None]})
 
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return self._normalised(self._model.get_text_features, {"input_ids": torch.tensor([list(ids)])})
 
     def combine(self, image: Tensor, text: Tensor) -> float:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return float(self._model.logit_scale.exp()) * float(text @ image)
 
     def activations(self) -> list[nn.Module]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _layers(self._model)
 
 
@@ -205,7 +205,7 @@ class OpenAI:
         self._images: dict[Path, Tensor] = {}
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         text = self.embed_ids(self.ids(prompt))
         return [self.combine(self.image(path), text) for path in paths]
 
@@ -217,32 +217,32 @@ class OpenAI:
         return self._images[path]
 
     def ids(self, prompt: str) -> list[int]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _without_zeros(self._tokenize([prompt], truncate=True)[0].tolist())
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         pixels: Tensor = self._transform(image)
         return pixels
 
     @torch.no_grad()
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         embedding: Tensor = self._model.encode_image(pixels[None])
         return _unit(embedding)
 
     @torch.no_grad()
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         embedding: Tensor = self._model.encode_text(torch.tensor([[*ids, *[0] * (77 - len(ids))]]))
         return _unit(embedding)
 
     def combine(self, image: Tensor, text: Tensor) -> float:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return float(image @ text)
 
     def activations(self) -> list[nn.Module]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _mlps(self._model)
 
 
@@ -259,18 +259,18 @@ class TransformersClip(OpenAI):
 
     @torch.no_grad()
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         embedding: Tensor = self._model.get_image_features(pixel_values=pixels[None]).pooler_output
         return _unit(embedding)
 
     @torch.no_grad()
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         embedding: Tensor = self._model.get_text_features(input_ids=torch.tensor([list(ids)])).pooler_output
         return _unit(embedding)
 
     def activations(self) -> list[nn.Module]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         return _layers(self._model)
 
 
@@ -286,13 +286,13 @@ class Aesthetic(OpenAI):
         self._head.eval()
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         del prompt
         return [self.combine(self.image(path), torch.empty(0)) for path in paths]
 
     @torch.no_grad()
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         features = self._model.encode_image(pixels[None]).numpy()
         length = np.atleast_1d(np.linalg.norm(features, 2, -1))
         length[length == 0] = 1
@@ -300,7 +300,7 @@ class Aesthetic(OpenAI):
 
     @torch.no_grad()
     def combine(self, image: Tensor, text: Tensor) -> float:
-        """See :class:`Reference`."""
+        """See `Reference`."""
         del text
         return float(self._head(image[None])[0, 0])
 

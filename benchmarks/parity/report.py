@@ -15,7 +15,7 @@ _PACKAGES = (
 )
 
 
-def markdown(found: Sequence[Comparison], pictures: Sequence[Picture], command: str, seconds: float) -> str:
+def markdown(found: Sequence[Comparison], images: Sequence[Picture], command: str, seconds: float) -> str:
     """Everything that was found."""
     faults = [fault for comparison in found for fault in comparison.faults]
     verdict = "Every difference is allowed, and every mistake would be noticed." if not faults else "FAILED"
@@ -29,12 +29,12 @@ def markdown(found: Sequence[Comparison], pictures: Sequence[Picture], command: 
         "## What known mistakes would do",
         f"Made on purpose on the reference's side; each must exceed the allowed difference {MARGIN:g}-fold.",
         _mistakes(found),
-        "## By picture: largest difference over its prompts",
-        _by_case(found, [picture.name for picture in pictures], 0),
-        "## By prompt: largest difference over its pictures",
+        "## By image: largest difference over its prompts",
+        _by_case(found, [image.name for image in images], 0),
+        "## By prompt: largest difference over its images",
         _by_case([one for one in found if one.kind != "aesthetic"], [prompt.name for prompt in PROMPTS], 1),
         "## Where a reference was given something else",
-        _given(pictures),
+        _given(images),
         "## Versions",
         ", ".join(f"{name} {version(name)}" for name in _PACKAGES) + f"; Python {platform.python_version()}.",
     ]
@@ -43,7 +43,7 @@ def markdown(found: Sequence[Comparison], pictures: Sequence[Picture], command: 
 
 _ABOUT = """\
 Our engine loads files in the published layouts with our own loaders; each reference loads the same random
-weights with its own code and opens the picture files itself. All in fp32 on the CPU. hpsv2 is
+weights with its own code and opens the image files itself. All in fp32 on the CPU. hpsv2 is
 `hpsv2.img_score.score` of hpsv2 1.2.0; pickscore is the model card's snippet; clip is OpenAI's `clip.load`,
 transform and tokenizer (and transformers' `CLIPModel` behind them); aesthetic is simple_inference.py's
 five-layer MLP on OpenAI's embedding. Units are those of the raw score: a cosine, the ×100 logit, LAION's
@@ -95,11 +95,11 @@ def _by_case(found: Sequence[Comparison], names: Sequence[str], part: int) -> st
     return _table(("", *(f"{_label(one)}, {one.model}" for one in found)), rows)
 
 
-def _given(pictures: Sequence[Picture]) -> str:
+def _given(images: Sequence[Picture]) -> str:
     rows = [
-        (picture.name, picture.unlike, "all" if len(picture.whom) > 3 else ", ".join(picture.whom))
-        for picture in pictures
-        if picture.whom
+        (image.name, image.unlike, "all" if len(image.whom) > 3 else ", ".join(image.whom))
+        for image in images
+        if image.whom
     ]
     rows += [
         (f"`{prompt.text}`", f"special tokens are injected; given `{prompt.harmless}`", "those that inject")

@@ -1,9 +1,9 @@
-"""Random weights in the published layouts, as well-behaved as trained ones and rough enough to tell pictures
+"""Random weights in the published layouts, as well-behaved as trained ones and rough enough to tell images
 apart.
 
 Branches of the residual stream are scaled by 1/√layers, so that activations stay of unit size and rounding
 errors do not grow with depth; biases, positions and attention are wide enough that every token and every
-picture leaves its mark. (open_clip's own initialisation gives almost the same score to everything.)
+image leaves its mark. (open_clip's own initialisation gives almost the same score to everything.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PROJECTIONS = ("visual.proj", "text_projection")
 
 
 def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
-    """open_clip's configuration of an architecture; with ``layers``, cut to so many in both halves."""
+    """open_clip's configuration of an architecture; with `layers`, cut to so many in both halves."""
     config = open_clip.get_model_config(name)
     if layers is not None:
         config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
@@ -43,7 +43,8 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
 def random_state(config: Mapping[str, Any], seed: int, *, half: bool = False) -> dict[str, Tensor]:
     """A state dict under open_clip's and OpenAI's names.
 
-    :param half: round to what fp16 can hold, as OpenAI's published weights are
+    Args:
+        half: round to what fp16 can hold, as OpenAI's published weights are
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -78,7 +79,7 @@ def _scaled(name: str, drawn: Tensor, layers: int) -> Tensor:
 
 
 def write_open_clip(folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """HPSv2's layout: ``{"state_dict": …}`` under open_clip's names."""
+    """HPSv2's layout: `{"state_dict": …}` under open_clip's names."""
     folder.mkdir(parents=True)
     path = folder / "HPS_random.pt"
     torch.save({"state_dict": dict(state)}, path)
@@ -86,7 +87,7 @@ def write_open_clip(folder: Path, state: Mapping[str, Tensor]) -> Path:
 
 
 def write_openai(folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """A state dict that OpenAI's ``clip.load`` reads."""
+    """A state dict that OpenAI's `clip.load` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ViT-random.pt"
     torch.save(dict(state), path)
@@ -103,7 +104,7 @@ def write_huggingface(folder: Path, config: Mapping[str, Any], state: dict[str, 
 
 
 def huggingface_names(config: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under transformers' names, mostly the same storage too; ``state`` is used up.
+    """The same tensors under transformers' names, mostly the same storage too; `state` is used up.
 
     The names are put together the other way round from the service's own conversion, on purpose: this is
     the second witness.
@@ -152,7 +153,7 @@ def _move_block(state: dict[str, Tensor], named: dict[str, Tensor], block: str, 
 
 
 def huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' ``config.json`` of the same architecture."""
+    """transformers' `config.json` of the same architecture."""
     vision, text, width = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     vision_config = {
@@ -221,7 +222,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_head(folder: Path, seed: int) -> Path:
-    """LAION's aesthetic head: ``layers.N.weight`` and ``.bias``, N = 0, 2, 4, 6, 7 (dropout between)."""
+    """LAION's aesthetic head: `layers.N.weight` and `.bias`, N = 0, 2, 4, 6, 7 (dropout between)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     state = {}

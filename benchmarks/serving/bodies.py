@@ -15,7 +15,7 @@ from reward_service.images import Pixels
 from reward_service.protocol import JSON, MSGPACK, Item, Picture, ScoreRequest, encode
 
 RAW = "msgpack, raw"
-#: Name → content type, and format of the pictures.
+#: Name → content type, and format of the images.
 FORMS: dict[str, tuple[str, str]] = {
     RAW: (MSGPACK, "raw"),
     "msgpack, WebP lossless": (MSGPACK, "webp"),
@@ -40,17 +40,17 @@ class Body:
     content_type: str
 
 
-def body(form: str, prompts: Sequence[str], pictures: Sequence[Pixels]) -> Body:
-    """A request for the pairs of prompts and pictures."""
+def body(form: str, prompts: Sequence[str], images: Sequence[Pixels]) -> Body:
+    """A request for the pairs of prompts and images."""
     content_type, kind = FORMS[form]
     if content_type.startswith("multipart"):
-        return _multipart(prompts, [_file(pixels, kind) for pixels in pictures], kind)
-    items = [Item(prompt, _picture(pixels, kind)) for prompt, pixels in zip(prompts, pictures, strict=True)]
+        return _multipart(prompts, [_file(pixels, kind) for pixels in images], kind)
+    items = [Item(prompt, _image(pixels, kind)) for prompt, pixels in zip(prompts, images, strict=True)]
     return Body(encode(ScoreRequest(items), content_type), content_type)
 
 
 def scene(size_px: int, seed: int) -> Pixels:
-    """A picture that compresses as drawings do: gradients, discs and a little noise."""
+    """An image that compresses as drawings do: gradients, discs and a little noise."""
     rng = np.random.default_rng(seed)
     down, across = np.mgrid[0:size_px, 0:size_px] / size_px
     slopes, starts = rng.uniform(-90, 90, (2, 3)), rng.uniform(60, 190, 3)
@@ -62,7 +62,7 @@ def scene(size_px: int, seed: int) -> Pixels:
     return np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def _picture(pixels: Pixels, kind: str) -> Picture:
+def _image(pixels: Pixels, kind: str) -> Picture:
     if kind == "raw":
         return Picture(pixels.tobytes(), "raw", (pixels.shape[0], pixels.shape[1], 3))
     return Picture(_file(pixels, kind), kind)  # type: ignore[arg-type]  # the formats of FORMS

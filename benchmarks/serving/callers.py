@@ -1,7 +1,7 @@
-"""Callers in a process of their own: ``python -m benchmarks.serving.callers``. No torch.
+"""Callers in a process of their own: `python -m benchmarks.serving.callers`. No torch.
 
-A line of JSON on stdin says who they are (:class:`Crowd`), each further one what they do (:class:`Errand`);
-each is answered by a line of JSON on stdout: the bytes of a body, then every request's :class:`Outcome`.
+A line of JSON on stdin says who they are (`Crowd`), each further one what they do (`Errand`);
+each is answered by a line of JSON on stdout: the bytes of a body, then every request's `Outcome`.
 
 With a rate, requests are due at the points of a Poisson process, whatever becomes of earlier ones, and their
 latency counts from when they were due: a service that is slow does not slow down what is asked of it.
@@ -33,7 +33,7 @@ _OK, _BUSY = 200, (429, 503)
 
 
 class Crowd(msgspec.Struct, frozen=True):
-    """Who calls, with bodies made beforehand; neighbouring ones differ in every picture."""
+    """Who calls, with bodies made beforehand; neighbouring ones differ in every image."""
 
     url: str
     clients: list[str]
@@ -46,10 +46,10 @@ class Crowd(msgspec.Struct, frozen=True):
 
 
 class Errand(msgspec.Struct, frozen=True):
-    """What the callers do from ``start_s`` on, on the clock of this machine.
+    """What the callers do from `start_s` on, on the clock of this machine.
 
-    ``rate``: requests a second of all together, by chance; None: each has ``in_flight`` under way all the
-    time. It ends after ``seconds``, or after so many ``requests``; what is under way then is waited for.
+    `rate`: requests a second of all together, by chance; None: each has `in_flight` under way all the
+    time. It ends after `seconds`, or after so many `requests`; what is under way then is waited for.
     """
 
     start_s: float
@@ -62,7 +62,7 @@ class Errand(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
     """One request; times in seconds on the clock of this machine.
 
-    ``status`` is 0 if there was no answer. ``in_order``: answered with scores, or told when to come again.
+    `status` is 0 if there was no answer. `in_order`: answered with scores, or told when to come again.
     """
 
     client: str
@@ -74,7 +74,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """The points of a Poisson process of ``rate`` a second within ``seconds``."""
+    """The points of a Poisson process of `rate` a second within `seconds`."""
     rng = np.random.default_rng(seed)
     points: list[float] = []
     at = rng.exponential(1 / rate)

@@ -14,7 +14,7 @@ _OK = 200
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure against what is asked of it; ``at_most`` if it should be no larger."""
+    """A figure against what is asked of it; `at_most` if it should be no larger."""
 
     part: str
     what: str
@@ -46,7 +46,7 @@ def latencies_ms(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def goodput(outcomes: Sequence[Outcome], pairs: int, start_s: float, stop_s: float) -> float:
-    """Pairs a second that were answered with scores from ``start_s`` to ``stop_s``."""
+    """Pairs a second that were answered with scores from `start_s` to `stop_s`."""
     answered = sum(each.status == _OK and start_s <= each.ended_s < stop_s for each in outcomes)
     return answered * pairs / (stop_s - start_s)
 

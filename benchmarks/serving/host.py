@@ -1,12 +1,12 @@
-"""A service in a process of its own that can be asked what it does: ``python -m benchmarks.serving.host``.
+"""A service in a process of its own that can be asked what it does: `python -m benchmarks.serving.host`.
 
 It is `reward-service serve` in everything but the engine, which is watched, and may be of full size or have a
-device that sleeps. A line of JSON on stdin says which (:class:`Setup`); after ``listening on`` a line there
+device that sleeps. A line of JSON on stdin says which (`Setup`); after `listening on` a line there
 is a question, answered by a line of JSON:
 
-``cpu``      seconds of CPU time: of the process, and of the engine in it
-``batches``  what the device did since it was last asked: :class:`Batch`
-``again``    score the same batches once more without the service; seconds
+`cpu`      seconds of CPU time: of the process, and of the engine in it
+`batches`  what the device did since it was last asked: `Batch`
+`again`    score the same batches once more without the service; seconds
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _logger = logging.getLogger(__name__)
 class Setup(msgspec.Struct, frozen=True):
     """Which service: overrides of the miniature's configuration, and its engine.
 
-    ``sleep_s``: a device that takes so long for any batch. ``full``: towers of ViT-L/14 and ViT-H/14 with
-    random weights, of so many ``layers``, None for all.
+    `sleep_s`: a device that takes so long for any batch. `full`: towers of ViT-L/14 and ViT-H/14 with
+    random weights, of so many `layers`, None for all.
     """
 
     overrides: list[str]
@@ -53,7 +53,7 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """A run of the engine, on the clock of this machine; ``light`` pairs have a prompt that begins so."""
+    """A run of the engine, on the clock of this machine; `light` pairs have a prompt that begins so."""
 
     start_s: float
     end_s: float
@@ -69,9 +69,10 @@ class Cpu(msgspec.Struct, frozen=True):
 
 
 class Watch:
-    """Stands before the engine's ``score``.
+    """Stands before the engine's `score`.
 
-    :param keep: keep the pairs too, for :meth:`again`
+    Args:
+        keep: keep the pairs too, for `again`
     """
 
     def __init__(self, score: Callable[..., Any], *, keep: bool) -> None:
@@ -120,7 +121,7 @@ class Watch:
 
 
 def _helping_s() -> float:
-    """CPU seconds of the threads that prepare pictures, and of those that Python did not start."""
+    """CPU seconds of the threads that prepare images, and of those that Python did not start."""
     ours = {
         thread.native_id
         for thread in threading.enumerate()
@@ -135,7 +136,7 @@ def _helping_s() -> float:
 
 
 def sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
-    """In place of its ``score``: a device that takes so long for any batch."""
+    """In place of its `score`: a device that takes so long for any batch."""
     from reward_service.engine.types import PairScores
 
     def score(
@@ -167,7 +168,7 @@ def main() -> None:
     os.sched_setaffinity(0, setup.cores)
     rest_idle_threads()
     from reward_service.config import load_config
-    from reward_service.scoring import service as judge
+    from reward_service.scoring import service as service
     from reward_service.web import server
 
     def build(config: Any) -> RewardEngine:
@@ -184,7 +185,7 @@ def main() -> None:
         return engine
 
     config = load_config(overrides=[f"threads={len(setup.cores)}", "port=0", *setup.overrides])
-    with patch.object(judge, "_build_engine", build):
+    with patch.object(service, "_build_engine", build):
         failure = server.serve(config, lambda line: print(line, flush=True))
     sys.exit(failure)
 

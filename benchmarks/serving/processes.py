@@ -1,4 +1,4 @@
-"""The other ends of :mod:`~benchmarks.serving.host` and :mod:`~benchmarks.serving.callers`. No torch."""
+"""The other ends of `benchmarks.serving.host` and `benchmarks.serving.callers`. No torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Child:
     def line(self) -> bytes:
         """Receive a line.
 
-        :raises FailedError: the process has ended
+        Raises:
+            FailedError: the process has ended
         """
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
@@ -113,7 +114,8 @@ class Host:
 def hosting(setup: Setup) -> Iterator[Host]:
     """Start a service and wait until it is ready.
 
-    :raises FailedError: it never is
+    Raises:
+        FailedError: it never is
     """
     with child("benchmarks.serving.host", setup) as started:
         url = started.line().decode().split()[-1]
@@ -130,7 +132,7 @@ def hosting(setup: Setup) -> Iterator[Host]:
 
 
 class Calling:
-    """Callers that are ready; ``body_bytes`` is what a request of theirs has."""
+    """Callers that are ready; `body_bytes` is what a request of theirs has."""
 
     def __init__(self, child: Child) -> None:
         self._child = child

@@ -1,7 +1,7 @@
-"""The service on Ray Serve, in processes of their own: ``python -m benchmarks.serving.ray_host``.
+"""The service on Ray Serve, in processes of their own: `python -m benchmarks.serving.ray_host`.
 
-A line of JSON on stdin says which (:class:`Cluster`); ``listening on URL`` on stdout says that all of them
-are ready: with 1 replica below ``URL/1``, with 2 below ``URL/2``. It ends at SIGTERM.
+A line of JSON on stdin says which (`Cluster`); `listening on URL` on stdout says that all of them
+are ready: with 1 replica below `URL/1`, with 2 below `URL/2`. It ends at SIGTERM.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def main() -> None:
 
 def _application(setup: Setup, options: dict[str, Any]) -> Any:
     from reward_service import ray_app
-    from reward_service.scoring import service as judge
+    from reward_service.scoring import service as service
 
     class Replica(ray_app.Replica):
         """With the engine of the benchmark."""
 
         def __init__(self, config: str, overrides: list[str]) -> None:
-            judge._build_engine = lambda config: _engine(setup, config)
+            service._build_engine = lambda config: _engine(setup, config)
             super().__init__(config, overrides)
 
     return ray_app.application({"set": setup.overrides}, Replica, **options)

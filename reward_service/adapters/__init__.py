@@ -3,10 +3,10 @@
 ==========================  ===================================================  ===========================
 maker                       what it gives                                        who calls so
 ==========================  ===================================================  ===========================
-:func:`flow_grpo_reward`    ``(images, prompts, metadata) -> (scores, {})``      Flow-GRPO, DanceGRPO's kin
-:func:`ddpo_reward`         ``(images, prompts, metadata) -> (rewards, scores)`` ddpo-pytorch, TRL's DDPO
-:func:`trl_reward`          ``(prompts, completions, **columns) -> list[float]`` TRL's GRPO and its kin
-:func:`openrlhf_reward`     ``(queries, prompts, labels) -> dict``               OpenRLHF
+`flow_grpo_reward`    `(images, prompts, metadata) -> (scores, {})`      Flow-GRPO, DanceGRPO's kin
+`ddpo_reward`         `(images, prompts, metadata) -> (rewards, scores)` ddpo-pytorch, TRL's DDPO
+`trl_reward`          `(prompts, completions, **columns) -> list[float]` TRL's GRPO and its kin
+`openrlhf_reward`     `(queries, prompts, labels) -> dict`               OpenRLHF
 ==========================  ===================================================  ===========================
 
 What cannot be scored raises the client's exceptions; no adapter ever makes up a reward. None imports torch:

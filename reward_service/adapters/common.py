@@ -1,6 +1,6 @@
 """A response's numbers in the containers that trainers use. No torch is imported.
 
-Prompts and pictures out of the columns of text trainers: plain, in messages, or as data: addresses.
+Prompts and images out of the columns of text trainers: plain, in messages, or as data: addresses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from reward_service.protocol import Normalization, ScoreResponse
 def column(given: Mapping[str, Any], name: str) -> Sequence[Any]:
     """The column of that name.
 
-    :raises InputError: the trainer passed none
+    Raises:
+        InputError: the trainer passed none
     """
     if given.get(name) is None:
         there = ", ".join(sorted(key for key, value in given.items() if isinstance(value, (list, tuple))))
@@ -40,10 +41,11 @@ def text_of(entry: Any) -> Any:
     return " ".join(part["text"] for part in content or () if part.get("type") == "text")
 
 
-def picture_of(entry: Any) -> ImageLike:
-    """A picture, the only one of a list, or the only one of a conversation's last message.
+def image_of(entry: Any) -> ImageLike:
+    """An image, the only one of a list, or the only one of a conversation's last message.
 
-    :raises InputError: there is none, or more than one
+    Raises:
+        InputError: there is none, or more than one
     """
     if _is_conversation(entry):
         content = entry[-1].get("content")
@@ -51,7 +53,7 @@ def picture_of(entry: Any) -> ImageLike:
         entry = [part.get("image") for part in parts if part.get("type") == "image"]
     if isinstance(entry, (list, tuple)):
         if len(entry) != 1:
-            raise InputError(f"a completion must hold one picture, not {len(entry)}")
+            raise InputError(f"a completion must hold one image, not {len(entry)}")
         entry = entry[0]
     return _decoded(entry) if isinstance(entry, str) and entry.startswith("data:") else entry
 
@@ -67,14 +69,14 @@ def _decoded(address: str) -> bytes:
             raise ValueError("not base64")
         return b64decode(body, validate=True)
     except (ValueError, binascii.Error):
-        raise InputError("a data: address must hold a picture in base64") from None
+        raise InputError("a data: address must hold an image in base64") from None
 
 
 Floats = NDArray[np.float32]
 
 
 class Options(TypedDict, total=False):
-    """What every adapter hands on to ``RewardClient.score``."""
+    """What every adapter hands on to `RewardClient.score`."""
 
     evaluators: Sequence[str] | None
     weights: Mapping[str, float] | None
@@ -88,7 +90,8 @@ def score(
 ) -> ScoreResponse:
     """A complete response: a trainer has no use for a pair without a reward.
 
-    :raises RewardClientError: there is none
+    Raises:
+        RewardClientError: there is none
     """
     if "allow_partial" in options:
         raise InputError("a reward function needs every score: allow_partial is for client.score")

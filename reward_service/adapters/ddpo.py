@@ -1,4 +1,4 @@
-"""ddpo-pytorch and TRL's DDPO trainer: ``reward_fn(images, prompts, metadata) -> (rewards, {...})``."""
+"""ddpo-pytorch and TRL's DDPO trainer: `reward_fn(images, prompts, metadata) -> (rewards, {...})`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def ddpo_reward(client: RewardClient, **options: Unpack[Options]) -> DdpoReward:
     It takes images as a float tensor (N, 3, H, W) in [0, 1], and gives the rewards (N,), a tensor where
     torch is loaded, and each evaluator's scores as the metadata. Safe in a thread pool.
 
-    :param options: evaluators, weights, normalization, deterministic, deadline_s: as for ``client.score``
+    Args:
+        options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 

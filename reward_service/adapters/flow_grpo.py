@@ -1,4 +1,4 @@
-"""Flow-GRPO and its descendants: ``reward_fn(images, prompts, metadata) -> ({name: scores}, {})``."""
+"""Flow-GRPO and its descendants: `reward_fn(images, prompts, metadata) -> ({name: scores}, {})`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ FlowGrpoReward = Callable[..., tuple[dict[str, Floats], dict[str, Any]]]
 
 
 def flow_grpo_reward(client: RewardClient, **options: Unpack[Options]) -> FlowGrpoReward:
-    """A reward function in place of what ``multi_score`` makes.
+    """A reward function in place of what `multi_score` makes.
 
     It takes images as a float tensor (N, 3, H, W) in [0, 1] or a uint8 array (N, H, W, 3), and gives each
-    evaluator's scores (N,) under its name and the reward under ``avg``. Safe in a thread pool.
+    evaluator's scores (N,) under its name and the reward under `avg`. Safe in a thread pool.
 
-    :param options: evaluators, weights, normalization, deterministic, deadline_s: as for ``client.score``
+    Args:
+        options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 

@@ -1,4 +1,4 @@
-"""OpenRLHF's remote reward function: ``reward_func(queries, prompts, labels) -> dict`` of three entries."""
+"""OpenRLHF's remote reward function: `reward_func(queries, prompts, labels) -> dict` of three entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reward_service.adapters.common import (
     Options,
     as_tensor,
     column,
-    picture_of,
+    image_of,
     rewards,
     score,
     scores,
@@ -25,17 +25,18 @@ OpenRlhfReward = Callable[..., dict[str, Any]]
 def openrlhf_reward(
     client: RewardClient, *, pictures: str = "queries", texts: str = "prompts", **options: Unpack[Options]
 ) -> OpenRlhfReward:
-    """The ``reward_func`` of the file that ``--remote_rm_url`` names.
+    """The `reward_func` of the file that `--remote_rm_url` names.
 
-    It gives ``rewards`` (N,) to learn from, ``scores`` (N,) in (0, 1) for dynamic filtering: the mean of the
-    evaluators' unit scores, and ``extra_logs``: each evaluator's scores; tensors where torch is loaded.
+    It gives `rewards` (N,) to learn from, `scores` (N,) in (0, 1) for dynamic filtering: the mean of the
+    evaluators' unit scores, and `extra_logs`: each evaluator's scores; tensors where torch is loaded.
     OpenRLHF calls with one pair a time, from many threads; the service puts them together again.
 
-    :param pictures: where the pictures are: ``queries``, ``labels`` or the name of another argument;
-        paths, or base64 in data: addresses
-    :param texts: what they should show: ``prompts``, ``labels``, ``queries``, or ``responses`` for the
-        queries without their prompts
-    :param options: evaluators, weights, normalization, deterministic, deadline_s: as for ``client.score``
+    Args:
+        pictures: where the images are: `queries`, `labels` or the name of another argument; paths, or base64 in
+            data: addresses
+        texts: what they should show: `prompts`, `labels`, `queries`, or `responses` for the queries without
+            their prompts
+        options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 
@@ -44,7 +45,7 @@ def openrlhf_reward(
         if texts == "responses":
             given["responses"] = _responses(queries, prompts)
         asked = list(map(text_of, column(given, texts)))
-        response = score(client, asked, list(map(picture_of, column(given, pictures))), options)
+        response = score(client, asked, list(map(image_of, column(given, pictures))), options)
         units = np.mean(list(scores(response, "unit").values()), axis=0)
         logs = {name: as_tensor(values) for name, values in scores(response, normalization).items()}
         return {"rewards": as_tensor(rewards(response)), "scores": as_tensor(units), "extra_logs": logs}

@@ -1,4 +1,4 @@
-"""What a user lists for a recalibration: pictures with their prompts, and people's choices. CSV or JSONL."""
+"""What a user lists for a recalibration: images with their prompts, and people's choices. CSV or JSONL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SURPLUS = "\0"  # no column of a file; the empty name is one: pandas gives it t
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One picture, its path as the file names it, and the prompt it was made for; ``group`` is the prompt's
+    """One image, its path as the file names it, and the prompt it was made for; `group` is the prompt's
     id, by default its text."""
 
     image: str
@@ -40,17 +40,18 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A person preferred one picture to another; ``weight`` counts the choice several times."""
+    """A person preferred one image to another; `weight` counts the choice several times."""
 
     preferred: Listed
     rejected: Listed
     weight: float
 
 
-def read_pictures(path: Path, form: Format | None = None) -> list[Listed]:
-    """Read columns ``image``, ``prompt`` and, if there is one, ``prompt_id``.
+def read_images(path: Path, form: Format | None = None) -> list[Listed]:
+    """Read columns `image`, `prompt` and, if there is one, `prompt_id`.
 
-    :raises ConfigError: the file, and the line at fault if one is
+    Raises:
+        ConfigError: the file, and the line at fault if one is
     """
     found = _rows(path, form, ("image", "prompt"), _listed)
     first: dict[tuple[str, str], int] = {}
@@ -61,25 +62,27 @@ def read_pictures(path: Path, form: Format | None = None) -> list[Listed]:
 
 
 def read_choices(path: Path, form: Format | None = None) -> list[Choice]:
-    """Read columns ``prompt``, ``preferred``, ``rejected`` and, if there are any, ``weight``, ``prompt_id``.
+    """Read columns `prompt`, `preferred`, `rejected` and, if there are any, `weight`, `prompt_id`.
 
-    :raises ConfigError: the file, and the line at fault if one is
+    Raises:
+        ConfigError: the file, and the line at fault if one is
     """
     return _rows(path, form, ("prompt", "preferred", "rejected"), _choice)
 
 
 def check_files(folder: Path, listed: Sequence[Listed], source: Path) -> None:
-    """Every picture is a file, asked of all before any is scored.
+    """Every image is a file, asked of all before any is scored.
 
-    :raises ConfigError: how many are missing, and the first of them
+    Raises:
+        ConfigError: how many are missing, and the first of them
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name the pictures' folder with --images")
+        raise ConfigError(f"{folder}: no such folder; name the images' folder with --images")
     missing = [row for row in listed if not _is_file(folder / row.image)]
     if missing:
         shown = ", ".join(f"{row.image[:_SHOWN_NAME]} (line {row.line})" for row in missing[:_SHOWN])
         more = " ..." if len(missing) > _SHOWN else ""
-        count = f"{len(missing)} of {len(listed)} pictures are"
+        count = f"{len(missing)} of {len(listed)} images are"
         raise ConfigError(f"{source}: {count} not in {folder}: {shown}{more}; correct the paths or --images")
 
 
@@ -109,7 +112,7 @@ def _rows(
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if not found:
-        raise ConfigError(f"{path}: holds no rows; list pictures in columns {', '.join(columns)}")
+        raise ConfigError(f"{path}: holds no rows; list images in columns {', '.join(columns)}")
     return found
 
 

@@ -1,6 +1,6 @@
-"""``reward-service calibrate``: a user's own pictures to a table that a configuration can name.
+"""`reward-service calibrate`: a user's own images to a table that a configuration can name.
 
-Score listed pictures into a file of scores, batch by batch; what the file has is not scored again.
+Score listed images into a file of scores, batch by batch; what the file has is not scored again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reward_service.calibrate.inputs import Choice, Format, Listed, check_files, read_choices, read_pictures
+from reward_service.calibrate.inputs import Choice, Format, Listed, check_files, read_choices, read_images
 from reward_service.calibrate.score_log import Book, Key, Scored, Writer, merge, open_book, stamp
 from reward_service.calibrate.statistics import RESAMPLES
 from reward_service.calibrate.tables import Deviation, Json, tabulate
@@ -42,14 +42,17 @@ def survey(
     *,
     deterministic: bool = False,
 ) -> Book:
-    """Score what is listed by the named evaluators, in forward passes of ``config.batch_pairs``.
+    """Score what is listed by the named evaluators, in forward passes of `config.batch_pairs`.
 
-    At most two batches of pictures are in memory.
+    At most two batches of images are in memory.
 
-    :param sources: the files that listed the pictures, for messages
-    :param pairs_only: keys of pictures that belong to no group of the calibration
-    :param path: the file of scores to begin or to go on with
-    :raises ConfigError: a model, a picture or the file cannot be used
+    Args:
+        sources: the files that listed the images, for messages
+        pairs_only: keys of images that belong to no group of the calibration
+        path: the file of scores to begin or to go on with
+
+    Raises:
+        ConfigError: a model, an image or the file cannot be used
     """
     try:
         engine = build_engine(config, note)
@@ -66,7 +69,7 @@ def survey(
         todo = _outstanding(writer, rows, folder, pairs_only)
         progress.update(len(rows) - len(todo))
         for batch in _decoded(todo, read, config.decode_threads, config.batch_pairs):
-            pairs = [Pair(row.prompt, picture) for row, picture in batch]
+            pairs = [Pair(row.prompt, image) for row, image in batch]
             try:
                 found = engine.score(pairs, names, deterministic=deterministic)
             except ScoringError as error:
@@ -86,7 +89,7 @@ def survey(
 def _outstanding(
     writer: Writer, rows: Sequence[Listed], folder: Path, pairs_only: frozenset[Key]
 ) -> list[Listed]:
-    """What is still to be scored; a scored picture of the same file in another group is only noted so."""
+    """What is still to be scored; a scored image of the same file in another group is only noted so."""
     todo, regrouped = [], []
     for row in rows:
         known = writer.book.rows.get(row.key)
@@ -101,7 +104,7 @@ def _outstanding(
 def _decoded(
     rows: Sequence[Listed], read: Read, threads: int, size: int
 ) -> Iterator[list[tuple[Listed, Pixels]]]:
-    """Batches of decoded pictures; the next one is decoded while the caller works on this one."""
+    """Batches of decoded images; the next one is decoded while the caller works on this one."""
     waiting = iter(rows)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         ahead: deque[tuple[Listed, Future[Pixels]]] = deque()
@@ -110,7 +113,7 @@ def _decoded(
                 ahead += [(row, pool.submit(read, row)) for row in islice(waiting, 2 * size - len(ahead))]
                 if not ahead:
                     return
-                yield [(row, picture.result()) for row, picture in _taken(ahead, size)]
+                yield [(row, image.result()) for row, image in _taken(ahead, size)]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -132,8 +135,8 @@ def _read(path: Path, config: ServiceConfig, where: str) -> Pixels:
 class Request:
     """What to calibrate from.
 
-    With ``images`` pictures are scored, into the one file of ``scores`` or one beside ``output``; without,
-    ``scores`` are files of scores to be merged.
+    With `images` images are scored, into the one file of `scores` or one beside `output`; without,
+    `scores` are files of scores to be merged.
     """
 
     output: Path
@@ -155,15 +158,18 @@ def calibrate(
 ) -> Json:
     """Score what is to be scored, write the table, and return it.
 
-    :param configuration: asked only if pictures are to be scored
-    :raises ConfigError: whatever the user can mend
+    Args:
+        configuration: asked only if images are to be scored
+
+    Raises:
+        ConfigError: whatever the user can mend
     """
     _check(request)
-    pictures = read_pictures(request.prompts, request.form) if request.prompts else []
+    images = read_images(request.prompts, request.form) if request.prompts else []
     choices = read_choices(request.pairs, request.form) if request.pairs else []
     if request.images is not None:
-        book = _score(request, request.images, pictures, choices, configuration(), note)
-        rows = [book.rows[row.key] for row in pictures or _distinct(choices)]
+        book = _score(request, request.images, images, choices, configuration(), note)
+        rows = [book.rows[row.key] for row in images or _distinct(choices)]
     else:
         book = _cut(merge(request.scores), request.evaluators)
         rows = [row for row in book.rows.values() if not row.pairs_only]
@@ -184,13 +190,13 @@ def calibrate(
 def _check(request: Request) -> None:
     if request.images is None:
         if request.prompts is not None:
-            raise ConfigError("--prompts lists pictures to score; name their folder with --images")
+            raise ConfigError("--prompts lists images to score; name their folder with --images")
         if not request.scores:
             raise ConfigError(
                 "nothing to calibrate from; give --images with --prompts or --pairs, or --scores"
             )
     elif request.prompts is None and request.pairs is None:
-        raise ConfigError("--images needs the pictures' prompts; give --prompts or --pairs")
+        raise ConfigError("--images needs the images' prompts; give --prompts or --pairs")
     elif len(request.scores) > 1:
         raise ConfigError("with --images one --scores file is written; leave --images out to merge several")
     output = request.output
@@ -203,7 +209,7 @@ def _check(request: Request) -> None:
 def _score(
     request: Request,
     images: Path,
-    pictures: Sequence[Listed],
+    pixels: Sequence[Listed],
     choices: Sequence[Choice],
     config: ServiceConfig,
     note: Callable[[str], None],
@@ -212,12 +218,12 @@ def _score(
     compared = _distinct(choices)
     if request.pairs is not None:
         sources[request.pairs] = compared
-    if request.prompts is not None:  # after the pairs: a picture in both belongs to its prompt's group
-        sources[request.prompts] = pictures
+    if request.prompts is not None:  # after the pairs: an image in both belongs to its prompt's group
+        sources[request.prompts] = pixels
     for source, listed in sources.items():
         check_files(images, listed, source)
     names = _names(request.evaluators, tuple(config.enabled))
-    only = {row.key for row in compared} - {row.key for row in pictures} if pictures else set()
+    only = {row.key for row in compared} - {row.key for row in pixels} if pixels else set()
     path = request.scores[0] if request.scores else Path(f"{request.output}.scores.jsonl")
     return survey(
         config, names, images, sources, frozenset(only), path, note, deterministic=request.deterministic

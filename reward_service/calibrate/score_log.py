@@ -1,13 +1,13 @@
 """Raw scores on disk, appended as they come: what a killed run goes on from, and what machines share.
 
 A file of JSON lines. The first names the format and each evaluator's fingerprint; every other is one scored
-picture::
+image::
 
     {"scores": 1, "evaluators": {"clip": "c0ffee…"}}
     {"image": "a.png", "prompt": "…", "raw": {"clip": 0.27}, "truncated": false, "stamp": [1234, 1700…]}
 
-``prompt_id`` is there if it is not the prompt, ``pairs_only`` if the picture serves preference pairs alone.
-``stamp`` is the picture's size in bytes and its time of change in ns: a changed picture is scored anew, and
+`prompt_id` is there if it is not the prompt, `pairs_only` if the image serves preference pairs alone.
+`stamp` is the image's size in bytes and its time of change in ns: a changed image is scored anew, and
 the later of two lines counts. A last line without its end is what a kill left, and is dropped.
 """
 
@@ -34,7 +34,7 @@ _SAME = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Raw scores of one picture by its prompt, in the order of the book's evaluators."""
+    """Raw scores of one image by its prompt, in the order of the book's evaluators."""
 
     image: str
     prompt: str
@@ -52,7 +52,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Book:
-    """Scored pictures, and the fingerprint of each evaluator that scored them."""
+    """Scored images, and the fingerprint of each evaluator that scored them."""
 
     fingerprints: dict[str, str]
     rows: dict[Key, Scored]
@@ -67,7 +67,8 @@ def stamp(path: Path) -> Stamp:
 def read_book(path: Path) -> Book:
     """Read a file of scores; a last line without its end is left out.
 
-    :raises ConfigError: not such a file, or broken in the middle
+    Raises:
+        ConfigError: not such a file, or broken in the middle
     """
     try:
         with path.open("rb") as file:
@@ -77,9 +78,10 @@ def read_book(path: Path) -> Book:
 
 
 def merge(paths: Sequence[Path]) -> Book:
-    """Several files as one; a picture in two of them counts once.
+    """Several files as one; an image in two of them counts once.
 
-    :raises ConfigError: they come from different evaluators, or disagree about a picture
+    Raises:
+        ConfigError: they come from different evaluators, or disagree about an image
     """
     first = read_book(paths[0])
     for path in paths[1:]:
@@ -90,13 +92,13 @@ def merge(paths: Sequence[Path]) -> Book:
             if earlier is None or (earlier.pairs_only and not row.pairs_only):
                 first.rows[key] = row
             if earlier is not None and not _agree(earlier.raw, row.raw):
-                message = f"{row.image} has other scores than in an earlier file; two pictures of one name?"
+                message = f"{row.image} has other scores than in an earlier file; two images of one name?"
                 raise ConfigError(f"{path}: {message} Give them paths of their own")
     return first
 
 
 class Writer:
-    """Appends to a file of scores; ``book`` is what it held, and grows."""
+    """Appends to a file of scores; `book` is what it held, and grows."""
 
     def __init__(self, file: BinaryIO, book: Book) -> None:
         self._file, self.book = file, book
@@ -114,7 +116,8 @@ class Writer:
 def open_book(path: Path, fingerprints: Mapping[str, str]) -> Iterator[Writer]:
     """Begin a file of scores, or go on with one of the same evaluators.
 
-    :raises ConfigError: other evaluators, another run is writing, or it cannot be written
+    Raises:
+        ConfigError: other evaluators, another run is writing, or it cannot be written
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -161,7 +164,7 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[Book, int]:
         try:
             row = _row(json.loads(text), names)
         except (ValueError, KeyError, TypeError, AttributeError):
-            message = "is no scored picture; delete it, and it is scored anew"
+            message = "is no scored image; delete it, and it is scored anew"
             raise ConfigError(f"{path}: line {number} {message}") from None
         rows[row.key] = row
     return Book(fingerprints, rows), end

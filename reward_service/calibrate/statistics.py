@@ -1,9 +1,9 @@
-"""Raw scores of pictures, grouped by prompt, to means and deviations with intervals. Pure numpy.
+"""Raw scores of images, grouped by prompt, to means and deviations with intervals. Pure numpy.
 
 =========  ============================================================================================
 symbol     meaning
 =========  ============================================================================================
-s_pi       raw score of picture i of prompt p; n_p pictures, N in all, P prompts
+s_pi       raw score of image i of prompt p; n_p images, N in all, P prompts
 μ          Σ s_pi / N
 σ_within   √( Σ (s_pi − s̄_p)² / Σ (n_p − 1) ), pooled over prompts: what an advantage is measured against
 σ_total    √( Σ (s_pi − μ)² / (N − 1) )
@@ -11,11 +11,11 @@ robust     1.4826 · median |s_pi − s̄_p| √(n_p / (n_p − 1)): equals σ_w
 interval   2.5 % to 97.5 % of the statistic over resamples of whole prompts (percentile cluster bootstrap)
 =========  ============================================================================================
 
-The Bradley–Terry scale of an evaluator from people's choices between two pictures. Pure numpy.
+The Bradley–Terry scale of an evaluator from people's choices between two images. Pure numpy.
 
 P(preferred ≻ rejected) = σ(β d),  d = s_preferred − s_rejected,  β = 1/τ,  σ(x) = 1/(1 + e^(−x))
 
-β maximises Σ w log σ(β d), a concave function. τ, in raw units, is how much better a picture must score for
+β maximises Σ w log σ(β d), a concave function. τ, in raw units, is how much better an image must score for
 people to choose it 73 % of the time. β ≤ 0, or every pair ordered rightly, has no τ: that is told in words.
 """
 
@@ -40,10 +40,10 @@ _CHUNK_ENTRIES = 4_000_000
 class Spread:
     """What E evaluators' scores look like; intervals are (2, E): low, high; NaN where one prompt gives none.
 
-    ``within_correlation`` and ``total_correlation``: (E, E), of the deviations that the σ are made of.
+    `within_correlation` and `total_correlation`: (E, E), of the deviations that the σ are made of.
     """
 
-    pictures: int
+    images: int
     prompts: int
     mean: Floats
     mean_interval: Floats
@@ -59,10 +59,13 @@ class Spread:
 def spread(scores: Floats, prompt: Ints, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
     """Mean, deviations, their intervals and the correlations of E evaluators.
 
-    :param scores: (N, E)
-    :param prompt: (N,) the prompt of each row, numbered 0 … P − 1 without gaps
-    :param seed: of the resamples, which all evaluators share
-    :raises ValueError: no prompt has two pictures
+    Args:
+        scores: (N, E)
+        prompt: (N,) the prompt of each row, numbered 0 … P − 1 without gaps
+        seed: of the resamples, which all evaluators share
+
+    Raises:
+        ValueError: no prompt has two images
     """
     counts = np.bincount(prompt).astype(np.float64)
     mean = scores.mean(axis=0)
@@ -71,13 +74,13 @@ def spread(scores: Floats, prompt: Ints, seed: int = 0, resamples: int = RESAMPL
     inner = centred - offset[prompt]
     freedom = float((counts - 1).sum())
     if freedom == 0:
-        raise ValueError("no prompt has two pictures, so nothing is known about deviations within one")
+        raise ValueError("no prompt has two images, so nothing is known about deviations within one")
     within = inner.T @ inner / freedom
     total = centred.T @ centred / (len(scores) - 1)
     shifts = _resampled(counts, offset, _sums(inner**2, prompt), seed, resamples)
     low_high = [_interval(values) for values in shifts]
     return Spread(
-        pictures=len(scores),
+        images=len(scores),
         prompts=len(counts),
         mean=mean,
         mean_interval=mean + low_high[0],
@@ -101,9 +104,10 @@ def correlation(covariance: Floats) -> Floats:
 
 
 def resampled_counts(prompts: int, seed: int, resamples: int, width: int | None = None) -> Iterator[Floats]:
-    """How often each prompt is drawn when ``prompts`` are drawn with replacement: (chunk, prompts) at a time.
+    """How often each prompt is drawn when `prompts` are drawn with replacement: (chunk, prompts) at a time.
 
-    :param width: numbers of one resample that the caller holds at once; it bounds the chunk's memory
+    Args:
+        width: numbers of one resample that the caller holds at once; it bounds the chunk's memory
     """
     rng = np.random.default_rng(seed)
     chunk = max(1, min(resamples, _CHUNK_ENTRIES // max(prompts, width or 0, 1)))
@@ -130,7 +134,7 @@ def _resampled(
         summed = drawn @ columns
         number, freedom = summed[:, :1], summed[:, 1:2]
         first, inner, second = np.split(summed[:, 2:], [size, 2 * size], axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold single pictures only
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold single images only
             means.append(first / number)
             withins.append(np.sqrt(inner / freedom))
             totals.append(np.sqrt(np.maximum(second - first**2 / number, 0.0) / (number - 1)))
@@ -171,9 +175,9 @@ _CHOICES_PER_CHUNK = 8
 class Preference:
     """How one evaluator agrees with people.
 
-    ``scale`` is τ in raw units, or None, and ``note`` then says why. An end of ``scale_interval`` that is
-    None has no bound. ``accuracy``: share of the pairs ordered as people did, a tie counting half.
-    ``log_loss`` in nats a pair; a coin has ``CHANCE_LOG_LOSS``.
+    `scale` is τ in raw units, or None, and `note` then says why. An end of `scale_interval` that is
+    None has no bound. `accuracy`: share of the pairs ordered as people did, a tie counting half.
+    `log_loss` in nats a pair; a coin has `CHANCE_LOG_LOSS`.
     """
 
     scale: float | None
@@ -191,9 +195,10 @@ def fit_preference(
 ) -> Preference:
     """Fit τ by maximum likelihood, with a cluster bootstrap over prompts.
 
-    :param gap: (M,) score of the preferred picture less that of the rejected one
-    :param weight: (M,) positive
-    :param prompt: (M,) numbered 0 … P − 1 without gaps
+    Args:
+        gap: (M,) score of the preferred image less that of the rejected one
+        weight: (M,) positive
+        prompt: (M,) numbered 0 … P − 1 without gaps
     """
     right = (gap > 0) + 0.5 * (gap == 0)
     accuracy = float(weight @ right / weight.sum())
@@ -222,11 +227,11 @@ def fit_preference(
 
 def _why_no_scale(gap: Floats, weight: Floats, accuracy: float) -> str:
     if not gap.any():
-        return "both pictures of every pair score the same: there is nothing to fit"
+        return "both images of every pair score the same: there is nothing to fit"
     if accuracy <= 0.5:
         return f"no positive scale: it agrees with {accuracy:.1%} of the choices, no better than a coin"
     if weight @ gap <= 0:
-        return "no positive scale: where it sees the larger differences, people chose the other picture"
+        return "no positive scale: where it sees the larger differences, people chose the other image"
     if (gap >= 0).all():
         return "every pair is ordered as people chose: the scale has no lower bound; more pairs are needed"
     return ""

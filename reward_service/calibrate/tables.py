@@ -28,7 +28,7 @@ from reward_service.settings import ConfigError
 Deviation = Literal["within", "total"]
 Json = dict[str, Any]
 
-FEWEST_PROMPTS, FEWEST_PICTURES = 200, 4
+FEWEST_PROMPTS, FEWEST_IMAGES = 200, 4
 _DISAGREEMENT = 0.25
 _CONSTANT = 1e-6  # of the mean: below it lies float32's rounding
 _SHOWN = 3
@@ -45,9 +45,12 @@ def tabulate(
 ) -> Json:
     """A calibration table; its numbers depend on what is scored, not on the order or the files it came in.
 
-    :param rows: the pictures that mean and deviations are of
-    :param choices: keys of preferred and rejected pictures with weights
-    :raises ConfigError: the scores do not determine a scale
+    Args:
+        rows: the images that mean and deviations are of
+        choices: keys of preferred and rejected images with weights
+
+    Raises:
+        ConfigError: the scores do not determine a scale
     """
     rows = sorted(rows, key=lambda row: (row.group, row.prompt, row.image))
     raw = np.array([row.raw for row in rows])
@@ -55,9 +58,7 @@ def tabulate(
     try:
         found = spread(raw, prompt, seed, resamples)
     except ValueError as error:
-        raise ConfigError(
-            f"{error}; give each prompt several pictures, best {FEWEST_PICTURES} or more"
-        ) from None
+        raise ConfigError(f"{error}; give each prompt several images, best {FEWEST_IMAGES} or more") from None
     names = tuple(book.fingerprints)
     chosen = found.within if std == "within" else found.total
     _check_varied(names, found.mean, chosen)
@@ -77,15 +78,15 @@ def tabulate(
 
 
 def _heading(found: Spread, std: Deviation, seed: int, resamples: int) -> Json:
-    kind = "pooled within-prompt deviation" if std == "within" else "deviation over all pictures"
-    counts = f"{found.pictures} pictures of {found.prompts} prompts"
+    kind = "pooled within-prompt deviation" if std == "within" else "deviation over all images"
+    counts = f"{found.images} images of {found.prompts} prompts"
     provenance = (
         f"reward-service calibrate {__version__}, {datetime.now(UTC).date()}: {counts}; std is the {kind}"
     )
     return {
         "provisional": False,
         "provenance": provenance,
-        "pictures": found.pictures,
+        "pictures": found.images,
         "prompts": found.prompts,
         "std": "within_prompt" if std == "within" else "total",
         "intervals": f"95 %, percentile cluster bootstrap over prompts, {resamples} resamples, seed {seed}",
@@ -121,10 +122,8 @@ def _matrix(names: Sequence[str], values: Floats) -> dict[str, dict[str, float |
 def _check_varied(names: Sequence[str], mean: Floats, std: Floats) -> None:
     for name, centre, deviation in zip(names, mean, std, strict=True):
         if deviation <= _CONSTANT * abs(centre):
-            message = (
-                f"every picture of a prompt scores {centre:.6g}, so the deviation is 0 and scales nothing"
-            )
-            raise ConfigError(f"evaluator {name}: {message}; list pictures that differ")
+            message = f"every image of a prompt scores {centre:.6g}, so the deviation is 0 and scales nothing"
+            raise ConfigError(f"evaluator {name}: {message}; list images that differ")
 
 
 def _preferences(
@@ -144,29 +143,27 @@ def _preferences(
 
 
 def _warnings(names: Sequence[str], found: Spread, rows: Sequence[Scored]) -> list[str]:
-    pictures = Counter(row.group for row in rows)
-    single = [group for group, count in pictures.items() if count == 1]
-    few = sum(count < FEWEST_PICTURES for count in pictures.values())
+    images = Counter(row.group for row in rows)
+    single = [group for group, count in images.items() if count == 1]
+    few = sum(count < FEWEST_IMAGES for count in images.values())
     cut = sum(row.truncated for row in rows)
     lines = []
     if found.prompts < FEWEST_PROMPTS:
         lines.append(f"{found.prompts} prompts; {FEWEST_PROMPTS} or more make the scale steady")
     if few:
-        lines.append(f"{few} of {found.prompts} prompts have fewer than {FEWEST_PICTURES} pictures")
+        lines.append(f"{few} of {found.prompts} prompts have fewer than {FEWEST_IMAGES} images")
     if single:
         shown = ", ".join(repr(group[:60]) for group in single[:_SHOWN]) + (
             " ..." if len(single) > _SHOWN else ""
         )
-        lines.append(
-            f"{len(single)} prompts have one picture and add nothing to the within-prompt σ: {shown}"
-        )
+        lines.append(f"{len(single)} prompts have one image and add nothing to the within-prompt σ: {shown}")
     if cut:
         lines.append(
-            f"the prompts of {cut} pictures are longer than an evaluator reads; their ends were cut off"
+            f"the prompts of {cut} images are longer than an evaluator reads; their ends were cut off"
         )
     for name, plain, robust in zip(names, found.within, found.robust_within, strict=True):
         if abs(robust / plain - 1) > _DISAGREEMENT if plain else robust:
-            reason = "a few pictures or prompts dominate, or many score alike"
+            reason = "a few images or prompts dominate, or many score alike"
             lines.append(f"{name}: robust within-prompt σ {robust:.4g} against plain {plain:.4g}: {reason}")
     return lines
 

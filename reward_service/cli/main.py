@@ -1,4 +1,4 @@
-"""``reward-service``: serve the judge, or score pictures without a server.
+"""`reward-service`: serve the service, or score images without a server.
 
 Whatever the user can mend is one line on stderr and exit code 2.
 """
@@ -20,7 +20,7 @@ from reward_service.config import load_config
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line, rest_idle_threads
 
 app = typer.Typer(
-    help="Judge pictures by their prompts with four evaluators.",
+    help="Judge images by their prompts with four evaluators.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -74,7 +74,7 @@ class UserError(Exception):
 
 @app.callback()
 def reward_service() -> None:
-    """Judge pictures by their prompts with four evaluators."""
+    """Judge images by their prompts with four evaluators."""
 
 
 @app.command()
@@ -98,9 +98,9 @@ def serve(
 
 @app.command()
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Pictures: PNG, JPEG or WebP files.")],
+    images: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP files.")],
     prompt: Annotated[
-        list[str], typer.Option(help="What the pictures should show: once for all, or once for each of them.")
+        list[str], typer.Option(help="What the images should show: once for all, or once for each of them.")
     ],
     config: ConfigOption = DEFAULT_CONFIG,
     settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
@@ -110,9 +110,9 @@ def score(
     ] = NormalizationName.unit,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the service's response.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line of CSV for each picture.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line of CSV for each image.")] = False,
 ) -> None:
-    """Score pictures without a server."""
+    """Score images without a server."""
     if as_json and as_csv:
         raise UserError("--json and --csv are two forms of one answer; choose one")
     from reward_service.cli.score import Request, print_scores, score_files
@@ -126,7 +126,7 @@ def score(
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Option(help="Table to write: JSON, for `calibration:` to name.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures to score.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images to score.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="CSV or JSONL: image, prompt and, if you like, prompt_id.")
     ] = None,
@@ -153,7 +153,7 @@ def calibrate(
     config: ConfigOption = DEFAULT_CONFIG,
     settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
 ) -> None:
-    """Make a calibration table of your own pictures: mean, deviations, intervals, correlations."""
+    """Make a calibration table of your own images: mean, deviations, intervals, correlations."""
     from reward_service.calibrate.run import Request
     from reward_service.calibrate.run import calibrate as run
     from reward_service.calibrate.tables import print_table
@@ -265,7 +265,7 @@ def remove(
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:
-    """``a,b`` as names; None for all."""
+    """`a,b` as names; None for all."""
     if listed is None:
         return None
     names = tuple(name.strip() for name in listed.split(",") if name.strip())
@@ -300,7 +300,7 @@ def _print_anything() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command ``reward-service``."""
+    """Entry point of the command `reward-service`."""
     rest_idle_threads()
     _print_anything()
     try:

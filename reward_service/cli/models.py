@@ -1,6 +1,6 @@
-"""What is configured, and its files: ``reward-service evaluators`` and ``reward-service download``.
+"""What is configured, and its files: `reward-service evaluators` and `reward-service download`.
 
-``reward-service canary``: score the canary pair, compare it with the golden scores, or write them.
+`reward-service canary`: score the canary pair, compare it with the golden scores, or write them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reward_service.config import EvaluatorConfig, ServiceConfig
 from reward_service.engine.evaluators import FORMULAS
 from reward_service.engine.files import Files, LocalFile, ModelError, Note
 from reward_service.engine.loading import EvaluatorPlan, build_engine, check_models, plan_evaluators
-from reward_service.scoring.breaker import Guard
+from reward_service.scoring.breaker import EvaluatorBreakers
 from reward_service.scoring.calibration import Calibration, load_calibration
 from reward_service.scoring.canary import Golden, GoldenScores, canary_pair, dumps, load_golden, merged
 from reward_service.settings import ConfigError
@@ -24,15 +24,18 @@ from reward_service.settings import ConfigError
 def compare(config: ServiceConfig, note: Note, say: Callable[[str], None]) -> str | None:
     """Score the canary and say each score with its golden one.
 
-    :returns: one line if a score is not its golden one
-    :raises ConfigError: the models or the file cannot be used
+    Returns:
+        one line if a score is not its golden one
+
+    Raises:
+        ConfigError: the models or the file cannot be used
     """
     golden = load_golden(config.canary) if config.canary else None
     engine = build_engine(config, note)
-    guard = Guard(engine, golden)
-    lines = guard.prove()
-    for name, score in engine.score([guard.canary], deterministic=True)[0].raw.items():
-        known = "no golden score" if name in guard.unproven() else "golden"
+    breakers = EvaluatorBreakers(engine, golden)
+    lines = breakers.prove()
+    for name, score in engine.score([breakers.canary], deterministic=True)[0].raw.items():
+        known = "no golden score" if name in breakers.unproven() else "golden"
         say(f"{name:<10} {score:.7g}  {known}  {engine.evaluators[name].fingerprint}")
     return "; ".join(lines) or None
 
@@ -40,7 +43,8 @@ def compare(config: ServiceConfig, note: Note, say: Callable[[str], None]) -> st
 def write(config: ServiceConfig, path: Path, note: Note) -> None:
     """Write the canary's scores as golden ones; those of other devices and fingerprints stay in the file.
 
-    :raises ConfigError: the models cannot be used, or the file cannot be written
+    Raises:
+        ConfigError: the models cannot be used, or the file cannot be written
     """
     old: GoldenScores | None = load_golden(path) if path.exists() else None
     engine = build_engine(config, note)
@@ -58,7 +62,7 @@ _SCALE_STATE = {True: ", provisional", False: ", measured", None: ""}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are prepared."""
+    """How images are prepared."""
 
     method: str
     size_px: int
@@ -70,7 +74,7 @@ class Entry:
     """One evaluator of the configuration.
 
     What its files decide is None where they are not at hand, which is a fault only if it is enabled;
-    ``problem`` then says what is missing. ``provisional`` is None without a scale.
+    `problem` then says what is missing. `provisional` is None without a scale.
     """
 
     name: str
@@ -95,7 +99,8 @@ class Entry:
 def list_evaluators(config: ServiceConfig, note: Note) -> list[Entry]:
     """Every configured evaluator, without reading weights or fetching a file.
 
-    :raises ConfigError: an enabled one is not at hand or unusable, or the calibration table is
+    Raises:
+        ConfigError: an enabled one is not at hand or unusable, or the calibration table is
     """
     table = load_calibration(config.calibration, tuple(config.enabled))
     files = Files(note, download=False)
@@ -124,7 +129,8 @@ def print_evaluators(entries: Sequence[Entry], *, as_json: bool) -> None:
 def download(config: ServiceConfig, names: Sequence[str], note: Note, say: Callable[[str], None]) -> None:
     """Fetch and check every file of the named evaluators, and say each with its size and hash.
 
-    :raises ConfigError: one cannot be had, or is not what the configuration expects
+    Raises:
+        ConfigError: one cannot be had, or is not what the configuration expects
     """
     plans = plan_evaluators(config, Files(note), names)
     check_models(plans)

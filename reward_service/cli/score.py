@@ -1,4 +1,4 @@
-"""Score pictures with the engine itself, no server in between; every check and number is the service's."""
+"""Score images with the engine itself, no server in between; every check and number is the service's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reward_service.protocol import (
     encode,
 )
 from reward_service.scoring.calibration import Calibration, load_calibration
-from reward_service.scoring.requests import Admitted, Intake
+from reward_service.scoring.requests import DecodedRequest, RequestParser
 from reward_service.scoring.responses import identities, item_results
 from reward_service.settings import ConfigError
 
@@ -38,7 +38,7 @@ Style = Literal["table", "json", "csv"]
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures, one prompt for all of them or one each, and the request's own options."""
+    """Images, one prompt for all of them or one each, and the request's own options."""
 
     paths: tuple[Path, ...]
     prompts: tuple[str, ...]
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """The response, and what it takes to show it. ``provisional``: evaluators whose scale is a stand-in."""
+    """The response, and what it takes to show it. `provisional`: evaluators whose scale is a stand-in."""
 
     request: Request
     response: ScoreResponse
@@ -60,13 +60,14 @@ class Report:
 def score_files(config: ServiceConfig, request: Request, note: Callable[[str], None]) -> Report:
     """Score files as the service would.
 
-    :raises ConfigError: a prompt, a picture or a model cannot be used
+    Raises:
+        ConfigError: a prompt, an image or a model cannot be used
     """
     prompts = _prompt_each(request)
     _check_there(request.paths)
     calibration = load_calibration(config.calibration, tuple(config.enabled))
     parts = _admitted(config, request, prompts)
-    first = next(parts)  # a mistake in the first pictures is told before models are loaded
+    first = next(parts)  # a mistake in the first images is told before models are loaded
     from reward_service.engine.loading import build_engine
     from reward_service.engine.weights import ModelError
 
@@ -86,7 +87,7 @@ def score_files(config: ServiceConfig, request: Request, note: Callable[[str], N
 
 
 def print_scores(report: Report, style: Style) -> None:
-    """Print a table, the response as JSON, or one row of CSV for each picture."""
+    """Print a table, the response as JSON, or one row of CSV for each image."""
     if style == "json":
         print(msgspec.json.encode(report.response).decode())
     elif style == "csv":
@@ -99,13 +100,11 @@ def _prompt_each(request: Request) -> Sequence[str]:
     for prompt in request.prompts:
         if not prompt:
             raise ConfigError("the prompt is empty; give it words")
-    pictures, prompts = len(request.paths), len(request.prompts)
+    images, prompts = len(request.paths), len(request.prompts)
     if prompts == 1:
-        return request.prompts * pictures
-    if prompts != pictures:
-        raise ConfigError(
-            f"{prompts} prompts for {pictures} pictures; give one --prompt for all, or one each"
-        )
+        return request.prompts * images
+    if prompts != images:
+        raise ConfigError(f"{prompts} prompts for {images} images; give one --prompt for all, or one each")
     return request.prompts
 
 
@@ -119,9 +118,9 @@ def _check_there(paths: Sequence[Path]) -> None:
             raise ConfigError(f"{path} cannot be read ({reason}); check the path")
 
 
-def _admitted(config: ServiceConfig, request: Request, prompts: Sequence[str]) -> Iterator[Admitted]:
-    """The pictures as requests of the service, batch by batch, so that only one batch is in memory."""
-    intake = Intake(config)
+def _admitted(config: ServiceConfig, request: Request, prompts: Sequence[str]) -> Iterator[DecodedRequest]:
+    """The images as requests of the service, batch by batch, so that only one batch is in memory."""
+    parser = RequestParser(config)
     size = min(config.batch_pairs, config.limits.max_pairs)
     for start in range(0, len(prompts), size):
         paths = request.paths[start : start + size]
@@ -135,7 +134,7 @@ def _admitted(config: ServiceConfig, request: Request, prompts: Sequence[str]) -
         )
         try:
             # Through the wire's own bytes: the schema's limits hold here too.
-            yield intake(encode(body, MSGPACK), MSGPACK)
+            yield parser(encode(body, MSGPACK), MSGPACK)
         except ProblemError as error:
             raise ConfigError(_told(error, paths)) from None
         except UnicodeEncodeError:

@@ -1,9 +1,9 @@
-"""Client of the reward service: :class:`RewardClient`, and :class:`AsyncRewardClient` for asyncio. No torch.
+"""Client of the reward service: `RewardClient`, and `AsyncRewardClient` for asyncio. No torch.
 
 Exceptions::
 
     RewardClientError
-    ├── InputError            the arguments, a prompt or a picture cannot be sent; they were not
+    ├── InputError            the arguments, a prompt or an image cannot be sent; they were not
     ├── ServiceError          the service answered with a problem: .status, .problem
     │   ├── RejectedError         it will answer so again (4xx, or a pair that cannot be scored)
     │   └── OverloadedError       busy or not ready until the retry budget was spent

@@ -60,8 +60,11 @@ def identity(described: EvaluatorList) -> dict[str, EvaluatorIdentity]:
 class Pin:
     """The identity that answers are held against; may be shared by threads.
 
-    :param given: the identity to insist on, or ``first`` for that of the first answer
-    :raises InputError: it is neither
+    Args:
+        given: the identity to insist on, or `first` for that of the first answer
+
+    Raises:
+        InputError: it is neither
     """
 
     def __init__(self, given: Identity | Mapping[str, Any] | Literal["first"]) -> None:
@@ -73,8 +76,11 @@ class Pin:
     def check(self, answered: Identity, *, everyone: bool) -> None:
         """Nothing if the answer is the pinned scorer's.
 
-        :param everyone: whether all of the service's evaluators were asked, so that none may join or leave
-        :raises IdentityChangedError: it is another's
+        Args:
+            everyone: whether all of the service's evaluators were asked, so that none may join or leave
+
+        Raises:
+            IdentityChangedError: it is another's
         """
         with self._lock:
             changes = [change for name, it in answered.items() if (change := self._change(name, it))]
@@ -120,9 +126,10 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Deadline:
-    """When a call's scores are of no use any more; never, if ``seconds`` is None.
+    """When a call's scores are of no use any more; never, if `seconds` is None.
 
-    :raises InputError: ``seconds`` is not a time to come
+    Raises:
+        InputError: `seconds` is not a time to come
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -134,7 +141,8 @@ class Deadline:
     def left_s(self) -> float:
         """Seconds that are left.
 
-        :raises DeadlineError: none
+        Raises:
+            DeadlineError: none
         """
         left = float("inf") if self._end is None else self._end - time.monotonic()
         if left <= 0:
@@ -148,7 +156,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ``score``: what is asked, until when, and whose answers it takes."""
+    """One call of `score`: what is asked, until when, and whose answers it takes."""
 
     asked: Question
     deadline: Deadline
@@ -156,7 +164,7 @@ class Call:
 
 
 class Exchange:
-    """What the two clients share. The arguments are those of ``RewardClient``."""
+    """What the two clients share. The arguments are those of `RewardClient`."""
 
     def __init__(
         self,
@@ -291,14 +299,15 @@ class Exchange:
 
 
 def is_ready(answer: httpx.Response) -> bool:
-    """Whether an answer of ``/health/ready`` is a reward service's and says so."""
+    """Whether an answer of `/health/ready` is a reward service's and says so."""
     return answer.status_code == httpx.codes.OK and readiness(answer).status == "ready"
 
 
 def opened(kind: Any, **options: Any) -> Any:
     """An httpx client.
 
-    :raises InputError: the environment names a proxy that cannot be used
+    Raises:
+        InputError: the environment names a proxy that cannot be used
     """
     try:
         return kind(**options)

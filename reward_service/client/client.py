@@ -1,10 +1,10 @@
-"""Ask the judge: :class:`RewardClient`, and :class:`AsyncRewardClient` for asyncio. Never imports torch.
+"""Ask the service: `RewardClient`, and `AsyncRewardClient` for asyncio. Never imports torch.
 
 A failed score is always an exception, never a number. Asking twice does no harm: scoring changes nothing.
 
 Several requests under way at once: a bounded number, made as room appears, the first error ending all.
 
-The client for asyncio. Import it from :mod:`reward_service.client`, where the exceptions are drawn.
+The client for asyncio. Import it from `reward_service.client`, where the exceptions are drawn.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ def run_threads(
 ) -> list[Answer]:
     """The answers in order; a single request runs in the caller's own thread.
 
-    :param ask: called with a request, and an event that says that its answer is of no use any more
-    :param made: the requests; the next is taken when fewer than ``width`` are under way
-    :raises Exception: the first that was raised; what is under way is left to end by itself
+    Args:
+        ask: called with a request, and an event that says that its answer is of no use any more
+        made: the requests; the next is taken when fewer than `width` are under way
+
+    Raises:
+        Exception: the first that was raised; what is under way is left to end by itself
     """
     stop = threading.Event()
     ahead = list(islice(made, 2))
@@ -92,8 +95,11 @@ async def run_tasks(
 ) -> list[Answer]:
     """The answers in order; requests are made on another thread, so that the event loop goes on.
 
-    :param made: the requests; the next is taken when fewer than ``width`` are under way
-    :raises Exception: the first that was raised, after what was under way has been cancelled
+    Args:
+        made: the requests; the next is taken when fewer than `width` are under way
+
+    Raises:
+        Exception: the first that was raised, after what was under way has been cancelled
     """
     answers: dict[int, Answer] = {}
     running: dict[asyncio.Future[Answer], int] = {}
@@ -121,7 +127,7 @@ async def _collect_tasks(running: dict[asyncio.Future[Answer], int], answers: di
 
 
 class AsyncRewardClient(Exchange):
-    """:class:`RewardClient` for asyncio: the same arguments, the same exceptions."""
+    """`RewardClient` for asyncio: the same arguments, the same exceptions."""
 
     def __init__(
         self,
@@ -168,14 +174,14 @@ class AsyncRewardClient(Exchange):
         allow_partial: bool = False,
         deadline_s: float | None = None,
     ) -> ScoreResponse:
-        """See :meth:`RewardClient.score`."""
+        """See `RewardClient.score`."""
         asked = question(evaluators, weights, normalization, deterministic, allow_partial)
         call = self._call(asked, deadline_s)
         chunks = self._portions.chunks(prompts, images, asked)
         return merge(await run_tasks(lambda chunk: self._ask(chunk, call), chunks, self._in_flight))
 
     async def evaluators(self) -> EvaluatorList:
-        """See :meth:`RewardClient.evaluators`."""
+        """See `RewardClient.evaluators`."""
 
         async def once() -> EvaluatorList:
             return self._described(await self._send(self._get_request("/v1/evaluators")))
@@ -184,18 +190,18 @@ class AsyncRewardClient(Exchange):
         return await tenacity.AsyncRetrying(sleep=self._sleep, **rule)(once)
 
     async def identity(self) -> dict[str, EvaluatorIdentity]:
-        """See :meth:`RewardClient.identity`."""
+        """See `RewardClient.identity`."""
         return identity(await self.evaluators())
 
     async def ready(self) -> bool:
-        """See :meth:`RewardClient.ready`."""
+        """See `RewardClient.ready`."""
         try:
             return is_ready(await self._send(self._get_request("/health/ready")))
         except (UnreachableError, ProtocolError):
             return False
 
     async def wait_until_ready(self, timeout_s: float) -> None:
-        """See :meth:`RewardClient.wait_until_ready`."""
+        """See `RewardClient.wait_until_ready`."""
         deadline = time.monotonic() + timeout_s
         while (state := await self._state()).status != "ready":
             if state.status == "failed" or time.monotonic() >= deadline:
@@ -251,19 +257,22 @@ class AsyncRewardClient(Exchange):
 class RewardClient(Exchange):
     """Synchronous client; may be shared by threads and survives a fork. A context manager.
 
-    :param base_url: such as ``http://127.0.0.1:8000``, or with a path under which a proxy serves it
-    :param api_key: sent as a bearer token
-    :param client_id: the name under which the service shares its time among a key's callers
-    :param timeout_s: longest wait for one answer
-    :param retry_budget_s: total time spent on retrying one request; 0 asks once
-    :param pin: the scorer to insist on: what :meth:`identity` gave, or ``first`` for the first that answers
-    :param encoding: how pixels travel, always lossless: ``raw``, or ``webp`` or ``png`` on a slow network
-    :param in_flight: most requests of one call that are under way at once
-    :param chunk_pairs: most pairs of one request; lower it if the service allows fewer
-    :param chunk_bytes: about the most bytes of one request; ``in_flight`` of these are held in memory
-    :param transport: for tests
-    :param sleep: for tests
-    :raises InputError: one of these cannot be used
+    Args:
+        base_url: such as `http://127.0.0.1:8000`, or with a path under which a proxy serves it
+        api_key: sent as a bearer token
+        client_id: the name under which the service shares its time among a key's callers
+        timeout_s: longest wait for one answer
+        retry_budget_s: total time spent on retrying one request; 0 asks once
+        pin: the scorer to insist on: what `identity` gave, or `first` for the first that answers
+        encoding: how pixels travel, always lossless: `raw`, or `webp` or `png` on a slow network
+        in_flight: most requests of one call that are under way at once
+        chunk_pairs: most pairs of one request; lower it if the service allows fewer
+        chunk_bytes: about the most bytes of one request; `in_flight` of these are held in memory
+        transport: for tests
+        sleep: for tests
+
+    Raises:
+        InputError: one of these cannot be used
     """
 
     def __init__(
@@ -310,17 +319,22 @@ class RewardClient(Exchange):
     ) -> ScoreResponse:
         """Score the first prompt with the first image and so on; large batches go out in several requests.
 
-        :param prompts: strings; any iterable, so that a large batch need never be in memory as a whole
-        :param images: Pillow pictures, arrays (H, W, 3), tensors (3, H, W), paths, or the bytes of PNG, JPEG
-            or WebP files; or one array (N, H, W, 3) or tensor (N, 3, H, W). uint8, or float in [0, 1], which
-            is rounded once. A uint8 tensor may also be (H, W, 3)
-        :param evaluators: names; None for all that the service has
-        :param weights: evaluator → weight of its normalized score in the reward; None for the service's own
-        :param allow_partial: take the others' scores when an evaluator is out of service: the response's
-            ``failed`` names those whose scores some pair lacks, and a reward made of one is None
-        :param deadline_s: seconds after which the scores are of no use; the service is told
-        :returns: results in the order of the pairs
-        :raises RewardClientError: see the tree at the top of this file
+        Args:
+            prompts: strings; any iterable, so that a large batch need never be in memory as a whole
+            images: Pillow images, arrays (H, W, 3), tensors (3, H, W), paths, or the bytes of PNG, JPEG or
+                WebP files; or one array (N, H, W, 3) or tensor (N, 3, H, W). uint8, or float in [0, 1], which
+                is rounded once. A uint8 tensor may also be (H, W, 3)
+            evaluators: names; None for all that the service has
+            weights: evaluator → weight of its normalized score in the reward; None for the service's own
+            allow_partial: take the others' scores when an evaluator is out of service: the response's
+                `failed` names those whose scores some pair lacks, and a reward made of one is None
+            deadline_s: seconds after which the scores are of no use; the service is told
+
+        Returns:
+            results in the order of the pairs
+
+        Raises:
+            RewardClientError: see the tree at the top of this file
         """
         asked = question(evaluators, weights, normalization, deterministic, allow_partial)
         call = self._call(asked, deadline_s)
@@ -330,7 +344,8 @@ class RewardClient(Exchange):
     def evaluators(self) -> EvaluatorList:
         """What the service has configured, with fingerprints.
 
-        :raises RewardClientError: no such answer
+        Raises:
+            RewardClientError: no such answer
         """
         retrying = tenacity.Retrying(
             sleep=self._sleep or time.sleep, **self._retry_rule(self._retry_budget_s)
@@ -340,7 +355,8 @@ class RewardClient(Exchange):
     def identity(self) -> dict[str, EvaluatorIdentity]:
         """Who scores now: to keep with a run's results, and to pin.
 
-        :raises RewardClientError: no such answer
+        Raises:
+            RewardClientError: no such answer
         """
         return identity(self.evaluators())
 
@@ -354,7 +370,8 @@ class RewardClient(Exchange):
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the service is ready.
 
-        :raises NotReadyError: it was not within ``timeout_s``, or its models cannot be loaded
+        Raises:
+            NotReadyError: it was not within `timeout_s`, or its models cannot be loaded
         """
         deadline = time.monotonic() + timeout_s
         while (state := self._state()).status != "ready":

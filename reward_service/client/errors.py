@@ -1,6 +1,6 @@
 """What can go wrong between the client and the service, and how an answer tells it. No torch.
 
-The tree of exceptions is drawn at the top of ``client.py``.
+The tree of exceptions is drawn at the top of `client.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RewardClientError(Exception):
 
 
 class InputError(RewardClientError, ValueError):
-    """The arguments, a prompt or a picture cannot be sent; they were not."""
+    """The arguments, a prompt or an image cannot be sent; they were not."""
 
 
 class ServiceError(RewardClientError):
@@ -74,8 +74,11 @@ class ProtocolError(RewardClientError):
 def raise_for_problem(answer: httpx.Response, first_pair: int = 0) -> None:
     """Nothing for a success.
 
-    :param first_pair: place of the request's first pair in the caller's batch, whose indices the problem gets
-    :raises ServiceError: of the kind that tells whether asking again can help
+    Args:
+        first_pair: place of the request's first pair in the caller's batch, whose indices the problem gets
+
+    Raises:
+        ServiceError: of the kind that tells whether asking again can help
     """
     if answer.is_success:
         return
@@ -120,7 +123,7 @@ def _seconds_until(date: str, sent: str) -> float:
 
 
 def readiness(answer: httpx.Response) -> Health:
-    """The state that an answer of ``/health/ready`` tells."""
+    """The state that an answer of `/health/ready` tells."""
     try:
         return msgspec.json.decode(answer.content, type=Health)
     except UNREADABLE:

@@ -2,7 +2,7 @@
 
 No torch, no HTTP.
 
-Whatever a caller has for a picture, as it goes over the wire: lossless, and never changed. No torch.
+Whatever a caller has for an image, as it goes over the wire: lossless, and never changed. No torch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from reward_service.protocol import (
     ScoreResponse,
 )
 
-#: A Pillow picture, an array (H, W, 3) or tensor (3, H, W), uint8 or float in [0, 1], a path, or the bytes of
+#: A Pillow image, an array (H, W, 3) or tensor (3, H, W), uint8 or float in [0, 1], a path, or the bytes of
 #: a PNG, JPEG or WebP file. Tensors are known by their methods: torch is not imported.
 ImageLike = Any
-#: How pixels travel. All three are lossless; the last two cost milliseconds a picture and save the network.
+#: How pixels travel. All three are lossless; the last two cost milliseconds an image and save the network.
 Encoding = Literal["raw", "png", "webp"]
 
 _CHANNELS = 3
@@ -55,16 +55,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def check_encoding(encoding: str) -> None:
     """Nothing if pixels can travel so.
 
-    :raises InputError: they cannot
+    Raises:
+        InputError: they cannot
     """
     if encoding not in get_args(Encoding):
         raise InputError(f"encoding must be one of {', '.join(get_args(Encoding))}; the lossy ones are none")
 
 
-def picture(image: ImageLike, encoding: Encoding = "raw") -> Picture:
-    """One picture as it goes over the wire: files unchanged, everything else as lossless RGB.
+def encode_image(image: ImageLike, encoding: Encoding = "raw") -> Picture:
+    """One image as it goes over the wire: files unchanged, everything else as lossless RGB.
 
-    :raises InputError: not a picture this client can send
+    Raises:
+        InputError: not an image this client can send
     """
     if isinstance(image, (str, os.PathLike)):
         return _file(Path(image))
@@ -90,7 +92,7 @@ def _file(path: Path) -> Picture:
 def _file_bytes(data: bytes, name: str) -> Picture:
     found = sniff(data)
     if found is None:
-        raise InputError(f"{name}: not a PNG, JPEG or WebP picture; convert it to one of these")
+        raise InputError(f"{name}: not a PNG, JPEG or WebP image; convert it to one of these")
     return Picture(data, found)  # type: ignore[arg-type]  # sniff names only formats of the protocol
 
 
@@ -98,7 +100,7 @@ def _opened(image: Image.Image) -> Pixels:
     try:
         return flatten(image)
     except (OSError, SyntaxError) as error:  # Pillow reads an opened file's pixels only now
-        raise InputError(f"the picture cannot be read ({error}); open a whole file") from None
+        raise InputError(f"the image cannot be read ({error}); open a whole file") from None
 
 
 def _check_size(height: int, width: int, encoding: Encoding) -> None:
@@ -126,11 +128,11 @@ def _pixels(image: Any) -> Pixels:
     is_tensor = hasattr(image, "detach") and hasattr(image, "cpu")
     array = _rows_first(_array_of(image)) if is_tensor else image
     if not isinstance(array, np.ndarray):
-        raise InputError(f"a {type(image).__name__} is no Pillow picture, array, tensor, path or bytes")
+        raise InputError(f"a {type(image).__name__} is no Pillow image, array, tensor, path or bytes")
     if array.ndim != _CHANNELS or array.shape[2] != _CHANNELS:
         raise InputError(f"an array must have shape (height, width, 3), not {tuple(array.shape)}")
     if array.size == 0:
-        raise InputError(f"the picture has no pixels: shape {tuple(array.shape)}")
+        raise InputError(f"the image has no pixels: shape {tuple(array.shape)}")
     if np.issubdtype(array.dtype, np.floating):
         return _rounded(array)
     if array.dtype != np.uint8:
@@ -172,7 +174,7 @@ def _rounded(array: Array) -> Pixels:
 CHUNK_BYTES = MAX_BODY_BYTES // 4
 #: Four of these are the most pairs that a service admits of one client at once, if left as it comes.
 CHUNK_PAIRS = 512
-_ITEM_BYTES = 64  # what msgpack adds to a prompt and a picture: names, sizes, shape
+_ITEM_BYTES = 64  # what msgpack adds to a prompt and an image: names, sizes, shape
 _ENCODER = msgspec.msgpack.Encoder()
 _AXES_OF_ONE = (0, 2, 3)
 _MISSING = object()
@@ -198,7 +200,8 @@ def question(
 ) -> Question:
     """The options of a call, checked.
 
-    :raises InputError: one of them has no sense
+    Raises:
+        InputError: one of them has no sense
     """
     if normalization not in get_args(Normalization):
         raise InputError(f"normalization must be one of {', '.join(get_args(Normalization))}")
@@ -213,7 +216,7 @@ def question(
 
 @dataclass(frozen=True)
 class Chunk:
-    """One request's body; ``first`` is the place of its first pair in the whole batch."""
+    """One request's body; `first` is the place of its first pair in the whole batch."""
 
     first: int
     pairs: int
@@ -232,7 +235,8 @@ class Portions:
     def chunks(self, prompts: Iterable[str], images: Iterable[ImageLike], asked: Question) -> Iterator[Chunk]:
         """The batch as requests in order; each is made when it is asked for, so that few are in memory.
 
-        :raises InputError: before the first is made if the lengths differ, else at the pair at fault
+        Raises:
+            InputError: before the first is made if the lengths differ, else at the pair at fault
         """
         check_batch(prompts, images)
         call_id = uuid.uuid4().hex
@@ -285,13 +289,14 @@ class _Body:
 def check_batch(prompts: Iterable[str], images: Iterable[ImageLike]) -> None:
     """Nothing if the two can be a batch.
 
-    :raises InputError: they cannot, or their lengths differ
+    Raises:
+        InputError: they cannot, or their lengths differ
     """
     if isinstance(prompts, (str, bytes)):
         raise InputError("prompts must be a list of strings, not one string")
     one_array = getattr(images, "ndim", None) in _AXES_OF_ONE
     if one_array or isinstance(images, (str, bytes, bytearray, memoryview, PathLike, Image.Image)):
-        raise InputError("images must be a list of pictures or an array of four axes, not one picture")
+        raise InputError("images must be a list of images or an array of four axes, not one image")
     for name, given in (("prompts", prompts), ("images", images)):
         if isinstance(given, (Mapping, Set)) or not _iterable(given):
             raise InputError(f"{name} must be a list, not a {type(given).__name__}")
@@ -337,7 +342,7 @@ def _item(index: int, prompt: Any, image: ImageLike, encoding: Encoding) -> Item
         raise InputError(f"prompt {index} cannot be sent: half a surrogate pair is no character")
     try:
         # What str() makes of a subclass is the subclass's own affair: an enumeration's name, say.
-        return Item(str.__str__(prompt), picture(image, encoding))
+        return Item(str.__str__(prompt), encode_image(image, encoding))
     except InputError as error:
         raise InputError(f"image {index}: {error}") from None
 

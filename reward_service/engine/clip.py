@@ -1,4 +1,4 @@
-"""One CLIP tower: embedding pictures and prompts with it, and remembering the prompts.
+"""One CLIP tower: embedding images and prompts with it, and remembering the prompts.
 
 Forward passes of a few fixed sizes, each compiled or captured once: less waiting for the CPU on a GPU.
 
@@ -7,7 +7,7 @@ copies of its last row, and what these give is dropped.
 
 The last block of a transformer, at the one token that is read.
 
-Behind the last block CLIP looks at a single token: the class token of a picture, the end token of a prompt.
+Behind the last block CLIP looks at a single token: the class token of an image, the end token of a prompt.
 Keys and values are needed of every token, but query, attention output and MLP only of that one. The result
 is that of the whole block up to rounding, and 2.5 to 3.5 % of a forward pass are saved.
 """
@@ -36,21 +36,22 @@ _MAX_COMPILED = 256
 
 
 def accelerated(encode: Encode, mode: str) -> Encode:
-    """``encode`` as the configuration's ``acceleration`` says: none, compile or graphs."""
+    """`encode` as the configuration's `acceleration` says: none, compile or graphs."""
     if mode == "none":
         return encode
     return Bucketed(encode, compiled if mode == "compile" else captured)
 
 
 def buckets(most: int) -> list[int]:
-    """The sizes that batches of 1 to ``most`` rows are filled up to: powers of two."""
+    """The sizes that batches of 1 to `most` rows are filled up to: powers of two."""
     return [2**power for power in range((most - 1).bit_length() + 1)]
 
 
 class Bucketed:
-    """``encode``, in passes of which each size is prepared once.
+    """`encode`, in passes of which each size is prepared once.
 
-    :param prepare: makes the pass of one size, given ``encode`` and an input of that size
+    Args:
+        prepare: makes the pass of one size, given `encode` and an input of that size
     """
 
     def __init__(self, encode: Encode, prepare: Prepare) -> None:
@@ -101,11 +102,14 @@ def captured(encode: Encode, example: Tensor) -> Encode:
 def block_at(block: Any, hidden: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:
     """A residual attention block's output at one token of each row.
 
-    :param block: open_clip's block; of another kind than the plain one, it is computed whole
-    :param hidden: (N, L, D)
-    :param at: which token, int64 (N,)
-    :param mask: added to the attention's logits, (L, L)
-    :returns: (N, D)
+    Args:
+        block: open_clip's block; of another kind than the plain one, it is computed whole
+        hidden: (N, L, D)
+        at: which token, int64 (N,)
+        mask: added to the attention's logits, (L, L)
+
+    Returns:
+        (N, D)
     """
     rows = torch.arange(len(hidden), device=hidden.device)
     if not is_plain(block):
@@ -162,14 +166,15 @@ class TextEmbeddings:
 
 
 class Tower:
-    """A loaded CLIP model. The trunk computes in ``dtype``; embeddings are normalised in float32.
+    """A loaded CLIP model. The trunk computes in `dtype`; embeddings are normalised in float32.
 
-    In deterministic mode every picture and prompt has a forward pass of its own: nothing else is there that
+    In deterministic mode every image and prompt has a forward pass of its own: nothing else is there that
     its embedding could depend on.
 
-    :param model: open_clip's CLIP, float32 on the CPU; its last block is changed in place
-    :param identity: hash of weights, architecture and tokenizer
-    :param cache_entries: prompts whose embeddings are kept, the least recently used goes first
+    Args:
+        model: open_clip's CLIP, float32 on the CPU; its last block is changed in place
+        identity: hash of weights, architecture and tokenizer
+        cache_entries: prompts whose embeddings are kept, the least recently used goes first
     """
 
     def __init__(
@@ -197,21 +202,25 @@ class Tower:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor, *, deterministic: bool = False) -> Tensor:
-        """Unit embeddings of prepared pictures.
+        """Unit embeddings of prepared images.
 
-        :param pixels: float32 (N, 3, size_px, size_px)
-        :returns: float32 (N, D) on the tower's device
+        Args:
+            pixels: float32 (N, 3, size_px, size_px)
+
+        Returns:
+            float32 (N, D) on the tower's device
         """
         pixels = pixels.to(self._device, self._dtype)
         if not deterministic:
             return self._encode(pixels)
         # Copies, because the alignment of memory may change the order of additions too.
-        return torch.cat([self._encode(picture[None].clone()) for picture in pixels])
+        return torch.cat([self._encode(image[None].clone()) for image in pixels])
 
     def accelerate(self, mode: str, most: int) -> None:
-        """Compile or capture the passes over 1 to ``most`` pictures, now, for that can take minutes.
+        """Compile or capture the passes over 1 to `most` images, now, for that can take minutes.
 
-        :param mode: none, compile or graphs
+        Args:
+            mode: none, compile or graphs
         """
         self._encode = accelerated(self._encode_images, mode)
         for rows in [] if mode == "none" else buckets(most):
@@ -222,7 +231,8 @@ class Tower:
     ) -> TextEmbeddings:
         """Unit embeddings of prompts, each distinct prompt computed once and kept.
 
-        :param batch: most prompts of one forward pass
+        Args:
+            batch: most prompts of one forward pass
         """
         found: dict[str, tuple[Tensor, bool]] = {}
         for prompt in dict.fromkeys(prompts):

@@ -1,4 +1,4 @@
-"""RewardEngine: evaluators over shared towers, prompts and pictures to scores. No web, no queue.
+"""RewardEngine: evaluators over shared towers, prompts and images to scores. No web, no queue.
 
 How long each tower took in a batch, on the device's own clock and without waiting for the device.
 """
@@ -67,10 +67,11 @@ _BROKEN = ("CUDA error", "device-side assert", "cuDNN error", "CUBLAS_STATUS_", 
 
 
 class RewardEngine:
-    """Scores pairs: each tower once per batch, each distinct picture and prompt once. Not thread-safe.
+    """Scores pairs: each tower once per batch, each distinct image and prompt once. Not thread-safe.
 
-    :param evaluators: by name, in the order of the configuration
-    :param batch_pairs: most pairs of one forward pass
+    Args:
+        evaluators: by name, in the order of the configuration
+        batch_pairs: most pairs of one forward pass
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RewardEngine:
         self._batch_pairs = batch_pairs
         #: Told after each batch how many seconds each tower took.
         self.on_forward: Callable[[str, float], None] = _tell_nobody
-        # Preparing pictures takes milliseconds each, which a GPU would wait for.
+        # Preparing images takes milliseconds each, which a GPU would wait for.
         workers = min(_MOST_WORKERS, os.cpu_count() or 1)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
 
@@ -90,12 +91,15 @@ class RewardEngine:
     ) -> list[PairScores]:
         """Raw scores in the order of the pairs.
 
-        :param names: evaluators to use; None for all
-        :param deterministic: a forward pass of its own for every picture and prompt, so that scores depend
-            on nothing but the pair; slower on a GPU
-        :raises ScoringError: an evaluator fails on some pair, or its score is not finite
-        :raises OutOfMemoryError: the device has no room for so many pairs
-        :raises FatalDeviceError: the device is broken
+        Args:
+            names: evaluators to use; None for all
+            deterministic: a forward pass of its own for every image and prompt, so that scores depend on
+                nothing but the pair; slower on a GPU
+
+        Raises:
+            ScoringError: an evaluator fails on some pair, or its score is not finite
+            OutOfMemoryError: the device has no room for so many pairs
+            FatalDeviceError: the device is broken
         """
         chosen = [self.evaluators[name] for name in (self.evaluators if names is None else names)]
         scores: list[PairScores] = []
@@ -112,13 +116,13 @@ class RewardEngine:
         raise fault
 
     def prepare(self, pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
-        """The pairs with their pictures ready for the towers: while :meth:`score` runs, on any thread.
+        """The pairs with their images ready for the towers: while `score` runs, on any thread.
 
-        A picture that cannot be prepared stays as it is, and its error comes when it is scored.
+        An image that cannot be prepared stays as it is, and its error comes when it is scored.
         """
         ways = {self.evaluators[name].preprocessing for name in (self.evaluators if names is None else names)}
-        pictures, rows = distinct([pair.picture for pair in pairs])
-        inputs = list(self._workers.map(partial(_inputs, ways), pictures))
+        images, rows = distinct([pair.image for pair in pairs])
+        inputs = list(self._workers.map(partial(_inputs, ways), images))
         return [replace(pair, inputs=inputs[row]) for pair, row in zip(pairs, rows, strict=True)]
 
     def forget(self, prompt: str) -> None:
@@ -127,13 +131,14 @@ class RewardEngine:
             evaluator.tower.forget_text(prompt)
 
     def warm_up(self) -> None:
-        """Score one grey picture, so that the first request finds everything allocated.
+        """Score one grey image, so that the first request finds everything allocated.
 
-        :raises ScoringError: the models do not give numbers
+        Raises:
+            ScoringError: the models do not give numbers
         """
         size = max(evaluator.preprocessing.size_px for evaluator in self.evaluators.values())
         grey = torch.full((size, size, 3), 128, dtype=torch.uint8).numpy()
-        self.score([Pair("a picture", grey)])
+        self.score([Pair("an image", grey)])
 
     @torch.inference_mode()
     def _batch(
@@ -160,16 +165,16 @@ class RewardEngine:
         self, pairs: Sequence[Pair], chosen: Sequence[Evaluator], deterministic: bool, clock: Stopwatch
     ) -> dict[str, Tensor]:
         """Unit embeddings by evaluator; equal pixels are made once and equal forward passes run once."""
-        pictures, rows = distinct([pair.picture for pair in pairs])
-        inputs = [pairs[rows.index(row)].inputs for row in range(len(pictures))]
+        images, rows = distinct([pair.image for pair in pairs])
+        inputs = [pairs[rows.index(row)].inputs for row in range(len(images))]
         pixels: dict[Preprocessing, Tensor] = {}
         embedded: dict[tuple[str, Preprocessing], Tensor] = {}
         by_evaluator = {}
         for evaluator in chosen:
             with _blaming(evaluator.name):
-                way = evaluator.preprocessing.shared(pictures)
+                way = evaluator.preprocessing.shared(images)
                 if way not in pixels:
-                    pixels[way] = self._on_device(self._pixels(way, pictures, inputs))
+                    pixels[way] = self._on_device(self._pixels(way, images, inputs))
                 key = (evaluator.tower_name, way)
                 if key not in embedded:
                     with clock(evaluator.tower_name):
@@ -179,13 +184,13 @@ class RewardEngine:
         return by_evaluator
 
     def _pixels(
-        self, way: Preprocessing, pictures: Sequence[Pixels], inputs: Sequence[Mapping[Preprocessing, Tensor]]
+        self, way: Preprocessing, images: Sequence[Pixels], inputs: Sequence[Mapping[Preprocessing, Tensor]]
     ) -> Tensor:
         """float32 (N, 3, size_px, size_px), of what is ready and of what is made here."""
-        ready = [of.get(way.shared([picture])) for picture, of in zip(pictures, inputs, strict=True)]
-        missing = [picture for picture, tensor in zip(pictures, ready, strict=True) if tensor is None]
-        if len(missing) == len(pictures):
-            return way(pictures, self._workers.map)
+        ready = [of.get(way.shared([image])) for image, of in zip(images, inputs, strict=True)]
+        missing = [image for image, tensor in zip(images, ready, strict=True) if tensor is None]
+        if len(missing) == len(images):
+            return way(images, self._workers.map)
         made = iter(way(missing, self._workers.map) if missing else ())
         return torch.stack([next(made) if tensor is None else tensor for tensor in ready])
 
@@ -215,11 +220,11 @@ class RewardEngine:
                 raise ScoringError(f"evaluator {name} gave a score that is not a finite number", name)
 
 
-def _inputs(ways: Iterable[Preprocessing], picture: Pixels) -> dict[Preprocessing, Tensor]:
+def _inputs(ways: Iterable[Preprocessing], image: Pixels) -> dict[Preprocessing, Tensor]:
     found: dict[Preprocessing, Tensor] = {}
-    for way in {way.shared([picture]) for way in ways}:
+    for way in {way.shared([image]) for way in ways}:
         with suppress(Exception):
-            found[way] = way([picture])[0]
+            found[way] = way([image])[0]
     return found
 
 
@@ -267,19 +272,19 @@ def _raw(evaluator: Evaluator, image: Tensor, text: Tensor | None, deterministic
     return scores
 
 
-def distinct(pictures: Sequence[Pixels]) -> tuple[list[Pixels], list[int]]:
-    """The different pictures, and for each picture where its equal is among them.
+def distinct(images: Sequence[Pixels]) -> tuple[list[Pixels], list[int]]:
+    """The different images, and for each image where its equal is among them.
 
-    One comparison a picture at most: a repetition may be missed, which costs time, but none is invented.
+    One comparison an image at most: a repetition may be missed, which costs time, but none is invented.
     """
     kept: list[Pixels] = []
     places: dict[tuple[tuple[int, ...], bytes], int] = {}
     rows = []
-    for picture in pictures:
-        # A sample of the pixels finds the candidate in microseconds; the whole picture decides.
-        key = picture.shape, picture[::_SAMPLE_STEP, ::_SAMPLE_STEP].tobytes()
-        if key not in places or not np.array_equal(kept[places[key]], picture):
+    for image in images:
+        # A sample of the pixels finds the candidate in microseconds; the whole image decides.
+        key = image.shape, image[::_SAMPLE_STEP, ::_SAMPLE_STEP].tobytes()
+        if key not in places or not np.array_equal(kept[places[key]], image):
             places[key] = len(kept)
-            kept.append(picture)
+            kept.append(image)
         rows.append(places[key])
     return kept, rows

@@ -9,7 +9,7 @@ pickscore  exp(logit_scale) · e·t               PickScore v1
 hpsv2      e·t                                  HPSv2 (v2.0, v2.1)
 =========  ===================================  =====================================
 
-e: unit embedding of the picture, t: of the prompt.
+e: unit embedding of the image, t: of the prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A score linear in the embedding: ``weight`` float32 (D,), ``bias``, and the hash of its file."""
+    """A score linear in the embedding: `weight` float32 (D,), `bias`, and the hash of its file."""
 
     weight: Tensor
     bias: float
@@ -63,9 +63,12 @@ class Evaluator:
     def score(self, image: Tensor, text: Tensor | None) -> Tensor:
         """Raw scores.
 
-        :param image: unit embeddings of the pictures, float32 (N, D)
-        :param text: unit embeddings of the prompts, float32 (N, D); None only where no prompt is read
-        :returns: float32 (N,)
+        Args:
+            image: unit embeddings of the images, float32 (N, D)
+            text: unit embeddings of the prompts, float32 (N, D); None only where no prompt is read
+
+        Returns:
+            float32 (N,)
         """
         if self.head is not None:
             # Row by row: a matrix product would add in an order that depends on the number of rows.
@@ -77,16 +80,17 @@ class Evaluator:
 
 
 def preprocessing_of(kind: EvaluatorKind, size_px: int) -> Preprocessing:
-    """How the reference of this kind prepares its pictures."""
+    """How the reference of this kind prepares its images."""
     if kind == "hpsv2":
         return Preprocessing("letterbox", size_px)
     return Preprocessing("crop", size_px, half_pixel="down" if kind == "pickscore" else "even")
 
 
 def fold(state: StateDict, name: str) -> tuple[Tensor, float]:
-    """Fold ``layers.N.weight``, ``layers.N.bias`` into one w and b, in float64.
+    """Fold `layers.N.weight`, `layers.N.bias` into one w and b, in float64.
 
-    :raises ModelError: not a chain of linear layers that ends in one number
+    Raises:
+        ModelError: not a chain of linear layers that ends in one number
     """
     (_, weight, bias), *later = _layers(state, name)
     for number, next_weight, next_bias in later:

@@ -39,8 +39,9 @@ def silent(_: str) -> None:
 class Meter:
     """Says how far long work has come; work of less than two seconds stays silent.
 
-    :param what: begins every line
-    :param total: bytes in all, 0 if unknown
+    Args:
+        what: begins every line
+        total: bytes in all, 0 if unknown
     """
 
     def __init__(self, note: Note, what: str, total: int) -> None:
@@ -58,7 +59,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file at hand. ``source`` is how its origin calls it, ``path`` where it lies."""
+    """A file at hand. `source` is how its origin calls it, `path` where it lies."""
 
     source: str
     path: Path
@@ -69,7 +70,8 @@ class LocalFile:
 def file_sha256(path: Path, meter: Meter) -> str:
     """The hex sha256 of a file, read through one small buffer.
 
-    :raises OSError: it cannot be read
+    Raises:
+        OSError: it cannot be read
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -87,8 +89,9 @@ _REMEDY = "fetch it first: reward-service download"
 class Files:
     """The files of origins, each fetched and hashed once.
 
-    :param note: told in words how long work goes on
-    :param download: whether missing files are fetched
+    Args:
+        note: told in words how long work goes on
+        download: whether missing files are fetched
     """
 
     def __init__(self, note: Note = silent, *, download: bool = True) -> None:
@@ -98,8 +101,11 @@ class Files:
     def get(self, origin: Origin, name: str, sha256: str | None = None) -> LocalFile:
         """One file of an origin.
 
-        :param sha256: what its content must hash to, if that is known
-        :raises ModelError: missing, not to be had, or of another hash
+        Args:
+            sha256: what its content must hash to, if that is known
+
+        Raises:
+            ModelError: missing, not to be had, or of another hash
         """
         path = self._locate(origin, name, sha256)
         file = self.local(path, f"{origin}/{name}")
@@ -112,7 +118,8 @@ class Files:
     def local(self, path: Path, source: str) -> LocalFile:
         """A file that needs no fetching.
 
-        :raises ModelError: it cannot be read
+        Raises:
+            ModelError: it cannot be read
         """
         if path not in self._hashed:
             try:
@@ -167,7 +174,7 @@ class Files:
         return path
 
     def _fetch(self, url: str, path: Path, sha256: str) -> None:
-        """Fetch into a file beside ``path`` that takes its name once it is whole."""
+        """Fetch into a file beside `path` that takes its name once it is whole."""
         part = path.with_name(f"{path.name}.{uuid4().hex}.part")
         digest = hashlib.sha256()
         try:

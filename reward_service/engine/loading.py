@@ -2,7 +2,7 @@
 
 What a configuration amounts to, before any network is built: files, architectures, fingerprints.
 
-The engine is built from these plans and ``reward-service evaluators`` prints them, so that both say the same.
+The engine is built from these plans and `reward-service evaluators` prints them, so that both say the same.
 An evaluator's fingerprint is the hash of whatever decides its scores: formula, weights, architecture,
 preprocessing with its antialias, tokenizer, dtype and head.
 """
@@ -61,7 +61,7 @@ _CONTEXT, _SIZE_PX = 77, 224
 class TowerPlan:
     """One tower: its architecture in open_clip's words, and the files it is made from.
 
-    ``settings`` holds the architecture's file where there is one; ``tokenizer`` says the tokenizer in words.
+    `settings` holds the architecture's file where there is one; `tokenizer` says the tokenizer in words.
     """
 
     config: TowerConfig
@@ -78,7 +78,7 @@ class TowerPlan:
 
     @property
     def size_px(self) -> int:
-        """Edge of the square picture that it reads."""
+        """Edge of the square image that it reads."""
         size = self.architecture["vision_cfg"].get("image_size", _SIZE_PX)
         return int(size if isinstance(size, int) else size[0])
 
@@ -126,7 +126,8 @@ class EvaluatorPlan:
 def plan_evaluators(config: ServiceConfig, files: Files, names: Iterable[str]) -> dict[str, EvaluatorPlan]:
     """Plans of the named evaluators; their files are fetched and checked.
 
-    :raises ModelError: in one line, whatever keeps a model from being used
+    Raises:
+        ModelError: in one line, whatever keeps a model from being used
     """
     _, dtype = placement(config)
     towers: dict[str, TowerPlan] = {}
@@ -145,7 +146,8 @@ def plan_evaluators(config: ServiceConfig, files: Files, names: Iterable[str]) -
 def plan_tower(config: TowerConfig, files: Files) -> TowerPlan:
     """The plan of one tower; its files are fetched and checked, the small ones first.
 
-    :raises ModelError: in one line, whatever keeps the model from being used
+    Raises:
+        ModelError: in one line, whatever keeps the model from being used
     """
     architecture, settings = _architecture(config, files)
     vocabulary = _vocabulary(config, files)
@@ -161,7 +163,8 @@ def plan_tower(config: TowerConfig, files: Files) -> TowerPlan:
 def placement(config: ServiceConfig) -> tuple[torch.device, torch.dtype]:
     """Where the trunks compute and in which dtype: bfloat16 on a GPU and float32 on a CPU, if not told.
 
-    :raises ModelError: the device is not there
+    Raises:
+        ModelError: the device is not there
     """
     name = config.device
     if name == "auto":
@@ -237,10 +240,13 @@ def build_engine(config: ServiceConfig, progress: Note = silent) -> RewardEngine
 
     Each file is checked before any is loaded. The towers are loaded one after another, each weight straight
     to its device and dtype: besides the models the host holds no more than some hundred megabytes, see
-    :mod:`reward_service.engine.weights`.
+    `reward_service.engine.weights`.
 
-    :param progress: told in words how far long work has come
-    :raises ModelError: in one line, whatever keeps a model from being used
+    Args:
+        progress: told in words how far long work has come
+
+    Raises:
+        ModelError: in one line, whatever keeps a model from being used
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -264,8 +270,11 @@ def build_engine(config: ServiceConfig, progress: Note = silent) -> RewardEngine
 def check_models(plans: Mapping[str, EvaluatorPlan]) -> dict[str, LinearHead | None]:
     """See that each model can be loaded; of the weights only the headers are read.
 
-    :returns: the heads, which are small
-    :raises ModelError: in one line, whatever keeps a model from being used
+    Returns:
+        the heads, which are small
+
+    Raises:
+        ModelError: in one line, whatever keeps a model from being used
     """
     for tower in {plan.config.tower: plan.tower for plan in plans.values()}.values():
         _tokenizer(tower)
@@ -278,7 +287,8 @@ def load_tower(
 ) -> Tower:
     """Load one tower from its published layout.
 
-    :raises ModelError: in one line, whatever keeps the model from being used
+    Raises:
+        ModelError: in one line, whatever keeps the model from being used
     """
     return build_tower(plan_tower(config, Files()), device, dtype, cache_entries)
 
@@ -288,7 +298,8 @@ def build_tower(
 ) -> Tower:
     """Build a planned tower and fill it.
 
-    :raises ModelError: the weights are broken, or another architecture's
+    Raises:
+        ModelError: the weights are broken, or another architecture's
     """
     tokenizer = _tokenizer(plan)
     model, checkpoint, parts = _matched(plan)
@@ -305,7 +316,8 @@ def _evaluator(plan: EvaluatorPlan, tower: Tower, head: LinearHead | None) -> Ev
 def load_head(file: LocalFile) -> LinearHead:
     """LAION's head: five linear layers with nothing but dropout between them, folded into one.
 
-    :raises ModelError: the file is not such a head
+    Raises:
+        ModelError: the file is not such a head
     """
     weight, bias = fold(Checkpoint(file).state_dict(), file.source)
     return LinearHead(weight, bias, file.sha256)

@@ -1,7 +1,7 @@
 """uint8 RGB to a tower's input. Two ways, each exactly its reference's.
 
-``crop`` (OpenAI CLIP, LAION aesthetic, PickScore): bicubic on uint8 pixels so that the shortest edge fits,
-then the centre square. ``letterbox`` (HPSv2): bicubic with antialias on floats so that the longest edge fits,
+`crop` (OpenAI CLIP, LAION aesthetic, PickScore): bicubic on uint8 pixels so that the shortest edge fits,
+then the centre square. `letterbox` (HPSv2): bicubic with antialias on floats so that the longest edge fits,
 then black around it, before normalising. A resize on floats differs from one on uint8 by up to 24 grey
 levels, so neither may stand in for the other.
 
@@ -46,7 +46,7 @@ _CACHED_WORDS = 100_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of one prompt, start and end included; ``truncated`` if some had to go."""
+    """Token ids of one prompt, start and end included; `truncated` if some had to go."""
 
     ids: tuple[int, ...]
     truncated: bool
@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
         ...
 
     def __call__(self, prompt: str) -> Tokens:
-        """Tokens of one prompt, at most ``context`` of them, the end token always last."""
+        """Tokens of one prompt, at most `context` of them, the end token always last."""
         ...
 
 
@@ -86,10 +86,11 @@ def openai_cleaning(prompt: str) -> str:
 
 
 class HuggingFaceTokenizer:
-    """transformers' CLIP tokenizer; with ``cleaning="openai"`` it equals OpenAI's own.
+    """transformers' CLIP tokenizer; with `cleaning="openai"` it equals OpenAI's own.
 
-    :param folder: holds vocab.json and merges.txt
-    :param context: most tokens of a prompt, start and end included
+    Args:
+        folder: holds vocab.json and merges.txt
+        context: most tokens of a prompt, start and end included
     """
 
     def __init__(self, folder: Path, context: int, cleaning: str = "none") -> None:
@@ -108,7 +109,7 @@ class HuggingFaceTokenizer:
         self._start, self._end = int(self._tokenizer.bos_token_id), int(self._tokenizer.eos_token_id)
 
     def __call__(self, prompt: str) -> Tokens:
-        """See :class:`Tokenizer`."""
+        """See `Tokenizer`."""
         cleaned = openai_cleaning(prompt) if self._openai else prompt
         ids = _harmless(self._ids, cleaned, self._start, self._end)
         return _cut([self._start, *ids, self._end], self.context)
@@ -135,8 +136,9 @@ def _leave_only_bpe(backend: Any) -> None:
 class OpenClipTokenizer:
     """open_clip's tokenizer.
 
-    :param vocabulary: a gzipped BPE file
-    :param context: most tokens of a prompt, start and end included
+    Args:
+        vocabulary: a gzipped BPE file
+        context: most tokens of a prompt, start and end included
     """
 
     pad_id = 0
@@ -152,7 +154,7 @@ class OpenClipTokenizer:
         self.context = context
 
     def __call__(self, prompt: str) -> Tokens:
-        """See :class:`Tokenizer`."""
+        """See `Tokenizer`."""
         if len(self._tokenizer.cache) > _CACHED_WORDS:
             # open_clip remembers every word it ever saw; a service meets words without end.
             self._tokenizer.cache = dict(self._special_words)
@@ -175,7 +177,7 @@ def _cut(ids: Sequence[int], context: int) -> Tokens:
 
 
 def padded(rows: Sequence[Tokens], pad_id: int, length: int) -> Tensor:
-    """Token ids as int64 of shape (len(rows), length), filled up with ``pad_id``."""
+    """Token ids as int64 of shape (len(rows), length), filled up with `pad_id`."""
     return torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])
 
 
@@ -188,9 +190,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """One way to prepare pictures; equal values share their pixels, and its text enters the fingerprint.
+    """One way to prepare images; equal values share their pixels, and its text enters the fingerprint.
 
-    ``half_pixel`` says where a centre crop with an odd surplus lies: torchvision (OpenAI's reference) rounds
+    `half_pixel` says where a centre crop with an odd surplus lies: torchvision (OpenAI's reference) rounds
     half to even, transformers (PickScore's) rounds down.
     """
 
@@ -201,39 +203,42 @@ class Preprocessing:
     mean: tuple[float, ...] = OPENAI_MEAN
     std: tuple[float, ...] = OPENAI_STD
 
-    def __call__(self, pictures: Sequence[Pixels], each: Map = map) -> Tensor:
-        """Prepare pictures of any sizes.
+    def __call__(self, images: Sequence[Pixels], each: Map = map) -> Tensor:
+        """Prepare images of any sizes.
 
-        :param each: what applies the preparation to every picture, in their order
-        :returns: float32 of shape (N, 3, size_px, size_px) on the CPU
+        Args:
+            each: what applies the preparation to every image, in their order
+
+        Returns:
+            float32 of shape (N, 3, size_px, size_px) on the CPU
         """
         fit = self._crop if self.method == "crop" else self._letterbox
-        unit = torch.stack(list(each(fit, pictures)))
+        unit = torch.stack(list(each(fit, images)))
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         return (unit - mean) / std
 
-    def shared(self, pictures: Sequence[Pixels]) -> Preprocessing:
-        """The value whose pixels equal this one's for these pictures, one for both ``half_pixel`` rules.
+    def shared(self, images: Sequence[Pixels]) -> Preprocessing:
+        """The value whose pixels equal this one's for these images, one for both `half_pixel` rules.
 
         They differ only where an odd surplus lies between an even and the next odd half: 3, 7, 11 ...
         """
-        if self.method == "letterbox" or any(self._rules_differ(picture) for picture in pictures):
+        if self.method == "letterbox" or any(self._rules_differ(image) for image in images):
             return self
         return replace(self, half_pixel="even")
 
-    def _rules_differ(self, picture: Pixels) -> bool:
-        return any((edge - self.size_px) % 4 == 3 for edge in self._resized(picture))
+    def _rules_differ(self, image: Pixels) -> bool:
+        return any((edge - self.size_px) % 4 == 3 for edge in self._resized(image))
 
-    def _resized(self, picture: Pixels) -> tuple[int, int]:
+    def _resized(self, image: Pixels) -> tuple[int, int]:
         """(height, width) after the crop's resize; int(), not round(): the references cut to whole pixels."""
-        height, width, _ = picture.shape
+        height, width, _ = image.shape
         short = min(height, width)
         return int(self.size_px * height / short), int(self.size_px * width / short)
 
-    def _crop(self, picture: Pixels) -> Tensor:
-        size, (new_height, new_width) = self.size_px, self._resized(picture)
-        image = Image.fromarray(picture)
+    def _crop(self, rgb: Pixels) -> Tensor:
+        size, (new_height, new_width) = self.size_px, self._resized(rgb)
+        image = Image.fromarray(rgb)
         if (new_width, new_height) != image.size:
             image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
         top, left = self._offset(new_height - size), self._offset(new_width - size)
@@ -242,20 +247,20 @@ class Preprocessing:
     def _offset(self, surplus_px: int) -> int:
         return round(surplus_px / 2) if self.half_pixel == "even" else surplus_px // 2
 
-    def _letterbox(self, picture: Pixels) -> Tensor:
+    def _letterbox(self, image: Pixels) -> Tensor:
         """HPSv2's ResizeMaxSize: rounded sizes, the odd pixel of padding below and to the right."""
-        unit, size = _unit(picture), self.size_px
-        scale = size / max(picture.shape[:2])
+        unit, size = _unit(image), self.size_px
+        scale = size / max(image.shape[:2])
         if scale != 1.0:
-            # A very long picture must keep at least one row; the reference would fail.
-            new = [max(1, round(edge * scale)) for edge in picture.shape[:2]]
+            # A very long image must keep at least one row; the reference would fail.
+            new = [max(1, round(edge * scale)) for edge in image.shape[:2]]
             unit = F.interpolate(unit[None], new, mode="bicubic", align_corners=False, antialias=True)[0]
         pad_y, pad_x = size - unit.shape[1], size - unit.shape[2]
         return F.pad(unit, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
 
 
-def _unit(picture: Pixels) -> Tensor:
+def _unit(image: Pixels) -> Tensor:
     """uint8 (H, W, 3) as float32 (3, H, W) in [0, 1]."""
     # A copy in any case: of one pixel it would be the caller's own array, which may be read-only.
-    channels_first = np.array(picture.transpose(2, 0, 1), order="C")
+    channels_first = np.array(image.transpose(2, 0, 1), order="C")
     return torch.from_numpy(channels_first).to(torch.float32).div(255)

@@ -21,7 +21,7 @@ class FatalDeviceError(Exception):
 
 
 class ScoringError(Exception):
-    """An evaluator gave no number for some pair; ``evaluator`` is its name, if it is known."""
+    """An evaluator gave no number for some pair; `evaluator` is its name, if it is known."""
 
     def __init__(self, message: str, evaluator: str | None = None) -> None:
         super().__init__(message)
@@ -30,13 +30,13 @@ class ScoringError(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and one picture, uint8 RGB (H, W, 3).
+    """One prompt and one image, uint8 RGB (H, W, 3).
 
-    ``inputs``: the picture as towers take it, by preprocessing, as far as the engine has prepared it.
+    `inputs`: the image as towers take it, by preprocessing, as far as the engine has prepared it.
     """
 
     prompt: str
-    picture: Pixels
+    image: Pixels
     inputs: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -44,7 +44,7 @@ class Pair:
 class PairScores:
     """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them.
 
-    ``failed`` says of each evaluator that is out of service why; there is no score of it.
+    `failed` says of each evaluator that is out of service why; there is no score of it.
     """
 
     raw: dict[str, float]

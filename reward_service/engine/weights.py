@@ -9,11 +9,11 @@ transformers' CLIPModel as open_clip's CLIP: configuration and names, so that on
 =====================================  ==============================================
 transformers                           open_clip
 =====================================  ==============================================
-``*.layers.N.self_attn.{q,k,v}_proj``  ``*.resblocks.N.attn.in_proj_*`` (stacked)
-``*.layers.N.self_attn.out_proj``      ``*.resblocks.N.attn.out_proj``
-``*.layers.N.layer_norm{1,2}``         ``*.resblocks.N.ln_{1,2}``
-``*.layers.N.mlp.fc{1,2}``             ``*.resblocks.N.mlp.{c_fc,c_proj}``
-``{visual,text}_projection.weight``    ``visual.proj``, ``text_projection`` (transposed)
+`*.layers.N.self_attn.{q,k,v}_proj`  `*.resblocks.N.attn.in_proj_*` (stacked)
+`*.layers.N.self_attn.out_proj`      `*.resblocks.N.attn.out_proj`
+`*.layers.N.layer_norm{1,2}`         `*.resblocks.N.ln_{1,2}`
+`*.layers.N.mlp.fc{1,2}`             `*.resblocks.N.mlp.{c_fc,c_proj}`
+`{visual,text}_projection.weight`    `visual.proj`, `text_projection` (transposed)
 =====================================  ==============================================
 """
 
@@ -54,7 +54,8 @@ class Part:
 class Checkpoint:
     """An open file of weights.
 
-    :raises ModelError: it is cut off, or holds anything but tensors
+    Raises:
+        ModelError: it is cut off, or holds anything but tensors
     """
 
     def __init__(self, file: LocalFile) -> None:
@@ -108,9 +109,12 @@ def fill(
 ) -> None:
     """Give a module built on the meta device its weights, each copied once to where it stays.
 
-    :param parts: where each of the module's weights comes from
-    :param float32: weights that stay float32 on the CPU
-    :raises ModelError: a weight is missing or unknown, or a shape differs
+    Args:
+        parts: where each of the module's weights comes from
+        float32: weights that stay float32 on the CPU
+
+    Raises:
+        ModelError: a weight is missing or unknown, or a shape differs
     """
     expected = check(module, checkpoint, parts)
     exempt, meter = set(float32), Meter(note, f"loading {checkpoint.file.source}", checkpoint.file.size_bytes)
@@ -126,8 +130,11 @@ def check(module: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Part]) 
 
     Shapes before names: where both differ, a width says more about the architecture than a list.
 
-    :returns: shapes of the module's weights
-    :raises ModelError: a weight is missing or unknown, or a shape differs
+    Returns:
+        shapes of the module's weights
+
+    Raises:
+        ModelError: a weight is missing or unknown, or a shape differs
     """
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     source, found = checkpoint.file.source, checkpoint.shapes
@@ -148,7 +155,8 @@ def check(module: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Part]) 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
-    :raises ModelError: it is not one
+    Raises:
+        ModelError: it is not one
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -279,9 +287,10 @@ _STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def open_clip_config(path: Path) -> dict[str, Any]:
-    """open_clip's model configuration for transformers' ``config.json``.
+    """open_clip's model configuration for transformers' `config.json`.
 
-    :raises ModelError: not a CLIP model, or one that open_clip's class cannot express
+    Raises:
+        ModelError: not a CLIP model, or one that open_clip's class cannot express
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPConfig

@@ -1,6 +1,6 @@
 """The log on stderr: a line of JSON for each event, or plain text on a terminal.
 
-What can be logged is what is passed by name; prompts, pictures and keys never are. A thread of its own
+What can be logged is what is passed by name; prompts, images and keys never are. A thread of its own
 writes: a full disk, a closed stderr or a reader that has stopped costs lines, which are counted, and nothing
 else. No torch, no web.
 """
@@ -29,7 +29,8 @@ _MOST_WAITING = 10_000
 def write_stderr(line: bytes) -> None:
     """Write to the process's stderr, unbuffered: nothing is left to fail at the exit.
 
-    :raises OSError: it is full or closed
+    Raises:
+        OSError: it is full or closed
     """
     if sys.stderr is None:  # closed before the start: by now 2 may be the number of a socket
         raise OSError(errno.EBADF, "stderr is closed")
@@ -75,7 +76,8 @@ class Sink:
 def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
     """A log that writes to a sink.
 
-    :param form: ``auto`` is text if stderr is a terminal
+    Args:
+        form: `auto` is text if stderr is a terminal
     """
     as_text = form == "text" or (form == "auto" and sys.stderr is not None and sys.stderr.isatty())
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
@@ -96,7 +98,7 @@ def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
 def libraries_log_to(log: Log) -> Iterator[None]:
     """Let what everybody else logs at level warning or above, or warns of, come out of this log.
 
-    Except Pillow's warnings: they tell what is odd about a caller's picture, and of each new one Python keeps
+    Except Pillow's warnings: they tell what is odd about a caller's image, and of each new one Python keeps
     the words for ever.
     """
     root, handler = logging.getLogger(), _FromLogging(log)
@@ -137,7 +139,7 @@ def _known(_: Any, __: str, event: Any) -> Any:
 
 
 def _text(_: Any, level: str, event: Any) -> str:
-    """``event key=value``; the level only where it says more than that something happened."""
+    """`event key=value`; the level only where it says more than that something happened."""
     del event["level"]
     message, traceback = event.pop("event"), event.pop("exception", None)
     mark = "" if level == "info" else f"{level}: "

@@ -25,7 +25,7 @@ class Metrics:
     """The service's metrics; any thread may tell it. It is an Observer of the scheduler.
 
     Labels stay few: clients are named by their keys, not as they call themselves, and any path that is not
-    in ``routes`` is counted as ``other``.
+    in `routes` is counted as `other`.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Metrics:
         self.expired_pairs = counter("expired_pairs", "Pairs never run because their deadline passed.")
         self.oom_retries = counter("oom_retries", "Batches that did not fit into memory and were halved.")
         self.queue = histogram("queue_seconds", "Seconds a request waited for the device.")
-        self.decode = histogram("decode_seconds", "Seconds a request's parsing and pictures took.")
+        self.decode = histogram("decode_seconds", "Seconds a request's parsing and images took.")
         self.forward = histogram("forward_seconds", "Seconds of a batch in a tower.", "tower")
         self.batch = histogram("batch_seconds", "Seconds of a batch in all.")
         self.fill = histogram("batch_fill", "Pairs of a batch, as a share of its most.", bounds=_FILL)
@@ -68,7 +68,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
-        """The answer of ``/metrics``."""
+        """The answer of `/metrics`."""
         return generate_latest(self.registry)
 
     def route(self, path: str) -> str:
@@ -100,7 +100,7 @@ class Metrics:
         self.forward.labels(tower).observe(seconds)
 
     def on_answer(self, route: str, code: int, reason: str | None = None) -> None:
-        """A request was answered; ``reason`` is its problem's code."""
+        """A request was answered; `reason` is its problem's code."""
         self.requests.labels(self.route(route), str(code)).inc()
         if reason is not None:
             self.rejections.labels(reason).inc()
@@ -110,7 +110,8 @@ class Metrics:
     ) -> None:
         """The models are loaded.
 
-        :param evaluators: name → fingerprint and calibration
+        Args:
+            evaluators: name → fingerprint and calibration
         """
         self.build_info.labels(version, device, dtype).set(1)
         for name, (fingerprint, calibration) in evaluators.items():

@@ -4,7 +4,7 @@ Off unless an endpoint is configured; then nothing of OpenTelemetry is imported.
 
 What is told of each request: metrics, one line of log, spans. A layer around the application.
 
-The application notes in :func:`current` what only it knows; nothing here is told to the caller.
+The application notes in `current` what only it knows; nothing here is told to the caller.
 
 What a running service reports to, from its start to its end, expected or not. No torch, no web.
 """
@@ -55,7 +55,8 @@ class Stretch:
 class Tracer:
     """Makes a span of each request, with one span in it for each of its parts.
 
-    :param processor: gets the spans
+    Args:
+        processor: gets the spans
     """
 
     def __init__(self, processor: SpanProcessor) -> None:
@@ -80,8 +81,11 @@ class Tracer:
     ) -> str:
         """Make a request's spans.
 
-        :param headers: the request's, for ``traceparent`` and ``tracestate``
-        :returns: the trace's id, 32 hexadecimal digits
+        Args:
+            headers: the request's, for `traceparent` and `tracestate`
+
+        Returns:
+            the trace's id, 32 hexadecimal digits
         """
         from opentelemetry import trace
 
@@ -118,7 +122,7 @@ def open_tracer(endpoint: str | None) -> Tracer | None:
 
 
 def trace_id_of(traceparent: str) -> str | None:
-    """The trace id in a W3C ``traceparent`` header; None if it is no such header."""
+    """The trace id in a W3C `traceparent` header; None if it is no such header."""
     found = _TRACEPARENT.fullmatch(traceparent)
     return found[1] if found and found[1].strip("0") else None
 
@@ -131,7 +135,7 @@ QUIET = ("/health/live", "/health/ready", "/metrics")
 class Story:
     """What happened to one request.
 
-    ``reason`` is its problem's code, ``parts`` are its timed stretches.
+    `reason` is its problem's code, `parts` are its timed stretches.
     """
 
     id: str | None = None
@@ -143,9 +147,10 @@ class Story:
     parts: list[Stretch] = field(default_factory=list)
 
     def passed(self, name: str, seconds: float, ended_ns: int | None = None) -> int:
-        """Note a part that took so long and has ended now, or at ``ended_ns``.
+        """Note a part that took so long and has ended now, or at `ended_ns`.
 
-        :returns: when it began, where the one before it may have ended
+        Returns:
+            when it began, where the one before it may have ended
         """
         end = time.time_ns() if ended_ns is None else ended_ns
         begin = end - round(seconds * 1e9)
@@ -164,8 +169,9 @@ def current() -> Story:
 class Observed:
     """An ASGI application whose requests are counted, logged and traced.
 
-    :param log: None to log nothing
-    :param tracer: None to trace nothing
+    Args:
+        log: None to log nothing
+        tracer: None to trace nothing
     """
 
     def __init__(

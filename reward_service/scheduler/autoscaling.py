@@ -24,13 +24,16 @@ class Scaling(Protocol):
 
 
 class PairsPerReplica:
-    """Ray's ``policy_function``: as many replicas as it takes that each has so many pairs under way.
+    """Ray's `policy_function`: as many replicas as it takes that each has so many pairs under way.
 
     Requests are no measure of work here: one may hold a pair or a thousand. Ray applies its delays, factors
     and bounds to what this asks for.
 
-    :param target_pairs: wanted for each replica; two batches keep a device busy without a long queue
-    :raises ValueError: it is not a positive number
+    Args:
+        target_pairs: wanted for each replica; two batches keep a device busy without a long queue
+
+    Raises:
+        ValueError: it is not a positive number
     """
 
     def __init__(self, target_pairs: float = 128) -> None:

@@ -21,7 +21,8 @@ class BatchTime:
     An empty batch that took no time is always among the observations, with a small weight: batches of
     only one size, which cannot tell the two coefficients apart, then count as proportional.
 
-    :param guess_s: per pair, before the first batch has run
+    Args:
+        guess_s: per pair, before the first batch has run
     """
 
     def __init__(self, guess_s: float) -> None:
@@ -51,7 +52,7 @@ class BatchTime:
         return s - per_pair * n, per_pair
 
     def seconds(self, pairs: int, batch_pairs: int) -> float:
-        """Of ``pairs`` in full batches of ``batch_pairs``."""
+        """Of `pairs` in full batches of `batch_pairs`."""
         fixed, per_pair = self.coefficients
         return fixed * math.ceil(pairs / batch_pairs) + per_pair * pairs
 
@@ -73,7 +74,7 @@ class BatchSize:
         self._patience, self._full = _PATIENCE, 0
 
     def fits(self, pairs: int) -> None:
-        """A batch of ``pairs`` has run."""
+        """A batch of `pairs` has run."""
         if pairs < self.now:  # says nothing about larger ones
             return
         self._known = self.now
@@ -83,7 +84,7 @@ class BatchSize:
             self._full = 0
 
     def overflows(self, pairs: int) -> None:
-        """There was no memory for a batch of ``pairs``."""
+        """There was no memory for a batch of `pairs`."""
         self._full = 0
         if 0 < self._known < pairs:
             self._patience = min(_MOST_PATIENCE, 2 * self._patience)
@@ -93,7 +94,7 @@ class BatchSize:
             self.now = min(self.now, max(1, pairs // 2))
 
     def blame_pair(self, before: int) -> None:
-        """A pair did not fit even alone: it, not the size, was the cause, so ``before`` holds again."""
+        """A pair did not fit even alone: it, not the size, was the cause, so `before` holds again."""
         self.now = before
 
 
@@ -110,12 +111,17 @@ def run_isolated(
 ) -> Iterator[tuple[Sequence[Unit], Sequence[Result] | Exception]]:
     """Run a batch; halve what fails until the units at fault are alone.
 
-    One bad unit among n costs at most 2·log2(n) further runs. When memory runs out, ``sizes`` is told and
+    One bad unit among n costs at most 2·log2(n) further runs. When memory runs out, `sizes` is told and
     later parts keep to it.
 
-    :param wanted: asked before each run; what is no longer wanted is left out
-    :returns: parts with their results, and single units with their errors, as they come
-    :raises FatalDeviceError: as ``run`` raised it
+    Args:
+        wanted: asked before each run; what is no longer wanted is left out
+
+    Returns:
+        parts with their results, and single units with their errors, as they come
+
+    Raises:
+        FatalDeviceError: as `run` raised it
     """
     before, fitted, alone = sizes.now, False, False
     parts = [units]

@@ -3,9 +3,9 @@
 Goyal, Vin and Cheng, "Start-time fair queuing", SIGCOMM 1996, with the paper's names:
 
 =================  ==============================================================================
-``start``  S       tag of a client's next quantum: max(v at arrival, finish tag of its last one)
+`start`  S       tag of a client's next quantum: max(v at arrival, finish tag of its last one)
 finish     F       S + pairs / weight; a client's finish tag is the start tag of its next quantum
-``virtual`` v      start tag of the quantum taken last
+`virtual` v      start tag of the quantum taken last
 =================  ==============================================================================
 
 The smallest start tag goes first. Of two clients that both have work waiting, neither gets more than one
@@ -27,7 +27,7 @@ _ROUNDING = 1e-6  # pairs; tags are sums of floats
 
 
 class Job(Protocol):
-    """What is queued: ``pairs`` of one lane; told apart by identity."""
+    """What is queued: `pairs` of one lane; told apart by identity."""
 
     @property
     def pairs(self) -> int:
@@ -54,7 +54,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class Share(NamedTuple, Generic[AnyJob]):
-    """Pairs ``start`` to ``stop`` (exclusive) of a job."""
+    """Pairs `start` to `stop` (exclusive) of a job."""
 
     job: AnyJob
     start: int
@@ -76,8 +76,9 @@ class _Client(Generic[AnyJob]):
 class FairQueue(Generic[AnyJob]):
     """Jobs of many clients, taken in fair order; within a client by deadline (none: inf), then arrival.
 
-    :param quantum: most pairs of one client before the next one's turn
-    :param batch_pairs: most pairs that a client may be ahead of others who wait in another lane
+    Args:
+        quantum: most pairs of one client before the next one's turn
+        batch_pairs: most pairs that a client may be ahead of others who wait in another lane
     """
 
     def __init__(self, quantum: int, batch_pairs: int) -> None:
@@ -118,7 +119,8 @@ class FairQueue(Generic[AnyJob]):
     def remove(self, job: AnyJob) -> int:
         """Drop what is left of a job.
 
-        :returns: so many pairs
+        Returns:
+            so many pairs
         """
         left = self.left(job)
         self._taken.pop(job, None)
@@ -127,7 +129,7 @@ class FairQueue(Generic[AnyJob]):
         return left
 
     def take(self, most: int) -> list[Share[AnyJob]]:
-        """Take up to ``most`` pairs of one lane; something, if anything is queued."""
+        """Take up to `most` pairs of one lane; something, if anything is queued."""
         shares: list[Share[AnyJob]] = []
         passed: list[tuple[float, bool, int, _Client[AnyJob]]] = []
         lane: Hashable = None
@@ -154,7 +156,7 @@ class FairQueue(Generic[AnyJob]):
         return shares
 
     def peek(self, most: int) -> list[Share[AnyJob]]:
-        """What :meth:`take` would give now; takes nothing."""
+        """What `take` would give now; takes nothing."""
         copies = {name: client.copy() for name, client in self._clients.items()}
         copy_of = {id(client): copies[name] for name, client in self._clients.items()}
         other: FairQueue[AnyJob] = FairQueue(self._quantum, self._batch_pairs)

@@ -1,6 +1,6 @@
 """Requests that were admitted and not answered yet. No threads, no clock: the time is an argument.
 
-Every request ends once: it leaves the table of open ones with an :class:`Ending`, which whoever holds the
+Every request ends once: it leaves the table of open ones with an `Ending`, which whoever holds the
 lock delivers after letting go of it.
 
 How a request can end, and who may watch. No torch, no web, no threads.
@@ -30,7 +30,7 @@ class Completed(Generic[Result]):
 
 
 class QueueFullError(Exception):
-    """No room now; ``retry_after_s`` is when there will probably be some."""
+    """No room now; `retry_after_s` is when there will probably be some."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s} s")
@@ -46,11 +46,11 @@ class DeadlineError(Exception):
 
 
 class StuckError(Exception):
-    """The device hangs or has failed for good; nothing more will be scored. ``__cause__`` may say why."""
+    """The device hangs or has failed for good; nothing more will be scored. `__cause__` may say why."""
 
 
 class PairFailedError(Exception):
-    """The pair at ``index`` of its request cannot be scored; ``__cause__`` says why."""
+    """The pair at `index` of its request cannot be scored; `__cause__` says why."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"pair {index} cannot be scored")
@@ -63,8 +63,9 @@ class Observer(Protocol):
     def on_batch(self, pairs: int, capacity: int, queue_s: Sequence[float], run_s: float) -> None:
         """A batch has run.
 
-        :param capacity: most pairs it could have had
-        :param queue_s: seconds in the queue of each request whose first pairs were in it
+        Args:
+            capacity: most pairs it could have had
+            queue_s: seconds in the queue of each request whose first pairs were in it
         """
 
     def on_cancelled(self, pairs: int) -> None:
@@ -74,7 +75,7 @@ class Observer(Protocol):
         """A deadline passed while so many of its request's pairs had not been dispatched."""
 
     def on_oom(self, size: int) -> None:
-        """A batch of ``size`` pairs did not fit into the device's memory."""
+        """A batch of `size` pairs did not fit into the device's memory."""
 
 
 class Unobserved:
@@ -98,12 +99,12 @@ Work = TypeVar("Work")
 _SPARE = 64
 
 
-@dataclass(eq=False, repr=False)  # pictures don't belong into messages
+@dataclass(eq=False, repr=False)  # images don't belong into messages
 class Request(Generic[Work, Result]):
     """Pairs that are answered together. Times are seconds on the scheduler's clock; no deadline is inf.
 
     It doesn't know its future: an exception's traceback leads back here, and a ring of references would
-    keep pictures in memory until the collector comes round.
+    keep images in memory until the collector comes round.
     """
 
     works: Sequence[Work]
@@ -138,7 +139,7 @@ class Unit(NamedTuple, Generic[Work, Result]):
 
 
 class Ending(NamedTuple, Generic[Result]):
-    """How a request ended; ``dropped`` of its pairs had not been dispatched."""
+    """How a request ended; `dropped` of its pairs had not been dispatched."""
 
     future: Future[Completed[Result]]
     outcome: Completed[Result] | Exception
@@ -157,8 +158,9 @@ class Ending(NamedTuple, Generic[Result]):
 class Backlog(Generic[Work, Result]):
     """The open requests and what of them is queued.
 
-    :param quantum: pairs of one client before the next one's turn
-    :param max_queued_pairs: most pairs that wait
+    Args:
+        quantum: pairs of one client before the next one's turn
+        max_queued_pairs: most pairs that wait
     """
 
     def __init__(self, batch_pairs: int, quantum: int, max_queued_pairs: int) -> None:
@@ -201,7 +203,7 @@ class Backlog(Generic[Work, Result]):
         return future
 
     def take(self, most: int, now_s: float) -> list[Unit[Work, Result]]:
-        """Dispatch the next batch, at most ``most`` pairs of one lane, in fair order."""
+        """Dispatch the next batch, at most `most` pairs of one lane, in fair order."""
         units = list(_units(self._queue.take(most)))
         for request, _ in units:
             if request.started_s is None:
@@ -209,7 +211,7 @@ class Backlog(Generic[Work, Result]):
         return units
 
     def upcoming(self, most: int) -> list[Unit[Work, Result]]:
-        """What :meth:`take` would give now; dispatches nothing."""
+        """What `take` would give now; dispatches nothing."""
         return list(_units(self._queue.peek(most)))
 
     def finish(
@@ -238,7 +240,8 @@ class Backlog(Generic[Work, Result]):
     def leave(self, request: Request[Work, Result]) -> int:
         """The caller has cancelled its future.
 
-        :returns: how many of its pairs will not be run for that
+        Returns:
+            how many of its pairs will not be run for that
         """
         self._open.pop(request, None)
         return self._queue.remove(request)
@@ -255,7 +258,8 @@ class Backlog(Generic[Work, Result]):
 
         Not if that would leave nothing to run: the estimate may be wrong, and only a run can correct it.
 
-        :param batch_s: how long the next batch will probably take if it is of this lane
+        Args:
+            batch_s: how long the next batch will probably take if it is of this lane
         """
         if self.next_deadline_s == math.inf:
             return []

@@ -1,7 +1,7 @@
 """The queue before the device: threads, timing and what goes wrong. No torch, no web.
 
 One thread drives the device. Whenever it is free it takes a batch of what is waiting, in fair order
-(:mod:`~reward_service.scheduler.fair_queue`): there is no timer to wait out. A second thread attends to
+(`reward_service.scheduler.fair_queue`): there is no timer to wait out. A second thread attends to
 callers: answers, deadlines and the watchdog, so that neither a slow callback nor a hung device holds up the
 other. docs/scheduling.md says what is promised.
 
@@ -50,8 +50,9 @@ Prepare = Callable[[Sequence[Work], Hashable], Sequence[Any]]
 class Stage(Generic[Work, Result]):
     """Prepares what will probably be run next.
 
-    :param prepare: makes works of one lane ready, each for itself, in order; never called twice at once
-    :param upcoming: the pairs of the next batch as it would be now, all of one lane
+    Args:
+        prepare: makes works of one lane ready, each for itself, in order; never called twice at once
+        upcoming: the pairs of the next batch as it would be now, all of one lane
     """
 
     def __init__(self, prepare: Prepare[Work], upcoming: Callable[[], Sequence[Unit[Work, Result]]]) -> None:
@@ -73,7 +74,8 @@ class Stage(Generic[Work, Result]):
     def ready(self, units: Sequence[Unit[Work, Result]]) -> list[Any]:
         """The prepared works of a batch, in order.
 
-        :raises Exception: whatever ``prepare`` raised
+        Raises:
+            Exception: whatever `prepare` raised
         """
         with self._preparing:
             self._make_ready(units)
@@ -116,16 +118,17 @@ _logger = logging.getLogger(__name__)
 class Scheduler(Generic[Work, Result]):
     """Runs requests' pairs in batches on one thread.
 
-    :param run: scores a batch of one lane, results in order; gets what ``prepare`` made, or the works
-        themselves; called on one thread only. An OutOfMemoryError of it (:mod:`~reward_service.engine.types`)
-        has a smaller batch tried, a FatalDeviceError ends it all, anything else has the pair at fault sought
-    :param batch_pairs: most pairs of a batch
-    :param max_queued_pairs: most pairs admitted and not yet dispatched
-    :param quantum_pairs: pairs of one client before the next one's turn; None for an eighth of a batch
-    :param prepare: makes works ready for ``run``, each for itself, on the CPU while another batch runs
-    :param hang_s: a run that takes longer has hung; None to wait for ever
-    :param on_stuck: called once when nothing more can be scored, after everybody has been told
-    :param clock: seconds, running at the speed of real time
+    Args:
+        run: scores a batch of one lane, results in order; gets what `prepare` made, or the works themselves;
+            called on one thread only. An OutOfMemoryError of it (`reward_service.engine.types`) has a smaller
+            batch tried, a FatalDeviceError ends it all, anything else has the pair at fault sought
+        batch_pairs: most pairs of a batch
+        max_queued_pairs: most pairs admitted and not yet dispatched
+        quantum_pairs: pairs of one client before the next one's turn; None for an eighth of a batch
+        prepare: makes works ready for `run`, each for itself, on the CPU while another batch runs
+        hang_s: a run that takes longer has hung; None to wait for ever
+        on_stuck: called once when nothing more can be scored, after everybody has been told
+        clock: seconds, running at the speed of real time
     """
 
     def __init__(
@@ -182,16 +185,21 @@ class Scheduler(Generic[Work, Result]):
     ) -> Future[Completed[Result]]:
         """Admit a request, whole or not at all. To leave, cancel its future.
 
-        :param lane: only requests of equal lanes share a batch
-        :param client: among whom the device is shared, in proportion to ``weight``
-        :param deadline_s: on the scheduler's clock; the future is settled by then
-        :returns: fails with :class:`PairFailedError` if a pair cannot be scored, :class:`DeadlineError`,
-            :class:`ClosedError` or :class:`StuckError`
-        :raises QueueFullError: there is no room for all of its pairs
-        :raises DeadlineError: the deadline has passed, or the device is busy and needs longer for this alone
-        :raises ClosedError: shutting down
-        :raises StuckError: nothing more can be scored
-        :raises ValueError: no works, or a weight that is not a finite number above 0
+        Args:
+            lane: only requests of equal lanes share a batch
+            client: among whom the device is shared, in proportion to `weight`
+            deadline_s: on the scheduler's clock; the future is settled by then
+
+        Returns:
+            fails with `PairFailedError` if a pair cannot be scored, `DeadlineError`, `ClosedError` or
+            `StuckError`
+
+        Raises:
+            QueueFullError: there is no room for all of its pairs
+            DeadlineError: the deadline has passed, or the device is busy and needs longer for this alone
+            ClosedError: shutting down
+            StuckError: nothing more can be scored
+            ValueError: no works, or a weight that is not a finite number above 0
         """
         now, deadline = self._clock(), math.inf if deadline_s is None else deadline_s
         request = Request[Work, Result](works, lane, client, weight, deadline, now)
@@ -211,9 +219,10 @@ class Scheduler(Generic[Work, Result]):
         return future
 
     def check_room(self, pairs: int = 1) -> None:
-        """Nothing if ``pairs`` more may queue. An empty queue takes any request, however large.
+        """Nothing if `pairs` more may queue. An empty queue takes any request, however large.
 
-        :raises QueueFullError: they may not
+        Raises:
+            QueueFullError: they may not
         """
         with self._lock:
             self._refuse_if_full(pairs)
@@ -226,7 +235,8 @@ class Scheduler(Generic[Work, Result]):
     def close(self, timeout_s: float) -> bool:
         """Take nothing more and finish what was admitted.
 
-        :returns: whether it was all finished in time; what was not fails with :class:`ClosedError`
+        Returns:
+            whether it was all finished in time; what was not fails with `ClosedError`
         """
         with self._lock:
             self._refusal = self._refusal or _closing

@@ -1,4 +1,4 @@
-"""How much may be under way: pairs, bytes of bodies and of decoded pictures, per client and in all.
+"""How much may be under way: pairs, bytes of bodies and of decoded images, per client and in all.
 
 A request is counted from before its body is read until its answer. No torch, no web.
 """
@@ -34,7 +34,8 @@ class _Account:
 class Admission:
     """Counts what is under way against the limits; any thread may ask.
 
-    :param retry_after_s: when there will probably be room again
+    Args:
+        retry_after_s: when there will probably be room again
     """
 
     def __init__(self, limits: Limits, retry_after_s: Callable[[], int] = lambda: 1) -> None:
@@ -69,9 +70,14 @@ class Admission:
     def enter(self, client: Client, body_bytes: int | None) -> Ticket:
         """Let a request in before its body is read, as one pair at first.
 
-        :returns: a context manager; what it holds is given back at its end
-        :param body_bytes: as announced; None where it is not, which counts as the longest body
-        :raises ProblemError: ``client_busy`` for the client's own limits, ``queue_full`` for the service's
+        Args:
+            body_bytes: as announced; None where it is not, which counts as the longest body
+
+        Returns:
+            a context manager; what it holds is given back at its end
+
+        Raises:
+            ProblemError: `client_busy` for the client's own limits, `queue_full` for the service's
         """
         size = self._limits.max_body_bytes if body_bytes is None else body_bytes
         ticket = Ticket(self, client)
@@ -87,9 +93,10 @@ class Admission:
         return ticket
 
     def take(self, ticket: Ticket, kind: Kind, more: int) -> None:
-        """Count ``more`` of a kind for a ticket.
+        """Count `more` of a kind for a ticket.
 
-        :raises ProblemError: there is no room for it
+        Raises:
+            ProblemError: there is no room for it
         """
         with self._lock:
             if ticket.closed:
@@ -142,7 +149,7 @@ class Admission:
             bound = client.max_pairs
         if kind == "decoded bytes" and own > min(bound, self._bounds[kind]):
             limit = min(bound, self._bounds[kind]) / 2**20
-            return _TOO_LARGE, f"the pictures exceed {limit:g} MiB when decoded; send fewer pairs a request"
+            return _TOO_LARGE, f"the images exceed {limit:g} MiB when decoded; send fewer pairs a request"
         held = self._accounts[client.account].used[kind] + more
         if held > own and held > bound:
             detail = f"this client's requests under way may have {bound} {kind} together; wait for an answer"
@@ -178,7 +185,8 @@ class Ticket:
     def grow(self, kind: Kind, more: int) -> None:
         """Count more of a kind.
 
-        :raises ProblemError: there is no room, or the request is over, so that nobody waits for it
+        Raises:
+            ProblemError: there is no room, or the request is over, so that nobody waits for it
         """
         if more > 0:
             self._admission.take(self, kind, more)
@@ -186,7 +194,8 @@ class Ticket:
     def set(self, kind: Kind, amount: int) -> None:
         """Count exactly so much of a kind.
 
-        :raises ProblemError: there is no room for it
+        Raises:
+            ProblemError: there is no room for it
         """
         if (change := amount - self.used[kind]) > 0:
             self.grow(kind, change)

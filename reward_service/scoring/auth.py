@@ -55,10 +55,11 @@ class Key(Settings):
 class Client:
     """Who asks.
 
-    :param name: of the key; "" without one
-    :param part: what ``X-Client-Id`` says: a part of the key's work, or who it is if there is no key
-    :param weight: share of the device, that of all parts of a key together
-    :param max_pairs: most pairs under way at a time; None for the service's limit
+    Args:
+        name: of the key; "" without one
+        part: what `X-Client-Id` says: a part of the key's work, or who it is if there is no key
+        weight: share of the device, that of all parts of a key together
+        max_pairs: most pairs under way at a time; None for the service's limit
     """
 
     name: str = ""
@@ -83,8 +84,11 @@ class Keyring:
 
     A new key counts at once, one that was removed for a second more at most.
 
-    :param note: told in one line what became of reading it anew
-    :raises ConfigError: the file cannot be used
+    Args:
+        note: told in one line what became of reading it anew
+
+    Raises:
+        ConfigError: the file cannot be used
     """
 
     def __init__(self, path: Path, note: Callable[[str], None] = lambda _: None) -> None:
@@ -142,7 +146,8 @@ def _state(path: Path) -> tuple[int, ...] | None:
 def load_keys(path: Path) -> tuple[Key, ...]:
     """Read a file of keys.
 
-    :raises ConfigError: it is missing, malformed, empty, or others than its owner may write to it
+    Raises:
+        ConfigError: it is missing, malformed, empty, or others than its owner may write to it
     """
     entries = _entries(path)
     if not entries:
@@ -181,9 +186,14 @@ def new_key(
 ) -> tuple[str, int]:
     """Make a key and append its hash to a file, which is made if it is not there.
 
-    :param may: what it is for; everything if None
-    :returns: the key, which is nowhere else, and how many keys of this name there are now
-    :raises ConfigError: the name, the weight or the file cannot be used
+    Args:
+        may: what it is for; everything if None
+
+    Returns:
+        the key, which is nowhere else, and how many keys of this name there are now
+
+    Raises:
+        ConfigError: the name, the weight or the file cannot be used
     """
     key = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -203,8 +213,11 @@ def new_key(
 def remove_keys(path: Path, name: str) -> int:
     """Take all keys of a name out of a file, whose other lines stay as they are.
 
-    :returns: how many there were
-    :raises ConfigError: there is none, there would be none left, or the file cannot be used
+    Returns:
+        how many there were
+
+    Raises:
+        ConfigError: there is none, there would be none left, or the file cannot be used
     """
     with _alone(path):
         before = _entries(path)

@@ -30,13 +30,14 @@ from reward_service.settings import one_line
 State = Literal["closed", "open", "half_open"]
 
 
-class Breaker:
+class CircuitBreaker:
     """A breaker of one evaluator. Written by one thread, read by any.
 
-    :param failures: different pairs in a row that trip it
-    :param pause_s: how long it is open the first time
-    :param longest_pause_s: what doubling the pause ends at
-    :param clock: seconds, never going back
+    Args:
+        failures: different pairs in a row that trip it
+        pause_s: how long it is open the first time
+        longest_pause_s: what doubling the pause ends at
+        clock: seconds, never going back
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Breaker:
     def fail(self, pair: Hashable, reason: str) -> bool:
         """Count a pair that the evaluator failed on alone.
 
-        :returns: whether that tripped the breaker; the same pair again never does
+        Returns:
+            whether that tripped the breaker; the same pair again never does
         """
         self._failed.add(pair)
         if len(self._failed) >= self._failures:
@@ -110,11 +112,12 @@ class Scorer(Protocol):
         """Compute a prompt anew the next time."""
 
 
-class Guard:
+class EvaluatorBreakers:
     """An engine whose evaluators can fail one by one. Score with it on one thread; ask it from any.
 
-    :param golden: the scores that the canary has to get; where they aren't known, its first ones are
-    :param on_change: told an evaluator's name, whether it is up, and why not
+    Args:
+        golden: the scores that the canary has to get; where they aren't known, its first ones are
+        on_change: told an evaluator's name, whether it is up, and why not
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Guard:
         self.canary = canary_pair()
         self._expected: dict[str, Expected] = {}
         self._breakers = {
-            name: Breaker(
+            name: CircuitBreaker(
                 settings.breaker_failures, settings.breaker_pause_s, settings.breaker_longest_pause_s, clock
             )
             for name in engine.evaluators
@@ -139,8 +142,11 @@ class Guard:
     def prove(self) -> list[str]:
         """Score the canary for the first time.
 
-        :returns: one line for each evaluator that gives another score than its golden one
-        :raises ScoringError: an evaluator gives none
+        Returns:
+            one line for each evaluator that gives another score than its golden one
+
+        Raises:
+            ScoringError: an evaluator gives none
         """
         raw = self._engine.score([self.canary], deterministic=True)[0].raw
         for name, score in raw.items():
@@ -170,11 +176,12 @@ class Guard:
         return self._breakers[name].reason
 
     def __call__(self, pairs: Sequence[Pair], lane: Hashable) -> list[PairScores]:
-        """Score a batch with those evaluators of its lane that work; the others are in ``failed``.
+        """Score a batch with those evaluators of its lane that work; the others are in `failed`.
 
-        :raises ScoringError: a pair is at fault
-        :raises OutOfMemoryError: the batch is too large
-        :raises FatalDeviceError: the device is broken, or an evaluator's numbers are wrong
+        Raises:
+            ScoringError: a pair is at fault
+            OutOfMemoryError: the batch is too large
+            FatalDeviceError: the device is broken, or an evaluator's numbers are wrong
         """
         names, deterministic = cast("Lane", lane)
         if any(pair.prompt == self.canary.prompt for pair in pairs):
@@ -229,7 +236,8 @@ class Guard:
     def _unfit(self, name: str) -> str | None:
         """Why an evaluator cannot score the canary; None if it can.
 
-        :raises FatalDeviceError: it can, but otherwise than it should
+        Raises:
+            FatalDeviceError: it can, but otherwise than it should
         """
         self._engine.forget(self.canary.prompt)
         try:
@@ -241,21 +249,27 @@ class Guard:
         return None
 
 
-class Rounds:
+class CanaryLoop:
     """Has the canary scored from time to time, in the queue like everybody's pair.
 
-    :param submit: queues a pair for all evaluators, deterministically
-    :param on_mismatch: told once, in one line, that a score has changed
+    Args:
+        submit: queues a pair for all evaluators, deterministically
+        on_mismatch: told once, in one line, that a score has changed
     """
 
     def __init__(
         self,
-        guard: Guard,
+        breakers: EvaluatorBreakers,
         submit: Callable[[Pair], Future[PairScores]],
         every_s: float,
         on_mismatch: Callable[[str], None],
     ) -> None:
-        self._guard, self._submit, self._every_s, self._on_mismatch = guard, submit, every_s, on_mismatch
+        self._breakers, self._submit, self._every_s, self._on_mismatch = (
+            breakers,
+            submit,
+            every_s,
+            on_mismatch,
+        )
         self._over = threading.Event()
         threading.Thread(target=self._walk, name="canary", daemon=True).start()
 
@@ -266,13 +280,13 @@ class Rounds:
     def _walk(self) -> None:
         while not self._over.wait(self._every_s):
             try:
-                scores = self._submit(self._guard.canary).result()
+                scores = self._submit(self._breakers.canary).result()
             except Exception:  # noqa: BLE001 - full, closing or stuck: the queue has told who needs to know
                 continue
-            if lines := self._guard.mismatches(scores.raw):
+            if lines := self._breakers.mismatches(scores.raw):
                 self._on_mismatch("; ".join(lines))
                 return
 
 
 def _key(pair: Pair) -> bytes:
-    return hashlib.sha256(pair.prompt.encode(errors="replace") + b"\0" + pair.picture.tobytes()).digest()
+    return hashlib.sha256(pair.prompt.encode(errors="replace") + b"\0" + pair.image.tobytes()).digest()

@@ -24,7 +24,7 @@ _SMALLEST, _LARGEST = 1e-12, 1e12
 class Scale(BaseModel):
     """Mean and standard deviation of an evaluator's raw scores; further keys of the file are its notes.
 
-    ``fingerprint``: of the evaluator whose scores they are of, None if the table doesn't say.
+    `fingerprint`: of the evaluator whose scores they are of, None if the table doesn't say.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,9 +75,10 @@ class Calibration(BaseModel):
 
 
 def load_calibration(path: Path, needed: Sequence[str]) -> Calibration:
-    """Read a table that has a scale for every evaluator in ``needed``.
+    """Read a table that has a scale for every evaluator in `needed`.
 
-    :raises ConfigError: the file is missing, malformed or incomplete
+    Raises:
+        ConfigError: the file is missing, malformed or incomplete
     """
     try:
         table = Calibration.model_validate_json(path.read_bytes())

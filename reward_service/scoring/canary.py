@@ -1,6 +1,6 @@
-"""The canary: one fixed pair whose scores are known, so that a judge that computes wrongly is found out.
+"""The canary: one fixed pair whose scores are known, so that a reward service that computes wrongly is found out.
 
-The picture is larger than any tower's input and full of fine lines, so that another way of resizing shows.
+The image is larger than any tower's input and full of fine lines, so that another way of resizing shows.
 A file of golden scores holds them by device type and fingerprint; weights, preprocessing, tokenizer and dtype
 are in the fingerprint, so a score of the same fingerprint has to come out again. No torch.
 """
@@ -35,7 +35,7 @@ _FLOAT32_ELSEWHERE = 10.0
 
 
 class Golden(BaseModel):
-    """A known score; ``evaluator`` is for people who read the file."""
+    """A known score; `evaluator` is for people who read the file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +59,7 @@ class GoldenScores(BaseModel):
 
 @dataclass(frozen=True)
 class Expected:
-    """What an evaluator has to score the canary pair, give or take; ``golden`` if a file says so."""
+    """What an evaluator has to score the canary pair, give or take; `golden` if a file says so."""
 
     raw: float
     tolerance: float
@@ -83,21 +83,22 @@ def canary_pair() -> Pair:
     red, green, blue = (x * y // 7) % 256, (x // 3 + y // 5) % 2 * 190 + 30, (x * 255) // _WIDTH_PX
     disc = (x - 170) ** 2 + (y - 210) ** 2 < 110**2
     square = (abs(x - 380) < 80) & (abs(y - 200) < 80)
-    picture = np.stack([red, green, blue], axis=2).astype(np.uint8)
-    picture[disc] = picture[disc] // 4 + np.array([180, 10, 10], np.uint8)
-    picture[square] = picture[square] // 4 + np.array([10, 20, 180], np.uint8)
-    return Pair(_PROMPT, picture)
+    image = np.stack([red, green, blue], axis=2).astype(np.uint8)
+    image[disc] = image[disc] // 4 + np.array([180, 10, 10], np.uint8)
+    image[square] = image[square] // 4 + np.array([10, 20, 180], np.uint8)
+    return Pair(_PROMPT, image)
 
 
 def identity(pair: Pair) -> str:
     """Hash of prompt and pixels."""
-    return hashlib.sha256(pair.prompt.encode() + b"\0" + pair.picture.tobytes()).hexdigest()[:16]
+    return hashlib.sha256(pair.prompt.encode() + b"\0" + pair.image.tobytes()).hexdigest()[:16]
 
 
 def load_golden(path: Path) -> GoldenScores:
     """Read a file of golden scores.
 
-    :raises ConfigError: it is missing, malformed, or of another canary pair
+    Raises:
+        ConfigError: it is missing, malformed, or of another canary pair
     """
     remedy = "write it anew with reward-service canary --write"
     try:
@@ -128,7 +129,8 @@ def dumps(golden: GoldenScores) -> str:
 def tolerance(kind: str, dtype: str, device: str) -> float:
     """What a score of an evaluator of this kind may be off by.
 
-    :param device: type of the device, such as cpu or cuda
+    Args:
+        device: type of the device, such as cpu or cuda
     """
     widened = dtype == "float32" and device != "cpu"
     return TOLERANCES[dtype].get(kind, math.inf) * (_FLOAT32_ELSEWHERE if widened else 1.0)

@@ -6,8 +6,8 @@ Prompts and images pair up in the order they come in: as many prompts as images,
 
     curl -F prompt='a red circle' -F image=@one.png -F image=@two.jpg http://127.0.0.1:8000/score
 
-Further fields, each at most once: ``evaluators`` (names with commas between), ``weights`` (a JSON object),
-``normalization``, ``deterministic`` and ``allow_partial`` (true or false).
+Further fields, each at most once: `evaluators` (names with commas between), `weights` (a JSON object),
+`normalization`, `deterministic` and `allow_partial` (true or false).
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ logging.getLogger(MultipartParser.__module__).setLevel(logging.ERROR)
 def decode_form(body: bytes | bytearray, content_type: str) -> ScoreRequest:
     """Decode a form.
 
-    :param content_type: the whole header, with the boundary
-    :raises MalformedBodyError: not a form at all (``syntax``), or not one that makes a request
+    Args:
+        content_type: the whole header, with the boundary
+
+    Raises:
+        MalformedBodyError: not a form at all (`syntax`), or not one that makes a request
     """
     prompts: list[str] = []
     images: list[bytes] = []
@@ -171,15 +174,15 @@ def _parts(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
     return collector.parts
 
 
-# About 30 ms of work: what another caller's pictures may have to wait for.
+# About 30 ms of work: what another caller's images may have to wait for.
 _SLICE_COST = 1024
 _RAW_COST, _FILE_COST = 1, 64
 _TOO_LONG = re.compile(r"Expected `array` of length <= (\d+) - at `\$\.items`")
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """A request that has passed every check; ``lossy[i]`` if picture i came lossily compressed."""
+class DecodedRequest:
+    """A request that has passed every check; `lossy[i]` if image i came lossily compressed."""
 
     pairs: list[Pair]
     lossy: list[bool]
@@ -192,8 +195,8 @@ class Admitted:
 
 
 @dataclass
-class Parsed:
-    """A request whose form and options are right; its pictures are still to be decoded."""
+class ParsedRequest:
+    """A request whose form and options are right; its images are still to be decoded."""
 
     request: ScoreRequest
     evaluators: tuple[str, ...]
@@ -202,41 +205,45 @@ class Parsed:
 
 
 @dataclass
-class Slice:
-    """The decoded pictures of some neighbouring items, or what is wrong with them."""
+class DecodedSlice:
+    """The decoded images of some neighbouring items, or what is wrong with them."""
 
     decoded: list[Decoded] = field(default_factory=list)
     wrong: list[ProblemItem] = field(default_factory=list)
 
 
-class Intake:
+class RequestParser:
     """Checks requests against a configuration; stateless, so any thread may call it."""
 
     def __init__(self, config: ServiceConfig) -> None:
         self._limits = config.limits
         self._weights = {name: evaluator.weight for name, evaluator in config.enabled.items()}
 
-    def __call__(self, body: bytes, content_type: str) -> Admitted:
+    def __call__(self, body: bytes, content_type: str) -> DecodedRequest:
         """Parse, check and decode at once.
 
-        :raises ProblemError: whatever is wrong with the request
+        Raises:
+            ProblemError: whatever is wrong with the request
         """
         parsed = self.parse(body, content_type)
         return self.admitted(parsed, [self.decode(parsed, part) for part in self.slices(parsed)])
 
-    def parse(self, body: bytes | bytearray, content_type: str) -> Parsed:
-        """Parse and check all but the pictures; takes up to a second, so call it off the event loop.
+    def parse(self, body: bytes | bytearray, content_type: str) -> ParsedRequest:
+        """Parse and check all but the images; takes up to a second, so call it off the event loop.
 
-        :param content_type: the whole header
-        :raises ProblemError: whatever is wrong with the request
+        Args:
+            content_type: the whole header
+
+        Raises:
+            ProblemError: whatever is wrong with the request
         """
         started = time.perf_counter()
         request = self._parsed(body, content_type)
         names = tuple(dict.fromkeys(request.evaluators or self._weights))
         self._check_known(names)
-        return Parsed(request, names, self._weights_for(request, names), started)
+        return ParsedRequest(request, names, self._weights_for(request, names), started)
 
-    def slices(self, parsed: Parsed) -> Iterator[range]:
+    def slices(self, parsed: ParsedRequest) -> Iterator[range]:
         """The items in portions of about 30 ms of decoding: nobody waits for the whole of a large request."""
         items, first, cost = parsed.request.items, 0, 0
         for index, item in enumerate(items):
@@ -247,36 +254,42 @@ class Intake:
         if first < len(items):
             yield range(first, len(items))
 
-    def decode(self, parsed: Parsed, part: range, reserve: Callable[[int], None] = lambda _: None) -> Slice:
-        """Decode a portion of the pictures; call it off the event loop.
+    def decode(
+        self, parsed: ParsedRequest, part: range, reserve: Callable[[int], None] = lambda _: None
+    ) -> DecodedSlice:
+        """Decode a portion of the images; call it off the event loop.
 
-        :param reserve: told the bytes of each picture before it is decoded
-        :raises ProblemError: what ``reserve`` raises
+        Args:
+            reserve: told the bytes of each image before it is decoded
+
+        Raises:
+            ProblemError: what `reserve` raises
         """
-        found = Slice()
+        found = DecodedSlice()
         for index in part:
-            picture = parsed.request.items[index].image
+            rgb = parsed.request.items[index].image
             most = self._limits.max_image_pixels
             try:
-                image = decode(picture.data, picture.format, picture.shape, most, reserve)
+                image = decode(rgb.data, rgb.format, rgb.shape, most, reserve)
             except ImageError as error:
                 found.wrong.append(ProblemItem(error.code, str(error), index))
                 if len(found.wrong) == MAX_PROBLEM_ITEMS:
                     break
                 continue
-            # After the first wrong picture the rest is only looked at for its mistakes.
+            # After the first wrong image the rest is only looked at for its mistakes.
             found.decoded += [] if found.wrong else [image]
         return found
 
-    def admitted(self, parsed: Parsed, slices: Sequence[Slice]) -> Admitted:
-        """The whole request, once its pictures are decoded.
+    def admitted(self, parsed: ParsedRequest, slices: Sequence[DecodedSlice]) -> DecodedRequest:
+        """The whole request, once its images are decoded.
 
-        :raises ProblemError: some of them cannot be
+        Raises:
+            ProblemError: some of them cannot be
         """
         if wrong := [problem for part in slices for problem in part.wrong]:
             raise ProblemError(wrong[0].code, f"item {wrong[0].index}: {wrong[0].detail}", wrong)
         request, decoded = parsed.request, [image for part in slices for image in part.decoded]
-        return Admitted(
+        return DecodedRequest(
             pairs=[Pair(item.prompt, image.rgb) for item, image in zip(request.items, decoded, strict=True)],
             lossy=[image.lossy for image in decoded],
             evaluators=parsed.evaluators,

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from reward_service.engine.types import PairScores
 from reward_service.protocol import EvaluatorIdentity, ItemResult, ProblemError
 from reward_service.scoring.calibration import Calibration, compose
-from reward_service.scoring.requests import Admitted
+from reward_service.scoring.requests import DecodedRequest
 
 
 def item_results(
-    request: Admitted, scored: Sequence[PairScores], calibration: Calibration, first: int = 0
+    request: DecodedRequest, scored: Sequence[PairScores], calibration: Calibration, first: int = 0
 ) -> list[ItemResult]:
     """The results of a request's pairs, by the evaluators that scored every one of them.
 
-    :param first: index of the first of them
+    Args:
+        first: index of the first of them
     """
     names = working(request, scored)
     return [
@@ -23,7 +24,7 @@ def item_results(
     ]
 
 
-def working(request: Admitted, scored: Sequence[PairScores]) -> tuple[str, ...]:
+def working(request: DecodedRequest, scored: Sequence[PairScores]) -> tuple[str, ...]:
     """The evaluators that scored every pair: one that failed on the way is left out of all of them."""
     failed = {name for pair in scored for name in pair.failed}
     return tuple(name for name in request.evaluators if name not in failed)
@@ -38,7 +39,7 @@ def identities(fingerprints: Mapping[str, str], calibration: Calibration) -> dic
 
 
 def _result(
-    request: Admitted,
+    request: DecodedRequest,
     names: Sequence[str],
     position: int,
     index: int,

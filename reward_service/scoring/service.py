@@ -19,7 +19,7 @@ from reward_service.engine.types import Pair, PairScores, ScoringError
 from reward_service.observability.metrics import Metrics
 from reward_service.scheduler.requests import Completed, StuckError
 from reward_service.scheduler.scheduler import Prepare, Scheduler
-from reward_service.scoring.breaker import Guard, Lane, Rounds
+from reward_service.scoring.breaker import CanaryLoop, EvaluatorBreakers, Lane
 from reward_service.scoring.calibration import Calibration
 from reward_service.scoring.canary import load_golden
 from reward_service.settings import one_line
@@ -50,7 +50,7 @@ from reward_service.scheduler.requests import ClosedError, DeadlineError, PairFa
 from reward_service.scoring.admission import Admission, Ticket
 from reward_service.scoring.auth import Client
 from reward_service.scoring.calibration import load_calibration
-from reward_service.scoring.requests import Admitted, Intake, Parsed, Slice
+from reward_service.scoring.requests import DecodedRequest, DecodedSlice, ParsedRequest, RequestParser
 from reward_service.scoring.responses import DOWN, _down, identities, item_results, working
 
 Queue: TypeAlias = Scheduler[Pair, PairScores]
@@ -58,13 +58,13 @@ Notice: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Bench:
+class ScoringBackend:
     """What scores, once the models are loaded."""
 
     engine: RewardEngine
-    guard: Guard
+    breakers: EvaluatorBreakers
     queue: Queue
-    rounds: Rounds
+    canary_loop: CanaryLoop
 
     @property
     def prints(self) -> dict[str, str]:
@@ -78,18 +78,21 @@ class Bench:
 
     def close(self, timeout_s: float) -> bool:
         """Finish what was admitted; whether that was done in time."""
-        self.rounds.stop()
+        self.canary_loop.stop()
         return self.queue.close(timeout_s)
 
 
-def open_bench(
+def open_backend(
     config: ServiceConfig, engine: RewardEngine, metrics: Metrics, on_fatal: Notice, on_notice: Notice
-) -> Bench:
+) -> ScoringBackend:
     """Warm an engine up, prove it by the canary and put it to work.
 
-    :param on_fatal: told in one line, once, that nothing more can be scored
-    :raises ScoringError: the models do not give the numbers they should
-    :raises ConfigError: the golden scores cannot be read
+    Args:
+        on_fatal: told in one line, once, that nothing more can be scored
+
+    Raises:
+        ScoringError: the models do not give the numbers they should
+        ConfigError: the golden scores cannot be read
     """
 
     def change(evaluator: str, up: bool, reason: str) -> None:
@@ -99,13 +102,13 @@ def open_bench(
     engine.warm_up()
     engine.on_forward = metrics.on_forward
     golden = load_golden(config.canary) if config.canary else None
-    guard = Guard(engine, golden, config.watch, on_change=change)
-    if wrong := guard.prove():
+    breakers = EvaluatorBreakers(engine, golden, config.watch, on_change=change)
+    if wrong := breakers.prove():
         raise ScoringError("; ".join(wrong))
-    if golden and (unproven := guard.unproven()):
+    if golden and (unproven := breakers.unproven()):
         on_notice(f"no golden score of {', '.join(unproven)}; see reward-service canary --help")
     queue: Queue = Scheduler(
-        guard,
+        breakers,
         batch_pairs=config.batch_pairs,
         max_queued_pairs=config.limits.max_queued_pairs,
         prepare=_preparing(engine) if _ahead(config, engine) else None,
@@ -113,13 +116,15 @@ def open_bench(
         on_stuck=lambda error: on_fatal(_sentence(error)),
         observer=metrics,
     )
-    return Bench(engine, guard, queue, _rounds(config, guard, queue, on_fatal))
+    return ScoringBackend(engine, breakers, queue, _canary_loop(config, breakers, queue, on_fatal))
 
 
-def tell_loaded(bench: Bench, calibration: Calibration, metrics: Metrics) -> None:
+def record_loaded(backend: ScoringBackend, calibration: Calibration, metrics: Metrics) -> None:
     """Have the metrics say what runs."""
-    made_by = {name: (print_, calibration.evaluators[name].identity) for name, print_ in bench.prints.items()}
-    metrics.on_loaded(made_by, __version__, str(bench.engine.device), bench.dtype)
+    made_by = {
+        name: (print_, calibration.evaluators[name].identity) for name, print_ in backend.prints.items()
+    }
+    metrics.on_loaded(made_by, __version__, str(backend.engine.device), backend.dtype)
 
 
 def _ahead(config: ServiceConfig, engine: RewardEngine) -> bool:
@@ -130,7 +135,9 @@ def _preparing(engine: RewardEngine) -> Prepare[Pair]:
     return lambda pairs, lane: engine.prepare(pairs, cast("Lane", lane)[0])
 
 
-def _rounds(config: ServiceConfig, guard: Guard, queue: Queue, on_fatal: Notice) -> Rounds:
+def _canary_loop(
+    config: ServiceConfig, breakers: EvaluatorBreakers, queue: Queue, on_fatal: Notice
+) -> CanaryLoop:
     lane = (tuple(config.enabled), True)
 
     def submit(pair: Pair) -> Future[PairScores]:
@@ -138,7 +145,7 @@ def _rounds(config: ServiceConfig, guard: Guard, queue: Queue, on_fatal: Notice)
         queue.submit([pair], lane, client="canary").add_done_callback(lambda done: _pass_on(done, scored))
         return scored
 
-    return Rounds(guard, submit, config.watch.canary_every_s, on_fatal)
+    return CanaryLoop(breakers, submit, config.watch.canary_every_s, on_fatal)
 
 
 def _sentence(error: StuckError) -> str:
@@ -160,15 +167,18 @@ RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
 
 
-class Judge:
+class ScoringService:
     """The evaluators of a configuration as a service.
 
-    :param config: what to load and how much to take
-    :param build: makes the engine
-    :param on_ready: called with one line once it can score
-    :param on_failure: called with one line when it will never score: the process should end
-    :param on_notice: called with one line about what works but should be known
-    :raises ConfigError: the calibration table is unusable
+    Args:
+        config: what to load and how much to take
+        build: makes the engine
+        on_ready: called with one line once it can score
+        on_failure: called with one line when it will never score: the process should end
+        on_notice: called with one line about what works but should be known
+
+    Raises:
+        ConfigError: the calibration table is unusable
     """
 
     def __init__(
@@ -185,8 +195,8 @@ class Judge:
         self.admission = Admission(config.limits, self._retry_after_s)
         self._build = build or _build_engine
         self._on_ready, self._on_failure, self._on_notice = on_ready, on_failure, on_notice
-        self._intake = Intake(config)
-        self._bench: Bench | None = None
+        self._parser = RequestParser(config)
+        self._backend: ScoringBackend | None = None
         self._health = Health("loading", "the models are being loaded")
         self._started = False
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
@@ -201,7 +211,7 @@ class Judge:
     @property
     def served(self) -> bool:
         """Whether it has been ready."""
-        return self._bench is not None
+        return self._backend is not None
 
     def start(self) -> None:
         """Begin to load the models, the first time; returns at once."""
@@ -212,7 +222,8 @@ class Judge:
     def fail(self, message: str) -> None:
         """Nothing can be scored any more: say so to everybody who asks, and to who runs this.
 
-        :param message: one line
+        Args:
+            message: one line
         """
         if self._health.status != "failed":
             self._health = Health("failed", message)
@@ -225,17 +236,20 @@ class Judge:
             self._health = Health("stopping", "the service is shutting down")
 
     def close(self) -> None:
-        """Finish what was admitted, within the configured time since :meth:`stop_accepting`."""
+        """Finish what was admitted, within the configured time since `stop_accepting`."""
         self.stop_accepting()
-        if self._bench is not None:
-            self._bench.close(max(_LAST_BATCH_S, self._stop_by_s - time.monotonic()))
+        if self._backend is not None:
+            self._backend.close(max(_LAST_BATCH_S, self._stop_by_s - time.monotonic()))
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def enter(self, client: Client, body_bytes: int | None) -> Ticket:
         """Let a request in before its body is read.
 
-        :param body_bytes: as announced; None if they are not
-        :raises ProblemError: not ready, or too much is under way
+        Args:
+            body_bytes: as announced; None if they are not
+
+        Raises:
+            ProblemError: not ready, or too much is under way
         """
         self._ready()
         return self.admission.enter(client, body_bytes)
@@ -250,17 +264,20 @@ class Judge:
     ) -> ScoreResponse:
         """Answer a score request. Cancelled, it drops the request's work.
 
-        :param deadline_s: on the monotonic clock
-        :raises ProblemError: whatever keeps it from being scored
+        Args:
+            deadline_s: on the monotonic clock
+
+        Raises:
+            ProblemError: whatever keeps it from being scored
         """
         started = time.perf_counter()
-        parsed = await self._off_loop(partial(self._intake.parse, body, content_type))
+        parsed = await self._off_loop(partial(self._parser.parse, body, content_type))
         del body
         current().pairs = len(parsed.request.items)
         ticket.set("pairs", len(parsed.request.items))
         self._refuse_if_down(parsed)
         try:
-            request = self._intake.admitted(parsed, await self._decoded(parsed, ticket))
+            request = self._parser.admitted(parsed, await self._decoded(parsed, ticket))
         except asyncio.CancelledError:
             late = deadline_s is not None and time.monotonic() >= deadline_s
             (self.metrics.on_expired if late else self.metrics.on_cancelled)(len(parsed.request.items))
@@ -273,13 +290,14 @@ class Judge:
     def describe(self) -> EvaluatorList:
         """What is configured.
 
-        :raises ProblemError: not ready
+        Raises:
+            ProblemError: not ready
         """
         from reward_service.engine.evaluators import FORMULAS
 
-        bench = self._ready()
+        backend = self._ready()
         described = {}
-        for name, evaluator in bench.engine.evaluators.items():
+        for name, evaluator in backend.engine.evaluators.items():
             scale = self.calibration.evaluators[name]
             described[name] = EvaluatorDescription(
                 fingerprint=evaluator.fingerprint,
@@ -290,20 +308,20 @@ class Judge:
                 weight=self.config.evaluators[name].weight,
                 provisional=self.calibration.provisional_for(name, evaluator.fingerprint),
             )
-        return EvaluatorList(described, str(bench.engine.device), bench.dtype)
+        return EvaluatorList(described, str(backend.engine.device), backend.dtype)
 
     def _load(self) -> None:
         try:
             engine = self._build(self.config)
-            bench = open_bench(self.config, engine, self.metrics, self.fail, self._on_notice)
+            backend = open_backend(self.config, engine, self.metrics, self.fail, self._on_notice)
             if self._health.status != "loading":  # told to stop in the meantime
-                bench.close(0.0)
+                backend.close(0.0)
                 return
-            if notice := self.calibration.notice(bench.prints):
+            if notice := self.calibration.notice(backend.prints):
                 self._on_notice(notice)
-            tell_loaded(bench, self.calibration, self.metrics)
-            self._bench = bench
-            self._health = Health("ready", f"{len(bench.prints)} evaluators on {engine.device}")
+            record_loaded(backend, self.calibration, self.metrics)
+            self._backend = backend
+            self._health = Health("ready", f"{len(backend.prints)} evaluators on {engine.device}")
             self._on_ready(self._health.detail)
         except Exception as error:  # noqa: BLE001 - reported in one line, whatever it was
             self.fail(one_line(error) or type(error).__name__)
@@ -311,33 +329,35 @@ class Judge:
     def _observe(self) -> None:
         used = self.admission
         self.metrics.ready.set_function(lambda: self._health.status == "ready")
-        self.metrics.queued_pairs.set_function(lambda: self._bench.queue.queued_pairs if self._bench else 0)
+        self.metrics.queued_pairs.set_function(
+            lambda: self._backend.queue.queued_pairs if self._backend else 0
+        )
         self.metrics.inflight_bytes.set_function(lambda: used.used["body bytes"] + used.used["decoded bytes"])
 
-    def _ready(self) -> Bench:
-        if self._bench is None or self._health.status != "ready":
+    def _ready(self) -> ScoringBackend:
+        if self._backend is None or self._health.status != "ready":
             message = f"the service is {self._health.status}: {self._health.detail}"
             raise ProblemError("not_ready", message, retry_after_s=RETRY_LOADING_S)
-        return self._bench
+        return self._backend
 
     def _retry_after_s(self) -> int:
-        return self._bench.queue.retry_after_s() if self._bench else RETRY_LOADING_S
+        return self._backend.queue.retry_after_s() if self._backend else RETRY_LOADING_S
 
-    def _refuse_if_down(self, parsed: Parsed) -> None:
+    def _refuse_if_down(self, parsed: ParsedRequest) -> None:
         """Say at once what cannot be had for some time."""
-        bench = self._bench or self._ready()
-        down = bench.guard.down(parsed.evaluators)
+        backend = self._backend or self._ready()
+        down = backend.breakers.down(parsed.evaluators)
         if down and (not parsed.request.allow_partial or len(down) == len(parsed.evaluators)):
             raise _down(list(down), max(down.values()))
 
-    async def _decoded(self, parsed: Parsed, ticket: Ticket) -> list[Slice]:
+    async def _decoded(self, parsed: ParsedRequest, ticket: Ticket) -> list[DecodedSlice]:
         """Slice by slice, as many at a time as there are decoders, so that requests take turns."""
 
-        def decode(part: range) -> Slice:
-            return self._intake.decode(parsed, part, lambda size: ticket.grow("decoded bytes", size))
+        def decode(part: range) -> DecodedSlice:
+            return self._parser.decode(parsed, part, lambda size: ticket.grow("decoded bytes", size))
 
-        found: list[Slice] = []
-        parts = self._intake.slices(parsed)
+        found: list[DecodedSlice] = []
+        parts = self._parser.slices(parsed)
         while window := list(islice(parts, self.config.decode_threads)):
             found += await asyncio.gather(*(self._off_loop(partial(decode, part)) for part in window))
             if any(part.wrong for part in found):
@@ -348,14 +368,14 @@ class Judge:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
     async def _completed(
-        self, request: Admitted, ticket: Ticket, deadline_s: float | None
+        self, request: DecodedRequest, ticket: Ticket, deadline_s: float | None
     ) -> Completed[PairScores]:
         # What was admitted before its body was read is finished, also while stopping.
-        bench = self._bench or self._ready()
+        backend = self._backend or self._ready()
         # In the configuration's order, whatever the caller's: the same evaluators share batches.
         names = tuple(name for name in self.config.enabled if name in request.evaluators)
         with _as_problems():
-            future: Future[Completed[PairScores]] = bench.queue.submit(
+            future: Future[Completed[PairScores]] = backend.queue.submit(
                 request.pairs,
                 (names, request.deterministic),
                 client=ticket.client.queue,
@@ -366,14 +386,14 @@ class Judge:
             return await asyncio.wrap_future(future)
 
     def _response(
-        self, request: Admitted, completed: Completed[PairScores], request_id: str, total_s: float
+        self, request: DecodedRequest, completed: Completed[PairScores], request_id: str, total_s: float
     ) -> ScoreResponse:
         names = working(request, completed.results)
         failed = {name: DOWN for name in request.evaluators if name not in names}
         if failed and (not request.allow_partial or not names):
             raise _down(list(failed), self._retry_after_s())
         # Loaded even while stopping: it has just scored.
-        prints = (self._bench or self._ready()).prints
+        prints = (self._backend or self._ready()).prints
         results = item_results(request, completed.results, self.calibration)
         for name in names:
             self.metrics.scores.observe(name, (result.scores[name].z for result in results))
@@ -386,7 +406,7 @@ class Judge:
         )
 
     def _timing(
-        self, request: Admitted, completed: Completed[PairScores], total_s: float
+        self, request: DecodedRequest, completed: Completed[PairScores], total_s: float
     ) -> dict[str, float]:
         """Milliseconds by stretch, told to metrics and log too."""
         seconds = {"decode": request.decode_s, "queue": completed.queued_s, "run": completed.run_s}

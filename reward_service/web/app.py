@@ -21,7 +21,7 @@ from reward_service.observability.logs import Log
 from reward_service.observability.tracing import Observed, Tracer, current
 from reward_service.protocol import JSON, MSGPACK, PROBLEM, Health, ProblemError, ScoreResponse, encode
 from reward_service.scoring.auth import Client, Keyring, Permission
-from reward_service.scoring.service import RETRY_LOADING_S, Judge
+from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
 from reward_service.web import openapi as describing
 from reward_service.web.dependencies import (
     ClientGoneError,
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 ROUTES = ("/score", "/v1/score", "/v1/evaluators", "/health/live", "/health/ready", "/metrics", "/docs", "/")
 PAGE = Path(__file__).resolve().parent / "static"
-_DESCRIPTION = "Judges pictures by their prompts with several evaluators; POST /v1/score scores a batch."
+_DESCRIPTION = "Judges images by their prompts with several evaluators; POST /v1/score scores a batch."
 _FAILED = ProblemError("internal_error", "the service failed; its log says why")
 _CLIENT_GONE = 499
 _logger = logging.getLogger(__name__)
-#: The page may fetch from here only, show pictures that it holds itself, and make no markup of text.
+#: The page may fetch from here only, show images that it holds itself, and make no markup of text.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -53,16 +53,22 @@ _PAGE_POLICY = (
 
 
 def create_app(
-    config: ServiceConfig, judge: Judge | None = None, log: Log | None = None, tracer: Tracer | None = None
+    config: ServiceConfig,
+    service: ScoringService | None = None,
+    log: Log | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; the models load once it has started.
 
-    :param judge: the scorer to serve; None for one of this configuration
-    :param log: gets a line for each request
-    :param tracer: gets the spans of each request
-    :raises ConfigError: the calibration table or the file of keys is unusable
+    Args:
+        judge: the scorer to serve; None for one of this configuration
+        log: gets a line for each request
+        tracer: gets the spans of each request
+
+    Raises:
+        ConfigError: the calibration table or the file of keys is unusable
     """
-    scorer = judge or Judge(config)
+    scorer = service or ScoringService(config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +85,7 @@ def create_app(
     )
     # A redirect would be an empty answer to a client that does not follow it.
     app.router.redirect_slashes = False
-    app.state.judge, app.state.log, app.state.tracer = scorer, log, tracer
+    app.state.service, app.state.log, app.state.tracer = scorer, log, tracer
     scorer.metrics.routes = frozenset(ROUTES)
     app.state.keys = _keyring(config, log)
     _add_scoring(app, scorer)
@@ -102,7 +108,7 @@ class _Application(FastAPI):
         """What a request passes, from the outside: it is told of, HEAD becomes GET, then Starlette's own."""
         inner = _HeadAsGet(super().build_middleware_stack())
         state = self.state
-        return Observed(inner, state.judge.metrics, state.log, state.tracer)
+        return Observed(inner, state.service.metrics, state.log, state.tracer)
 
     def openapi(self) -> dict[str, Any]:
         """FastAPI's document with the wire types' own schemas."""
@@ -130,15 +136,15 @@ class _HeadAsGet:
         await self._app(dict(scope, method="GET"), receive, bodiless)
 
 
-def _add_scoring(app: FastAPI, judge: Judge) -> None:
+def _add_scoring(app: FastAPI, service: ScoringService) -> None:
     async def score(request: Request) -> Response:
         """Score prompt-image pairs with every evaluator asked for."""
         client = _client(request, "score")
         given, until = content_type(request), deadline(request)
-        announced = announced_bytes(request, judge.config.limits.max_body_bytes)
+        announced = announced_bytes(request, service.config.limits.max_body_bytes)
         try:
             async with asyncio.timeout_at(until):
-                response = await _scored(request, judge, client, announced, given, until)
+                response = await _scored(request, service, client, announced, given, until)
         except TimeoutError:
             raise ProblemError("deadline_exceeded", "it could not be scored before X-Deadline-Ms") from None
         except ClientGoneError:
@@ -155,28 +161,33 @@ def _add_scoring(app: FastAPI, judge: Judge) -> None:
 
 
 async def _scored(
-    request: Request, judge: Judge, client: Client, announced: int | None, given: str, until: float | None
+    request: Request,
+    service: ScoringService,
+    client: Client,
+    announced: int | None,
+    given: str,
+    until: float | None,
 ) -> ScoreResponse:
-    limits = judge.config.limits
-    with judge.enter(client, announced) as ticket:
+    limits = service.config.limits
+    with service.enter(client, announced) as ticket:
         body = await read_body(request, limits.max_body_bytes, limits.body_timeout_s)
         ticket.set("body bytes", len(body))
-        work = judge.score(ticket, body, given, request_id(request), until)
+        work = service.score(ticket, body, given, request_id(request), until)
         del body  # the work alone holds it, and lets it go early
         return await while_connected(request, work)
 
 
-def _add_listings(app: FastAPI, judge: Judge) -> None:
+def _add_listings(app: FastAPI, service: ScoringService) -> None:
     async def evaluators(request: Request) -> Response:
         """What is configured, with fingerprints and calibration."""
         _client(request, "score")
-        return _answer(request, judge.describe())
+        return _answer(request, service.describe())
 
     async def rendered(request: Request) -> Response:
         """Prometheus metrics."""
-        if not judge.config.auth.open_metrics:
+        if not service.config.auth.open_metrics:
             _client(request, "metrics")
-        page = await asyncio.to_thread(judge.metrics.render)
+        page = await asyncio.to_thread(service.metrics.render)
         return Response(page, headers=_headers(request), media_type=metrics.CONTENT_TYPE)
 
     needs, keys = _needs_key(app), app.state.keys is not None
@@ -184,18 +195,18 @@ def _add_listings(app: FastAPI, judge: Judge) -> None:
     extra |= describing.security(needs_key=needs, may_have_key=keys)
     app.add_api_route("/v1/evaluators", evaluators, openapi_extra=extra)
     extra = {"responses": describing.text("text/plain", [401, 403, 422])}
-    extra |= describing.security(needs_key=needs, may_have_key=keys and not judge.config.auth.open_metrics)
+    extra |= describing.security(needs_key=needs, may_have_key=keys and not service.config.auth.open_metrics)
     app.add_api_route("/metrics", rendered, openapi_extra=extra)
 
 
-def _add_health(app: FastAPI, judge: Judge) -> None:
+def _add_health(app: FastAPI, service: ScoringService) -> None:
     async def live(request: Request) -> Response:
         """Whether the process runs; says nothing about the models."""
         return _answer(request, Health("live"))
 
     async def ready(request: Request) -> Response:
         """Whether the models are loaded, warmed and proven; 503 before, and once the end is asked for."""
-        health = judge.health
+        health = service.health
         return _answer(request, health, 200 if health.status == "ready" else 503)
 
     extra = {"responses": describing.answers("Health", [])}
@@ -259,13 +270,13 @@ def _add_error_answers(app: FastAPI) -> None:
 
 
 def _needs_key(app: FastAPI) -> bool:
-    return app.state.keys is not None and not app.state.judge.config.auth.allow_anonymous
+    return app.state.keys is not None and not app.state.service.config.auth.allow_anonymous
 
 
 def _client(request: Request, to: Permission) -> Client:
     current().id = request_id(request)  # also of a caller who leaves
     state = request.app.state
-    anonymous = state.judge.config.auth.allow_anonymous
+    anonymous = state.service.config.auth.allow_anonymous
     client = client_of(request, state.keys, allow_anonymous=anonymous, to=to)
     current().client = client.name or metrics.ANONYMOUS
     return client

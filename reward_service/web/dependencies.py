@@ -40,9 +40,12 @@ def request_id(request: Request) -> str:
 def client_of(request: Request, keys: Keyring | None, *, allow_anonymous: bool, to: str) -> Client:
     """Who asks.
 
-    :param keys: None where nobody needs one
-    :param to: what the caller wants to do
-    :raises ProblemError: no key or a wrong one, or one that may not do this
+    Args:
+        keys: None where nobody needs one
+        to: what the caller wants to do
+
+    Raises:
+        ProblemError: no key or a wrong one, or one that may not do this
     """
     part = request.headers.get("x-client-id", "")
     if part and not _CLIENT_ID.fullmatch(part):
@@ -68,13 +71,14 @@ def client_of(request: Request, keys: Keyring | None, *, allow_anonymous: bool, 
 def content_type(request: Request) -> str:
     """The header, whole.
 
-    :raises ProblemError: it is not of a kind that is read here, or the body is compressed
+    Raises:
+        ProblemError: it is not of a kind that is read here, or the body is compressed
     """
     given = request.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() not in (JSON, MSGPACK, MULTIPART):
         detail = f"send the header Content-Type: {JSON}, {MSGPACK} or {MULTIPART}"
         raise ProblemError("unsupported_media_type", detail)
-    # A few compressed bytes can become gigabytes, and pictures are compressed already.
+    # A few compressed bytes can become gigabytes, and images are compressed already.
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         detail = "send the body as it is, without Content-Encoding"
         raise ProblemError("unsupported_media_type", detail, headers={"Accept-Encoding": "identity"})
@@ -84,7 +88,8 @@ def content_type(request: Request) -> str:
 def deadline(request: Request) -> float | None:
     """When the answer is of no use any more, on the event loop's clock; None if it always is.
 
-    :raises ProblemError: the header is no number of milliseconds
+    Raises:
+        ProblemError: the header is no number of milliseconds
     """
     given = request.headers.get("x-deadline-ms")
     if given is None:
@@ -99,7 +104,8 @@ def deadline(request: Request) -> float | None:
 def announced_bytes(request: Request, limit: int) -> int | None:
     """The body's bytes as the header has them; None if it does not, or if they come in chunks all the same.
 
-    :raises ProblemError: they are more than ``limit``
+    Raises:
+        ProblemError: they are more than `limit`
     """
     given = request.headers.get("content-length", "")
     if "transfer-encoding" in request.headers:  # then Content-Length means nothing (RFC 9112, section 6.3)
@@ -124,7 +130,8 @@ def wants_msgpack(request: Request) -> bool:
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray:
     """The body, refused as soon as it is known to be too long.
 
-    :raises ProblemError: it is, it comes too slowly, or it breaks off
+    Raises:
+        ProblemError: it is, it comes too slowly, or it breaks off
     """
     body = bytearray()
     try:
@@ -134,7 +141,7 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray
                     raise _too_large(limit)
                 body += part
     except TimeoutError:
-        detail = f"the body did not come within {timeout_s:g} s; send fewer or smaller pictures a request"
+        detail = f"the body did not come within {timeout_s:g} s; send fewer or smaller images a request"
         raise ProblemError("body_timeout", detail) from None
     except ClientDisconnect:
         raise ProblemError("malformed_body", "the body broke off; send it whole") from None
@@ -144,7 +151,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do it as long as somebody waits for it; to be called once the body is read.
 
-    :raises ClientGoneError: the caller left; ``work`` was cancelled
+    Raises:
+        ClientGoneError: the caller left; `work` was cancelled
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request))
@@ -165,5 +173,5 @@ async def _gone(request: Request) -> None:
 
 
 def _too_large(limit: int) -> ProblemError:
-    detail = f"more than {limit / 2**20:g} MiB; send fewer or smaller pictures a request"
+    detail = f"more than {limit / 2**20:g} MiB; send fewer or smaller images a request"
     return ProblemError("body_too_large", detail)

@@ -33,7 +33,8 @@ curl ADDRESS/v1/score -H 'Content-Type: application/json' \\
 def handbook(document: Mapping[str, Any]) -> str:
     """The page.
 
-    :param document: as ``/openapi.json`` has it
+    Args:
+        document: as `/openapi.json` has it
     """
     info, schemas = document["info"], document["components"]["schemas"]
     routes = [
@@ -124,7 +125,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return f"<table><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-#: Less is no time for any picture; more is no deadline.
+#: Less is no time for any image; more is no deadline.
 MIN_DEADLINE_MS, MAX_DEADLINE_MS = 100, 86_400_000
 CLIENT_ID = r"^[A-Za-z0-9._-]{1,64}$"
 KEY = "key"

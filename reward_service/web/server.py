@@ -32,7 +32,7 @@ from reward_service.observability.logs import Log
 from reward_service.observability.tracing import Reporting, end_soon, reporting
 from reward_service.protocol import JSON, PROBLEM, ProblemError, encode
 from reward_service.scoring.auth import Keyring
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.settings import ConfigError, one_line
 from reward_service.web.app import create_app
 
@@ -43,7 +43,7 @@ _REASONS = {400: b"Bad Request", 503: b"Service Unavailable"}
 
 
 class Connections(H11Protocol):
-    """One connection; :func:`connections` makes the class for a service's limits."""
+    """One connection; `connections` makes the class for a service's limits."""
 
     limits: ClassVar[Limits]
     most: ClassVar[int]
@@ -148,7 +148,7 @@ class Connections(H11Protocol):
 
 
 def connections(limits: Limits, on_refusal: Callable[[int, str], None]) -> type[Connections]:
-    """The protocol for uvicorn's ``http`` option; one for each server."""
+    """The protocol for uvicorn's `http` option; one for each server."""
     shared: dict[str, Any] = {
         "limits": limits,
         "most": _allow_files(limits.max_connections),
@@ -161,7 +161,8 @@ def connections(limits: Limits, on_refusal: Callable[[int, str], None]) -> type[
 def _allow_files(wanted: int) -> int:
     """Raise the process's limit of open files for so many connections.
 
-    :returns: how many connections it allows
+    Returns:
+        how many connections it allows
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = wanted + _RESERVED_FILES
@@ -181,9 +182,14 @@ _LAST_ANSWERS_S = 2.0
 def serve(config: ServiceConfig, say: Callable[[str], None]) -> str | None:
     """Serve until SIGTERM or SIGINT; then finish what was admitted. SIGHUP reads the keys again at once.
 
-    :param say: gets ``listening on http://HOST:PORT`` once connections are taken
-    :returns: None after an orderly end, else one line that says why nothing can be scored
-    :raises ConfigError: the address cannot be used, or may not be without a key
+    Args:
+        say: gets `listening on http://HOST:PORT` once connections are taken
+
+    Returns:
+        None after an orderly end, else one line that says why nothing can be scored
+
+    Raises:
+        ConfigError: the address cannot be used, or may not be without a key
     """
     _check_exposure(config)
     with reporting(config) as report, _listen(config.host, config.port) as listener:
@@ -196,7 +202,7 @@ def _serve(
     failures: list[str] = []
 
     def fail(message: str) -> None:
-        if judge.served:
+        if service.served:
             end_soon(message, report.log)
         failures.append(message)
         server.should_exit = True
@@ -206,15 +212,15 @@ def _serve(
         with suppress(OSError, ValueError):
             say(f"listening on {_address(config.host, listener.getsockname()[1])}")
 
-    judge = Judge(
+    service = ScoringService(
         config,
         on_ready=lambda detail: report.log.info(f"ready: {detail}"),
         on_failure=fail,
         on_notice=report.log.warning,
     )
-    judge.metrics.lost_log_lines.set_function(lambda: report.sink.lost)
-    app = create_app(config, judge, report.log, report.tracer)
-    server = Server(options(app, config), listening, judge, report.log)
+    service.metrics.lost_log_lines.set_function(lambda: report.sink.lost)
+    app = create_app(config, service, report.log, report.tracer)
+    server = Server(options(app, config), listening, service, report.log)
     server.run(sockets=[listener])
     return failures[0] if failures else None
 
@@ -223,7 +229,7 @@ def options(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
     """What uvicorn is told."""
     return uvicorn.Config(
         app,
-        http=connections(config.limits, partial(app.state.judge.metrics.on_answer, "")),
+        http=connections(config.limits, partial(app.state.service.metrics.on_answer, "")),
         ws="none",
         # The same wherever it is installed: uvicorn would take uvloop where some other package brought it.
         loop="asyncio",
@@ -248,11 +254,11 @@ class Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         on_listening: Callable[[], None],
-        judge: Judge,
+        service: ScoringService,
         log: Log,
     ) -> None:
         super().__init__(config)
-        self._on_listening, self._judge, self._log = on_listening, judge, log
+        self._on_listening, self._judge, self._log = on_listening, service, log
         self._drained_s = math.inf
         self._reload_due = False
 

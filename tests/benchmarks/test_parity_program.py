@@ -1,4 +1,4 @@
-"""``make parity``'s own logic: its cases are what they say, and its verdict can be a failure."""
+"""`make parity`'s own logic: its cases are what they say, and its verdict can be a failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.parity import report
-from benchmarks.parity.cases import LONG, PROMPTS, write_pictures
+from benchmarks.parity.cases import LONG, PROMPTS, write_images
 from benchmarks.parity.comparison import Comparison, all_cases, diagonal
 from benchmarks.parity.mistakes import Mistake
 from reward_service.engine.preprocessing import neutralise
@@ -20,16 +20,16 @@ PASSING = Comparison("clip", "a reference", "a model", {(0, 0): 3e-7}, 0.02, [Mi
 
 def test_the_cases_are_many_and_readable(tmp_path: Path) -> None:
     """At least twelve of each, every file decodable, and every mode among them that matters."""
-    pictures = write_pictures(tmp_path)
-    assert min(len(pictures), len(PROMPTS)) >= 12
+    images = write_images(tmp_path)
+    assert min(len(images), len(PROMPTS)) >= 12
     modes = set()
-    for picture in pictures:
-        assert decode(picture.path.read_bytes()).rgb.std() > 10
-        with Image.open(picture.path) as image:
+    for rgb in images:
+        assert decode(rgb.path.read_bytes()).rgb.std() > 10
+        with Image.open(rgb.path) as image:
             modes.add(image.mode)
     assert modes >= {"RGB", "RGBA", "LA", "P", "CMYK", "I;16", "1"}
-    assert len(all_cases(pictures)) == len(pictures) * len(PROMPTS)
-    assert {picture for picture, _ in diagonal(pictures)} == set(range(len(pictures)))
+    assert len(all_cases(images)) == len(images) * len(PROMPTS)
+    assert {rgb for rgb, _ in diagonal(images)} == set(range(len(images)))
 
 
 def test_harmless_spellings_are_what_neutralising_makes() -> None:
@@ -60,7 +60,7 @@ def test_the_table_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # The references themselves are installed only where make parity runs.
     monkeypatch.setattr(report, "_PACKAGES", ("torch",))
     failing = replace(PASSING, differences={(0, 12): 1.0})
-    text = report.markdown([PASSING, failing], write_pictures(tmp_path), "make parity", 60.0)
+    text = report.markdown([PASSING, failing], write_images(tmp_path), "make parity", 60.0)
     assert "FAILED" in text
     assert "differs by 1.0e+00" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `<") and "1e+00" in line]

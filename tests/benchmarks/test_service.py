@@ -18,7 +18,7 @@ from benchmarks.serving.figures import Verdict, busy, goodput, heavy_rate, laten
 from benchmarks.serving.host import Batch
 from benchmarks.serving.parts import QUICK
 from reward_service.config import load_config
-from reward_service.scoring.requests import Intake
+from reward_service.scoring.requests import RequestParser
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,14 +70,14 @@ def test_a_window_gets_its_part_of_a_batch() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_service_reads_each_form(form: str) -> None:
-    """As the same prompts and pictures, exactly where the form is lossless."""
-    pictures = [scene(32, seed) for seed in (1, 2)]
-    sent = body(form, ["one", "two"], pictures)
-    pairs = Intake(load_config())(sent.content, sent.content_type).pairs
+    """As the same prompts and images, exactly where the form is lossless."""
+    images = [scene(32, seed) for seed in (1, 2)]
+    sent = body(form, ["one", "two"], images)
+    pairs = RequestParser(load_config())(sent.content, sent.content_type).pairs
     assert [pair.prompt for pair in pairs] == ["one", "two"]
-    for pair, picture in zip(pairs, pictures, strict=True):
-        assert pair.picture.shape == picture.shape
-        assert (pair.picture == picture).all() == ("JPEG" not in form)
+    for pair, image in zip(pairs, images, strict=True):
+        assert pair.image.shape == image.shape
+        assert (pair.image == image).all() == ("JPEG" not in form)
 
 
 def test_a_short_run_measures_a_service(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def free_port() -> int:
 class Composition:
     """One composition: its containers, volumes and networks, apart from others of this repository.
 
-    :param environment: what a file .env would hold
+    Args:
+        environment: what a file .env would hold
     """
 
     project: str
@@ -49,12 +50,12 @@ class Composition:
 
     @property
     def url(self) -> str:
-        """The judge's published address."""
+        """The service's published address."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def container(self) -> str:
-        """The judge's container's name."""
+        """The service's container's name."""
         engine = docker.from_env()
         try:
             return str(self.containers(engine)["reward"].name)
@@ -73,7 +74,7 @@ class Composition:
         return {container.labels["com.docker.compose.service"]: container for container in found}
 
     def key(self, name: str) -> str:
-        """A new key of the judge."""
+        """A new key of the service."""
         made = self(
             "exec", "-T", "reward", "sh", "-c", f"reward-service keys new {name} --file /keys/keys.yaml 2>&1"
         )

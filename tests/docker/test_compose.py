@@ -52,7 +52,7 @@ def done(images: None, engine: docker.DockerClient, tmp_path_factory) -> Iterato
 
 @pytest.fixture(scope="module")
 def served(done: Done) -> Composition:
-    """The same composition with the judge up again."""
+    """The same composition with the service up again."""
     up = done.composition("up", "-d", "reward")
     assert up.returncode == 0, up.stdout
     with RewardClient(done.composition.url) as client:
@@ -65,7 +65,7 @@ def test_the_training_ends_well(done):
     assert done.exit_code == 0, done.output[-6000:]
 
 
-def test_lora_pictures_and_report_lie_on_the_host(done):
+def test_lora_images_and_report_lie_on_the_host(done):
     """What was trained in a container outlives it, as files of the user who asked."""
     runs = done.composition.runs
     found = [
@@ -126,9 +126,9 @@ def test_the_host_can_ask_the_judge(served):
 
 
 def test_another_container_can_ask_the_judge(served, engine):
-    """Curl, from a container that knows nothing but the network, the judge's name and a key."""
-    picture = {"format": "raw", "shape": [8, 8, 3], "data": base64.b64encode(bytes(8 * 8 * 3)).decode()}
-    body = json.dumps({"items": [{"prompt": "a black square", "image": picture}]})
+    """Curl, from a container that knows nothing but the network, the service's name and a key."""
+    image = {"format": "raw", "shape": [8, 8, 3], "data": base64.b64encode(bytes(8 * 8 * 3)).decode()}
+    body = json.dumps({"items": [{"prompt": "a black square", "image": image}]})
     curl = "command -v curl || { apt-get update && apt-get install -y curl; }"
     headers = '-H "Authorization: Bearer $KEY" -H "Content-Type: application/json"'
     # The engine forgets a last line without an end.
@@ -155,30 +155,30 @@ def test_prometheus_key_reads_metrics_and_nothing_else(served):
 
 def test_a_judge_that_dies_comes_back(served, engine):
     """The engine starts it again after a crash, and the same keys count."""
-    judge = served.containers(engine)["reward"]
+    service = served.containers(engine)["reward"]
     key = served.key("patient")
-    assert judge.exec_run(["sh", "-c", "kill -9 $(cat /proc/1/task/1/children)"]).exit_code == 0
+    assert service.exec_run(["sh", "-c", "kill -9 $(cat /proc/1/task/1/children)"]).exit_code == 0
     deadline = time.monotonic() + 60
-    while judge.attrs["RestartCount"] == 0:
+    while service.attrs["RestartCount"] == 0:
         assert time.monotonic() < deadline, "it was not started again"
         time.sleep(0.2)
-        judge.reload()
+        service.reload()
     with RewardClient(served.url, api_key=key) as client:
         client.wait_until_ready(timeout_s=120)
         assert client.score(["a red circle"], [Image.new("RGB", (48, 40), "red")]).results[0].scores
 
 
 def test_an_upgrade_loses_no_request(served, engine):
-    """Another container in place of the judge's, under load: callers with a retry budget notice a pause."""
+    """Another container in place of the service's, under load: callers with a retry budget notice a pause."""
     key, old = served.key("busy"), served.containers(engine)["reward"].id
-    picture = Image.new("RGB", (48, 40), "red")
+    image = Image.new("RGB", (48, 40), "red")
     over = threading.Event()
 
     def ask(seed: int) -> list[float]:
         rewards = []
         with RewardClient(served.url, api_key=key, client_id=f"c{seed}", retry_budget_s=120) as client:
             while not over.is_set():
-                answer = client.score(["a red circle"] * 8, [picture] * 8, deterministic=True)
+                answer = client.score(["a red circle"] * 8, [image] * 8, deterministic=True)
                 rewards += [result.reward for result in answer.results]
         return rewards
 

@@ -36,10 +36,10 @@ TRAIN = ["train", "--config", "configs/miniature.yaml", "--seed", "1"]
 TRAIN += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
 
 
-def jobs(*words: str, judge: Composition | None = None) -> subprocess.CompletedProcess[str]:
-    """`reward-trainer jobs WORDS`, output captured; with a judge, it is that one's runs and scorer."""
+def jobs(*words: str, service: Composition | None = None) -> subprocess.CompletedProcess[str]:
+    """`reward-trainer jobs WORDS`, output captured; with a reward service, it is that one's runs and scorer."""
     # The machine may have a scorer of its own.
-    own = ["--runs", str(judge.runs), "--scorer", judge.container] if judge else []
+    own = ["--runs", str(service.runs), "--scorer", service.container] if service else []
     return subprocess.run(
         [sys.executable, "-m", "trainer", "jobs", words[0], *own, *words[1:]],
         cwd=ROOT,
@@ -49,9 +49,9 @@ def jobs(*words: str, judge: Composition | None = None) -> subprocess.CompletedP
     )
 
 
-def well(*words: str, judge: Composition | None = None) -> str:
+def well(*words: str, service: Composition | None = None) -> str:
     """The same, which has to end well; what it says."""
-    done = jobs(*words, judge=judge)
+    done = jobs(*words, service=service)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -64,7 +64,7 @@ def states() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def judge(
+def service(
     images: None, engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Composition]:
     """A scorer in a composition, and afterwards neither it nor a job."""
@@ -99,25 +99,25 @@ def pairs(url: str, key: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def story(judge: Composition, engine: docker.DockerClient) -> Story:
+def story(service: Composition, engine: docker.DockerClient) -> Story:
     """Three jobs at once; one is stopped and resumed, the scorer is killed, and all are waited for."""
-    key = judge.key("watch")
+    key = service.key("watch")
     for name in NAMES:
-        well("submit", "--name", name, "--cpus", "1", "--memory", "4g", *TRAIN, judge=judge)
+        well("submit", "--name", name, "--cpus", "1", "--memory", "4g", *TRAIN, service=service)
     found = {name: engine.containers.get(f"karlo-reward-lab-job-{name}").attrs for name in NAMES}
-    shares = watched_shares(judge, key)
+    shares = watched_shares(service, key)
     stopped = well("stop", STOPPED)
     assert states()[STOPPED] == "stopped"
-    scorer = engine.containers.get(judge.containers(engine)["reward"].id)
+    scorer = engine.containers.get(service.containers(engine)["reward"].id)
     scorer.kill()
     listed = well("list")
     well("resume", STOPPED)
     scorer.kill()
     waited = well("wait", *NAMES)
-    return Story(judge.runs, found, shares, stopped, listed, waited, states())
+    return Story(service.runs, found, shares, stopped, listed, waited, states())
 
 
-def watched_shares(judge: Composition, key: str) -> dict[str, float]:
+def watched_shares(service: Composition, key: str) -> dict[str, float]:
     """The share of each job in what is scored a second while all of them train, for some iterations of each.
 
     A job's pairs come all at once, an iteration's: its rate is that between the first and the last of them.
@@ -126,8 +126,8 @@ def watched_shares(judge: Composition, key: str) -> dict[str, float]:
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     while min(map(len, seen.values())) < WATCHED + 2:
         assert time.monotonic() < deadline, states()
-        if all((judge.runs / name / "checkpoints").exists() for name in NAMES):
-            for name, count in pairs(judge.url, key).items():
+        if all((service.runs / name / "checkpoints").exists() for name in NAMES):
+            for name, count in pairs(service.url, key).items():
                 if name in seen and (not seen[name] or seen[name][-1][1] != count):
                     seen[name].append((time.monotonic(), count))
         time.sleep(0.1)
@@ -179,7 +179,7 @@ def test_a_job_is_locked(story, name):
     assert "rk_" not in str(found)
 
 
-def test_what_cannot_be_is_told_in_one_line(story, judge):
+def test_what_cannot_be_is_told_in_one_line(story, service):
     """A taken name, a job that is done or not there, no such image, too many cores, too little memory."""
     for words, told in {
         ("submit", "--name", NAMES[0], "train"): "there is a job",
@@ -192,34 +192,34 @@ def test_what_cannot_be_is_told_in_one_line(story, judge):
         ("submit", "--name", "x", "--network", "n", "--url", "http://h", "train"): "network",
         ("submit", "--name", "x", "--scorer", "nobody", "train"): "no scorer 'nobody'",
     }.items():
-        done = jobs(*words, judge=judge if words[0] == "submit" else None)
+        done = jobs(*words, service=service if words[0] == "submit" else None)
         assert done.returncode == 2, (words, done.stdout)
         assert told in done.stderr, (words, done.stderr)
         assert done.stderr.count("\n") == 1
-        assert not (judge.runs / "x").exists()
-        assert not (judge.runs / ".jobs/x").exists()
+        assert not (service.runs / "x").exists()
+        assert not (service.runs / ".jobs/x").exists()
 
 
-def test_a_gpu_that_is_not_there_is_told(story, judge, engine):
+def test_a_gpu_that_is_not_there_is_told(story, service, engine):
     """And nothing is left of the job, its key included."""
     if "nvidia" in engine.info()["Runtimes"]:
         pytest.skip("this engine has GPUs")
-    done = jobs("submit", "--name", "x", "--gpus", "all", "train", judge=judge)
+    done = jobs("submit", "--name", "x", "--gpus", "all", "train", service=service)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "leave --gpus out" in done.stderr
     assert not engine.containers.list(all=True, filters={"name": "karlo-reward-lab-job-x"})
-    assert "job-x" not in judge("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
+    assert "job-x" not in service("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
 
 
-def test_a_job_that_fails_says_why(story, judge):
+def test_a_job_that_fails_says_why(story, service):
     """`wait` ends with 1 and the job's last words; `remove` takes the job and its key, and leaves the run."""
     name = NAMES[0]
     well("remove", name)
     assert name not in states()
-    assert f"job-{name}" not in judge("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
-    assert (judge.runs / name / "report.html").exists()
-    assert not (judge.runs / ".jobs" / name).exists()
-    well("submit", "--name", name, "variance", "--set", "prompts.train=/nowhere.txt", judge=judge)
+    assert f"job-{name}" not in service("exec", "-T", "reward", "cat", "/keys/keys.yaml").stdout
+    assert (service.runs / name / "report.html").exists()
+    assert not (service.runs / ".jobs" / name).exists()
+    well("submit", "--name", name, "variance", "--set", "prompts.train=/nowhere.txt", service=service)
     done = jobs("wait", name)
     assert done.returncode == 1
     assert f"{name}: failed (2): reward-trainer: " in done.stderr
@@ -227,12 +227,12 @@ def test_a_job_that_fails_says_why(story, judge):
     assert "/nowhere.txt" in well("logs", "-f", name)
 
 
-def test_a_job_outlives_the_composition(story, judge):
+def test_a_job_outlives_the_composition(story, service):
     """After `down --volumes` and `up` network and keys are others: `resume` sees to both."""
-    well("submit", "--name", LATE, *TRAIN, "--set", "iterations=1", judge=judge)
+    well("submit", "--name", LATE, *TRAIN, "--set", "iterations=1", service=service)
     well("stop", LATE)
-    judge("down", "--volumes", "--timeout", "5")
-    up = judge("up", "-d", "reward")
+    service("down", "--volumes", "--timeout", "5")
+    up = service("up", "-d", "reward")
     assert up.returncode == 0, up.stdout
     well("resume", LATE)
     assert f"{LATE}: done" in well("wait", LATE)

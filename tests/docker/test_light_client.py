@@ -23,21 +23,21 @@ print(sorted({"torch", "fastapi", "uvicorn", "transformers"} & set(sys.modules))
 
 
 @pytest.fixture(scope="module")
-def judge(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
+def service(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
     with serving(tmp_path_factory.mktemp("light"), "light") as composition:
         yield composition
 
 
 @pytest.fixture(scope="module")
-def neighbour(judge: Composition, engine: docker.DockerClient) -> Iterator[Container]:
-    container = light_container(engine, BASE_IMAGE, judge.network)
+def neighbour(service: Composition, engine: docker.DockerClient) -> Iterator[Container]:
+    container = light_container(engine, BASE_IMAGE, service.network)
     yield container
     container.remove(force=True)
 
 
-def test_the_light_client_scores_without_torch(judge: Composition, neighbour: Container) -> None:
+def test_the_light_client_scores_without_torch(service: Composition, neighbour: Container) -> None:
     """From another container, with nothing but the plain install: a reward, and no torch was imported."""
-    ask = f"echo {judge.key('light')} | /tmp/light/bin/python -c '{ASK}'"
+    ask = f"echo {service.key('light')} | /tmp/light/bin/python -c '{ASK}'"
     said = neighbour.exec_run(["sh", "-c", ask])
     assert said.exit_code == 0, said.output.decode()
     reward, heavy = said.output.decode().splitlines()

@@ -13,7 +13,7 @@ import pytest
 from reward_service.config import Limits, ServiceConfig, Watch, load_config
 from reward_service.engine.loading import build_engine
 from reward_service.scheduler.batching import BatchSize
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from tests.support.faults.bystander import Bystander, Truth, known_pairs, undisturbed
 from tests.support.faults.device import FaultyDevice
 from tests.support.service.serving import serving, wait_until
@@ -25,27 +25,27 @@ WATCH = Watch(breaker_pause_s=0.2, breaker_longest_pause_s=0.4, canary_every_s=3
 
 @dataclass(frozen=True)
 class Service:
-    """A running service: where it listens, its device and its judge."""
+    """A running service: where it listens, its device and its service."""
 
     url: str
     device: FaultyDevice
-    judge: Judge
+    service: ScoringService
 
     def nothing_left(self) -> bool:
         """Whether nobody's work, pairs or bytes are held any more; waits for it."""
-        wait_until(lambda: not any(self.judge.admission.used.values()), "an end of everything under way")
+        wait_until(lambda: not any(self.service.admission.used.values()), "an end of everything under way")
         return True
 
     def forget_memory(self) -> None:
         """Try batches of the full size again: a test before may have made it learn a smaller one."""
-        assert self.judge._bench is not None
-        self.judge._bench.queue._sizes = BatchSize(self.judge.config.batch_pairs)
+        assert self.service._backend is not None
+        self.service._backend.queue._sizes = BatchSize(self.service.config.batch_pairs)
 
     @property
     def queued(self) -> int:
         """Pairs that wait for the device."""
-        assert self.judge._bench is not None
-        return self.judge._bench.queue.queued_pairs
+        assert self.service._backend is not None
+        return self.service._backend.queue.queued_pairs
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +64,8 @@ def truth(config: ServiceConfig) -> Truth:
 def running(config: ServiceConfig) -> Iterator[Service]:
     device = FaultyDevice(build_engine(config))
     with serving(config, device.engine) as (server, port):
-        judge = server.config.app.state.judge  # type: ignore[union-attr]
-        yield Service(f"http://127.0.0.1:{port}", device, judge)
+        service = server.config.app.state.service  # type: ignore[union-attr]
+        yield Service(f"http://127.0.0.1:{port}", device, service)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def service(running: Service) -> Iterator[Service]:
     running.device.free.set()
     running.forget_memory()
     assert running.nothing_left()
-    assert running.judge.health.status == "ready"
+    assert running.service.health.status == "ready"
 
 
 @pytest.fixture

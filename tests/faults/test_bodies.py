@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.conftest import Service
 from tests.support.faults.bystander import Bystander, undisturbed
-from tests.support.faults.calling import OK, Told, picture, post, request_of, told
+from tests.support.faults.calling import OK, Told, post, request_of, sample_image, told
 
 JSON, MSGPACK, FORM = "application/json", "application/msgpack", "multipart/form-data; boundary=b"
 SYNTAX, SCHEMA, MEDIA = (400, "malformed_body"), (422, "invalid_request"), (415, "unsupported_media_type")
@@ -100,12 +100,12 @@ CASES: dict[str, Case] = {
     "msgpack that promises 4 GiB": (MSGPACK, lambda: b"\x81\xdb\xff\xff\xff\xffitems", SYNTAX),
     "deep msgpack": (MSGPACK, lambda: b"\x91" * 100_000, SCHEMA),
     "msgpack of an odd type": (MSGPACK, lambda: b"\xc1" * 100, SYNTAX),
-    "a form without an end": (FORM, lambda: form(("prompt", b"x"), ("image", picture()), end=b""), SYNTAX),
+    "a form without an end": (FORM, lambda: form(("prompt", b"x"), ("image", sample_image()), end=b""), SYNTAX),
     "a form of another boundary": (FORM, lambda: form(("prompt", b"x")).replace(b"--b", b"--c"), SYNTAX),
     "a form of 100,000 fields": (FORM, lambda: form(*[("image", b"")] * 30_000), MANY),
-    "a form without pictures": (FORM, lambda: form(("prompt", b"x")), (422, "empty_batch")),
+    "a form without images": (FORM, lambda: form(("prompt", b"x")), (422, "empty_batch")),
     "a form whose text is not UTF-8": (
-        FORM, lambda: form(("prompt", b"\xff"), ("image", picture())), SCHEMA),
+        FORM, lambda: form(("prompt", b"\xff"), ("image", sample_image())), SCHEMA),
     "another type": ("text/plain", lambda: request_of("x"), MEDIA),
     "no type": ("", lambda: request_of("x"), MEDIA),
     "another character set": ("application/json; charset=utf-16", lambda: request_of("x"), OK),

@@ -12,7 +12,7 @@ import pytest
 from reward_service.config import ServiceConfig
 from tests.faults.conftest import Service
 from tests.support.faults.bystander import Bystander, Truth, undisturbed
-from tests.support.faults.calling import OK, encoded, picture, post, request_of, told
+from tests.support.faults.calling import OK, encoded, post, request_of, sample_image, told
 from tests.support.faults.device import faulty_engine
 from tests.support.service.serving import serving, wait_until
 
@@ -23,11 +23,11 @@ EVALUATORS = {"aesthetic", "clip", "pickscore", "hpsv2"}
 @pytest.mark.parametrize("pairs", [1, 3, 15])
 def test_memory_for_n_pairs(service: Service, pairs: int) -> None:
     """Nobody notices: a batch that does not fit is halved, down to a single pair."""
-    service.device.memory_pairs, before = pairs, service.judge.metrics.oom_retries._value.get()
+    service.device.memory_pairs, before = pairs, service.service.metrics.oom_retries._value.get()
     answer = post(service.url, request_of(*(f"pair {index}" for index in range(16))))
     assert told(answer) == OK
     assert len(answer.json()["results"]) == 16
-    assert service.judge.metrics.oom_retries._value.get() > before
+    assert service.service.metrics.oom_retries._value.get() > before
 
 
 @pytest.mark.parametrize("prompt", ["poison", "nan"])
@@ -131,7 +131,7 @@ class TestADeviceThatBreaksForGood:
         """Everybody is told to come back and nobody gets a number; a new start serves."""
         with serving(config, faulty_engine(config)) as (server, port):
             url = f"http://127.0.0.1:{port}"
-            judge = server.config.app.state.judge  # type: ignore[union-attr]
+            service = server.config.app.state.service  # type: ignore[union-attr]
             other = Bystander(url, truth)
             other.start()
             other.again()
@@ -139,7 +139,7 @@ class TestADeviceThatBreaksForGood:
             assert told(post(url, request_of("x"))) == (503, "not_ready")
             other.stop()
             assert all("503 not_ready" in line for line in other.wrong)
-            assert judge.health.status == "failed"
+            assert service.health.status == "failed"
             assert httpx.get(f"{url}/health/ready").status_code == 503
             assert httpx.get(f"{url}/health/live").status_code == 200
         with serving(config, faulty_engine(config)) as (_, port):
@@ -159,6 +159,6 @@ def test_the_clock_goes_backwards(
 
     monkeypatch.setattr(time, "time", lambda: real() - jump())
     monkeypatch.setattr(time, "time_ns", lambda: real_ns() - round(jump() * 1e9))
-    body = request_of("x", image=encoded(picture("JPEG")))
+    body = request_of("x", image=encoded(sample_image("JPEG")))
     assert told(post(service.url, body, X_Deadline_Ms="20000")) == OK
     bystander.again()

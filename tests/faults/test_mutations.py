@@ -1,4 +1,4 @@
-"""A few thousand damaged requests; ``python -m tests.support.faults.mutations`` sends 200,000."""
+"""A few thousand damaged requests; `python -m tests.support.faults.mutations` sends 200,000."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.support.faults.mutants import mutants
 
 
 def test_damaged_requests_are_refused_or_scored() -> None:
-    """Never a crash or a fault of ours, in little memory; and the damage reaches pictures and bodies."""
+    """Never a crash or a fault of ours, in little memory; and the damage reaches images and bodies."""
     found = mutations.run(4000, seed=1)
     assert found.failures == []
     assert found.in_order, (found.warm_mb, found.end_mb)

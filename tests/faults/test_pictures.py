@@ -1,4 +1,4 @@
-"""Pictures that are none, or far too much of one: 422 with the item's index, in little memory."""
+"""Images that are none, or far too much of one: 422 with the item's index, in little memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from PIL import Image
 
 from tests.faults.conftest import Service
 from tests.support.faults.bystander import Bystander, undisturbed
-from tests.support.faults.calling import OK, Told, encoded, picture, post, request_of, told
+from tests.support.faults.calling import OK, Told, encoded, post, request_of, sample_image, told
 
 NOT_ONE, LARGE = (422, "not_an_image"), (422, "image_too_large")
 LONG, SHAPE, SCHEMA = (422, "image_too_long"), (422, "bad_shape"), (422, "invalid_request")
 FORMATS = ("PNG", "JPEG", "WEBP")
-#: What refusing a picture may cost, whatever it would become.
+#: What refusing an image may cost, whatever it would become.
 MEMORY_BYTES = 64 * 2**20
 
 
@@ -49,7 +49,7 @@ def square_png(side: int) -> bytes:
 
 def jpeg_of(width: int, height: int) -> bytes:
     """A small JPEG whose header tells another size."""
-    data = bytearray(picture("JPEG"))
+    data = bytearray(sample_image("JPEG"))
     at = re.search(rb"\xff\xc0..\x08", data, re.DOTALL)
     assert at
     data[at.end() : at.end() + 4] = struct.pack(">HH", height, width)
@@ -76,7 +76,7 @@ def animation(sides: int, frames: int) -> bytes:
 def exif(orientation: int) -> bytes:
     found = Image.Exif()
     found[0x0112] = orientation
-    return picture("JPEG", exif=found.tobytes())
+    return sample_image("JPEG", exif=found.tobytes())
 
 
 BOMBS: dict[str, tuple[Callable[[], bytes], Told]] = {
@@ -127,23 +127,23 @@ def test_a_decoder_bomb(service: Service, name: str) -> None:
 ODD: dict[str, tuple[bytes, Told]] = {
     "nothing": (b"", NOT_ONE),
     "text": (b"hello", NOT_ONE),
-    "GIF": (picture("GIF"), NOT_ONE),
-    "BMP": (picture("BMP"), NOT_ONE),
-    "TIFF": (picture("TIFF"), NOT_ONE),
+    "GIF": (sample_image("GIF"), NOT_ONE),
+    "BMP": (sample_image("BMP"), NOT_ONE),
+    "TIFF": (sample_image("TIFF"), NOT_ONE),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOT_ONE),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NOT_ONE),
     "PNG's signature alone": (b"\x89PNG\r\n\x1a\n", NOT_ONE),
     "JPEG's signature alone": (b"\xff\xd8\xff", NOT_ONE),
     "WebP's signature alone": (b"RIFF\x04\0\0\0WEBP", NOT_ONE),
-    "a JPEG called PNG": (picture("JPEG"), OK),
+    "a JPEG called PNG": (sample_image("JPEG"), OK),
     "an orientation of 8": (exif(8), OK),
     "an orientation of 65,535": (exif(65_535), OK),
-    "something after its end": (picture() + b"more", OK),
+    "something after its end": (sample_image() + b"more", OK),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_no_picture(service: Service, name: str) -> None:
+def test_what_is_no_image(service: Service, name: str) -> None:
     """Told apart by its first bytes, whatever it is called."""
     data, expected = ODD[name]
     assert told(post(service.url, request_of("x", image=encoded(data)))) == expected
@@ -153,9 +153,9 @@ def test_what_is_no_picture(service: Service, name: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_truncated_picture(service: Service, form: str) -> None:
-    """Cut anywhere, it is refused whole: half a picture has no score."""
-    data = picture(form)
+def test_a_truncated_image(service: Service, form: str) -> None:
+    """Cut anywhere, it is refused whole: half an image has no score."""
+    data = sample_image(form)
     for cut in sorted({1, 4, 11, 20, len(data) // 3, len(data) // 2, len(data) - 20, len(data) - 3}):
         answer = post(service.url, request_of("x", image=encoded(data[:cut])))
         assert (cut, told(answer)) == (cut, NOT_ONE)
@@ -163,10 +163,10 @@ def test_a_truncated_picture(service: Service, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_corrupted_picture(service: Service, form: str) -> None:
+def test_a_corrupted_image(service: Service, form: str) -> None:
     """Refused or decoded, if it still can be; never a fault of ours."""
     rng = np.random.default_rng(2)
-    data = picture(form)
+    data = sample_image(form)
     statuses = set()
     for _ in range(25):
         spoilt = bytearray(data)
@@ -204,9 +204,9 @@ def test_raw_pixels_of_odd_shapes(service: Service, name: str) -> None:
     assert told(post(service.url, request_of("x", image=image))) == expected
 
 
-def test_one_bad_picture_of_many(service: Service) -> None:
+def test_one_bad_image_of_many(service: Service) -> None:
     """All that are wrong are named, ten at most, and the request is refused whole."""
-    good, bad = encoded(picture()), encoded(b"no picture")
+    good, bad = encoded(sample_image()), encoded(b"no image")
     items = [{"prompt": "x", "image": bad if index % 3 == 1 else good} for index in range(40)]
     answer = post(service.url, json.dumps({"items": items}).encode())
     assert told(answer) == NOT_ONE

@@ -37,7 +37,8 @@ def free_port() -> int:
 def process(port: int, *settings: str, redirect: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """A ready service on a device that breaks by the prompt.
 
-    :param redirect: for the shell: where its output goes
+    Args:
+        redirect: for the shell: where its output goes
     """
     options = [part for it in ("threads=1", *settings) for part in ("--set", it)]
     command = [sys.executable, "-m", "tests.support.faults.program", "serve", "--port", str(port), *options]
@@ -180,10 +181,10 @@ def _end_under_load(running: subprocess.Popen[bytes], url: str, truth: Truth) ->
     mistakes: list[Any] = []
 
     def ask() -> None:
-        with RewardClient(url, retry_budget_s=0, chunk_pairs=300) as judge:
+        with RewardClient(url, retry_budget_s=0, chunk_pairs=300) as service:
             try:
                 pairs = [truth.pairs[row] for row in rows]
-                answer = judge.score([it.prompt for it in pairs], [it.picture for it in pairs])
+                answer = service.score([it.prompt for it in pairs], [it.image for it in pairs])
                 mistakes.append(truth.mistakes(rows, answer))
             except Exception as error:  # noqa: BLE001 - told below
                 mistakes.append([repr(error)])

@@ -15,10 +15,10 @@ from reward_service.scoring.calibration import Calibration, load_calibration
 from trainer.config import load_trainer_config
 from trainer.data.splits import read_splits
 from trainer.evaluation.evaluate import Comparison, compare, measure, standard_errors
-from trainer.rl.rewards import Pictures, Scores
+from trainer.rl.rewards import Images, Scores
 from trainer.rl.train import train_fold
 from trainer.runs.folder import RunFolder
-from trainer.runs.setup import open_studio
+from trainer.runs.setup import load_sampler
 from trainer.runs.train import Result, train_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
@@ -26,15 +26,15 @@ SHORT = ("iterations=16", "threads=1")
 
 
 class EngineScorer:
-    """The judge's engine and scales without HTTP between."""
+    """The service's engine and scales without HTTP between."""
 
     def __init__(self, engine: RewardEngine, table: Calibration) -> None:
         self._engine, self._scales = engine, table.evaluators
         self.evaluators: tuple[str, ...] = tuple(sorted(engine.evaluators))
         self.identity: Mapping[str, str] = {}
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-        pairs = [Pair(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
+        pairs = [Pair(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
         results = self._engine.score(pairs)
         raw = np.array([[result.raw[name] for name in self.evaluators] for result in results])
         z = np.array(
@@ -54,13 +54,13 @@ def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
     """Held-out comparison after a short training."""
     config = load_trainer_config(CONFIG, [*SHORT, *overrides])
     train, validation, _ = read_splits(config.prompts)
-    studio = open_studio(config)
-    studio.policy.add_lora(config.lora, seed=1)
-    with studio.policy.base():
-        before = measure(studio, scorer, validation, config.evaluation, "base")
-    learner = train_fold(studio, scorer, train, config, log=lambda record: None)
-    with learner.average.applied():
-        after = measure(studio, scorer, validation, config.evaluation, "tuned")
+    sampler = load_sampler(config)
+    sampler.policy.add_lora(config.lora, seed=1)
+    with sampler.policy.base():
+        before = measure(sampler, scorer, validation, config.evaluation, "base")
+    training = train_fold(sampler, scorer, train, config, log=lambda record: None)
+    with training.average.applied():
+        after = measure(sampler, scorer, validation, config.evaluation, "tuned")
     return compare(before, after, scorer.evaluators, config.objective.weights, config.evaluation)
 
 
@@ -72,7 +72,7 @@ def test_the_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_with_rewards_shuffled_across_pictures_the_composite_does_not_rise(scorer: EngineScorer) -> None:
+def test_with_rewards_shuffled_across_images_the_composite_does_not_rise(scorer: EngineScorer) -> None:
     # Shuffled rewards make the policy wander, and a single evaluator may drift a little either way.
     assert gain(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
 

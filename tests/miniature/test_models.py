@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miniature import evaluate
-from miniature.build import Build, write_generator, write_judges
+from miniature.build import Build, write_evaluators, write_generator
 from miniature.cli import MODELS, PROBE
 from reward_service.config import load_config
 from reward_service.engine.engine import RewardEngine
@@ -14,7 +14,7 @@ from reward_service.engine.loading import build_engine
 from trainer.config import ModelSource, load_trainer_config
 from trainer.data.splits import read_splits
 from trainer.rl.karlo import load_karlo
-from trainer.runs.setup import open_studio
+from trainer.runs.setup import load_sampler
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "miniature.yaml"
@@ -30,7 +30,7 @@ def engine() -> RewardEngine:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_captions_find_their_held_out_pictures(engine: RewardEngine, seed: int) -> None:
+def test_captions_find_their_held_out_images(engine: RewardEngine, seed: int) -> None:
     found = evaluate.retrieval(engine, stream(seed))
     assert set(found) == {"clip", "pickscore", "hpsv2"}
     for share in found.values():
@@ -47,11 +47,11 @@ def test_the_aesthetic_follows_its_stated_target(engine: RewardEngine) -> None:
     assert evaluate.aesthetic_correlation(engine, stream(4)) > 0.6
 
 
-def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardEngine) -> None:
+def test_the_four_scores_disagree_usefully_on_generated_images(engine: RewardEngine) -> None:
     trainer = load_trainer_config(CONFIG)
     prompts = read_splits(trainer.prompts).validation[:24]
-    pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
-    together = evaluate.correlations(evaluate.score(engine, asked, pictures, "scoring"))
+    images, asked = evaluate.generate(load_sampler(trainer), prompts, 4)
+    together = evaluate.correlations(evaluate.score(engine, asked, images, "scoring"))
     assert len(together) == 6
     assert max(map(abs, together.values())) < 0.9
 
@@ -59,9 +59,9 @@ def test_the_four_scores_disagree_usefully_on_generated_pictures(engine: RewardE
 def test_the_generator_paints_the_colours_sizes_and_textures_it_is_asked_for() -> None:
     trainer = load_trainer_config(CONFIG)
     prompts = read_splits(trainer.prompts).validation[:24]
-    pictures, asked = evaluate.generate(open_studio(trainer), prompts, 4)
-    shown = evaluate.fidelity(MODELS / PROBE, asked, pictures)
-    # Shapes are left out: without guidance the base hardly has them, which leaves the learner something.
+    images, asked = evaluate.generate(load_sampler(trainer), prompts, 4)
+    shown = evaluate.fidelity(MODELS / PROBE, asked, images)
+    # Shapes are left out: without guidance the base hardly has them, which leaves the trainer something.
     assert min(shown["figure"], shown["background"]) > 0.8  # chance is 1 in 11
     assert min(shown["size"], shown["texture"]) > 0.6  # chance is 1 in 2
 
@@ -82,7 +82,7 @@ def test_an_interrupted_build_goes_on_and_its_models_load(tmp_path: Path) -> Non
     _ = first.clip, first.generator_clip
     kept = (work / "clip" / "model.safetensors").read_bytes()
     second = Build(work, effort=0.001)
-    write_judges(second, models)
+    write_evaluators(second, models)
     write_generator(second, models)
     assert (work / "clip" / "model.safetensors").read_bytes() == kept
     assert not [path for path in models.rglob("*.json") if str(work) in path.read_text("utf-8")]

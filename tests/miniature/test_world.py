@@ -2,7 +2,7 @@
 
 import torch
 
-from miniature import judges, world
+from miniature import evaluators, world
 from miniature.world import Part
 
 
@@ -27,9 +27,9 @@ def test_scenes_come_from_the_part_that_was_asked_for() -> None:
     assert set(map(tuple, scenes.content[:, :3].tolist())) <= allowed
 
 
-def test_the_same_stream_draws_the_same_pictures() -> None:
-    pictures = [world.draw(world.sample_scenes(8, Part.JUDGES, rng), rng) for rng in (stream(3), stream(3))]
-    assert torch.equal(*pictures)
+def test_the_same_stream_draws_the_same_images() -> None:
+    images = [world.draw(world.sample_scenes(8, Part.JUDGES, rng), rng) for rng in (stream(3), stream(3))]
+    assert torch.equal(*images)
 
 
 def test_each_caption_states_what_its_scene_shows_and_only_that() -> None:
@@ -81,6 +81,6 @@ def test_the_aesthetic_stays_on_its_scale() -> None:
 
 def test_what_a_scene_is_compared_with_stays_in_its_part_of_the_world() -> None:
     for part in Part:
-        other = judges.rival(world.sample_scenes(3000, part, stream(10)), part, stream(11))
+        other = evaluators.rival(world.sample_scenes(3000, part, stream(10)), part, stream(11))
         assert world.belongs(other.shape, other.figure, other.background, part).all()
         assert (other.figure != other.background).all()

@@ -28,7 +28,7 @@ SPACE = "search.space={update.learning_rate: {low: 1.0e-4, high: 1.0e-3}}"
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_first_to_last_cell(tmp_path: Path) -> None:
-    """It trains, searches, cross-validates, shows pictures and leaves a report and a LoRA."""
+    """It trains, searches, cross-validates, shows images and leaves a report and a LoRA."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     parameters.source += f"\nSETTINGS = {[*SHORT, SPACE]!r}\nRUNS = {str(tmp_path / 'runs')!r}\n"

@@ -9,15 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CROSSINGS = [
-    ("reward_service/engine/engine.py", "import trainer.config", "The judge never imports the learner"),
-    ("trainer/rl/karlo.py", "import reward_service.images", "The learner sees of the judge only"),
-    ("reward_service/images.py", "import torch", "What other programs import of the judge"),
+    ("reward_service/engine/engine.py", "import trainer.config", "The service never imports the trainer"),
+    ("trainer/rl/karlo.py", "import reward_service.images", "The trainer sees of the service only"),
+    ("reward_service/images.py", "import torch", "What other programs import of the service"),
     (
         "reward_service/scheduler/scheduler.py",
         "import fastapi",
         "The scheduler knows neither torch nor the web",
     ),
-    ("trainer/rl/objective.py", "import diffusers", "The learner's mathematics"),
+    ("trainer/rl/objective.py", "import diffusers", "The trainer's mathematics"),
     ("trainer/config.py", "import trainer.rl.karlo", "Inside the trainer, imports point downwards"),
 ]
 

@@ -1,4 +1,4 @@
-"""Fixtures of the judge's tests."""
+"""Fixtures of the service's tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def engine(config: ServiceConfig) -> RewardEngine:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Pixels]:
+def images() -> list[Pixels]:
     """Noise with structure, of odd sizes."""
     rng = np.random.default_rng(3)
     made = []
@@ -56,7 +56,7 @@ def pictures() -> list[Pixels]:
 
 
 @pytest.fixture
-def item(pictures: list[Pixels]) -> dict[str, Any]:
+def item(images: list[Pixels]) -> dict[str, Any]:
     """A pair as JSON has it."""
-    data = base64.b64encode(png(pictures[1])).decode()
+    data = base64.b64encode(png(images[1])).decode()
     return {"prompt": "a red square", "image": {"data": data, "format": "png"}}

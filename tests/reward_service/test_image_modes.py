@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from reward_service.client.payload import picture
+from reward_service.client.payload import encode_image
 from reward_service.images import ImageError, decode
 
 WHITE = [255, 255, 255]
@@ -179,7 +179,7 @@ def test_interlacing_changes_nothing() -> None:
     np.testing.assert_array_equal(decode(interlaced(pixels)).rgb, pixels)
 
 
-def test_progressive_jpeg_is_the_same_picture() -> None:
+def test_progressive_jpeg_is_the_same_image() -> None:
     """Scan after scan, but the same coefficients."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     baseline, progressive = (decode(saved(image, "JPEG", progressive=way)).rgb for way in (False, True))
@@ -206,8 +206,8 @@ def test_an_icc_profile_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "MPO"])
-def test_of_several_pictures_the_first_is_judged(kind: str) -> None:
-    """Animated PNG and WebP, and the JPEG with further pictures that phones make."""
+def test_of_several_images_the_first_is_judged(kind: str) -> None:
+    """Animated PNG and WebP, and the JPEG with further images that phones make."""
     image, later = Image.new("RGB", (16, 16), (200, 30, 60)), Image.new("RGB", (16, 16))
     options = {"WEBP": {"lossless": True}}.get(kind, {})
     data = saved(image, kind, save_all=True, append_images=[later], **options)
@@ -229,16 +229,16 @@ def test_a_file_cut_off_anywhere_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO", "PPM", "TGA", "JPEG2000"])
 def test_other_formats_are_refused_with_the_remedy(kind: str) -> None:
     """Whatever else Pillow could open stays closed."""
-    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP picture; send one of these"):
+    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP image; send one of these"):
         decode(saved(Image.fromarray(np.kron(CORNERS, np.ones((8, 8, 1), np.uint8))), kind))
 
 
-def test_a_picture_that_the_caller_opened_follows_the_same_policies() -> None:
-    """The client flattens a Pillow picture just as the service decodes its file."""
+def test_an_image_that_the_caller_opened_follows_the_same_policies() -> None:
+    """The client flattens a Pillow image just as the service decodes its file."""
     for data in (
         png("grey", 4, b"\x05\x5a", tRNS=key(5)),
         png("grey", 16, words(0x8040), tRNS=key(0x8040)),
     ):
         with Image.open(io.BytesIO(data)) as image:
-            sent = picture(image)
+            sent = encode_image(image)
         assert np.frombuffer(sent.data, np.uint8).reshape(sent.shape).tolist() == decode(data).rgb.tolist()

@@ -80,7 +80,7 @@ def test_exif_orientation_is_applied() -> None:
     assert decode(saved(image, "JPEG", exif=exif)).rgb.shape == (6, 4, 3)
 
 
-def test_broken_exif_does_not_spoil_a_picture() -> None:
+def test_broken_exif_does_not_spoil_an_image() -> None:
     """Only the orientation is lost."""
     assert decode(saved(red(), "JPEG", exif=b"Exif\x00\x00broken")).rgb.shape == (4, 6, 3)
 
@@ -147,7 +147,7 @@ def webp_bomb() -> bytes:
         ((bomb(1, 300),), "image_too_long"),
     ],
 )
-def test_what_is_no_such_picture_is_refused(arguments: tuple[Any, ...], code: str) -> None:
+def test_what_is_no_such_image_is_refused(arguments: tuple[Any, ...], code: str) -> None:
     """Refused by its code, from the header alone where it is too large."""
     with pytest.raises(ImageError) as caught:
         decode(*arguments)
@@ -167,7 +167,7 @@ VALID = [
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_no_mutation_does_more_than_be_refused(data: st.DataObject) -> None:
-    """Bytes changed, cut or repeated anywhere: a picture or an ImageError, nothing else."""
+    """Bytes changed, cut or repeated anywhere: an image or an ImageError, nothing else."""
     mutated = bytearray(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 6))):
         mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))

@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from trainer.config import LoraSettings, ModelSource, SamplingConfig, TrainerConfig
 from trainer.rl.karlo import Karlo, load_karlo
 from trainer.rl.policy import DecoderPolicy
-from trainer.rl.rewards import Pictures, Scores
-from trainer.rl.sampler import Studio
+from trainer.rl.rewards import Images, Scores
+from trainer.rl.sampler import ImageSampler
 
 WIDTH = 32  # of text and image embeddings, and of the decoder's context
 TOKENS = 8
@@ -147,9 +147,9 @@ def make_policy(karlo: Karlo, sampling: SamplingConfig = SAMPLING, *, lora: bool
 
 
 @pytest.fixture
-def studio(karlo: Karlo) -> Studio:
+def sampler(karlo: Karlo) -> ImageSampler:
     """A studio over the tiny Karlo, no adapter."""
-    return Studio(karlo, make_policy(karlo), SAMPLING)
+    return ImageSampler(karlo, make_policy(karlo), SAMPLING)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def trainer_config(karlo_folder: Path, tmp_path: Path) -> TrainerConfig:
 
 
 class FakeScorer:
-    """A judge whose evaluator "red" likes red pictures and whose evaluator "dark" likes dark ones.
+    """A reward service whose evaluator "red" likes red images and whose evaluator "dark" likes dark ones.
 
     `fault` is asked before each answer and may raise.
     """
@@ -182,10 +182,10 @@ class FakeScorer:
         self._fault = fault
         self.calls = 0
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         self.calls += 1
         self._fault(prompts)
-        mean = pictures.astype(np.float64).mean(axis=(1, 2)) / 255
+        mean = images.astype(np.float64).mean(axis=(1, 2)) / 255
         raw = np.stack([-mean.mean(axis=1), mean[:, 0] - mean[:, 1:].mean(axis=1)], axis=1)
         return Scores(raw, 10 * raw)
 

@@ -1,4 +1,4 @@
-"""The commands `crossval`, `search` and `report`: open the experiment, have a judge, leave a report.
+"""The commands `crossval`, `search` and `report`: open the experiment, have a reward service, leave a report.
 
 The `report` command: pages from what runs have left. Nothing here needs torch or a service.
 """
@@ -69,7 +69,7 @@ def crossval(
     search: Annotated[
         bool, typer.Option("--search", help="Search settings first; train with the best.")
     ] = False,
-    judge: JudgeOption = False,
+    service: JudgeOption = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Same as crossval.workers=N: folds side by side.")
     ] = None,
@@ -82,14 +82,14 @@ def crossval(
     refuse_several("crossval")
     more = [] if workers is None else [f"crossval.workers={workers}"]
     settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
-    cross_validate_command(settings, run, config if judge else None, search=search, console=Console())
+    cross_validate_command(settings, run, config if service else None, search=search, console=Console())
 
 
 @commands.command()
 def search(
     config: ConfigOption = DEFAULT_CONFIG,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Same as search.trials=N.")] = None,
-    judge: JudgeOption = False,
+    service: JudgeOption = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Same as search.workers=N: trials side by side.")
     ] = None,
@@ -103,7 +103,7 @@ def search(
     counts = {"search.trials": trials, "search.workers": workers}
     more = [f"{key}={count}" for key, count in counts.items() if count is not None]
     settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
-    search_command(settings, run, config if judge else None, Console())
+    search_command(settings, run, config if service else None, Console())
 
 
 @commands.command(hidden=True)
@@ -143,24 +143,24 @@ def report(
 
 
 @contextmanager
-def judged(config: TrainerConfig, judge: Path | None, log: Path) -> Iterator[TrainerConfig]:
-    """The configuration with the address of a judge of its own, which `judge` configures; None: unchanged."""
-    if judge is None:
+def judged(config: TrainerConfig, service: Path | None, log: Path) -> Iterator[TrainerConfig]:
+    """The configuration with the address of a reward service of its own, which `service` configures; None: unchanged."""
+    if service is None:
         yield config
         return
-    with local_service(judge, log) as url:
-        # Loading the judge's models takes longer than answering does.
+    with local_service(service, log) as url:
+        # Loading the service's models takes longer than answering does.
         yield with_values(config, {"service.url": url, "service.ready_timeout_s": 300.0})
 
 
 def cross_validate_command(
-    config: TrainerConfig, path: Path | None, judge: Path | None, *, search: bool, console: Console
+    config: TrainerConfig, path: Path | None, service: Path | None, *, search: bool, console: Console
 ) -> None:
-    """Begin or go on with the experiment; `judge` is the configuration of a judge to start for it."""
+    """Begin or go on with the experiment; `service` is the configuration of a reward service to start for it."""
     experiment = Experiment.open(config, path)
     with ExitStack() as stack:
         stack.enter_context(experiment.alone("cross-validation"))
-        reached = stack.enter_context(judged(config, judge, experiment.path / JUDGE_LOG))
+        reached = stack.enter_context(judged(config, service, experiment.path / JUDGE_LOG))
         scorer = stack.enter_context(ServiceScorer.connect(reached.service))
         from trainer.experiments.crossval import cross_validate
 
@@ -196,11 +196,11 @@ def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str
     return command
 
 
-def search_command(config: TrainerConfig, path: Path | None, judge: Path | None, console: Console) -> None:
+def search_command(config: TrainerConfig, path: Path | None, service: Path | None, console: Console) -> None:
     """Begin or go on with the experiment's search, beside whoever else is at it."""
     experiment = Experiment.open(config, path)
     with ExitStack() as stack:
-        reached = stack.enter_context(judged(config, judge, experiment.path / JUDGE_LOG))
+        reached = stack.enter_context(judged(config, service, experiment.path / JUDGE_LOG))
         scorer = stack.enter_context(ServiceScorer.connect(reached.service))
         from trainer.experiments.search import search
 

@@ -152,13 +152,13 @@ def generate(
         Path | None, typer.Option("--lora", help="lora folder of a run; without it the base draws.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("generated.png"),
-    n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt.")] = 4,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images of each prompt.")] = 4,
     config: ConfigOption = DEFAULT_CONFIG,
     seed: SeedOption = None,
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Draw pictures with the result of a run."""
+    """Draw images with the result of a run."""
     refuse_several("generate")
     settings = _load(config, seed, set_, overrides)
     prompts = clean(prompt)
@@ -170,7 +170,7 @@ def generate(
     from trainer.runs.grids import generate_run
 
     path = generate_run(settings, lora, prompts, n, out.resolve())
-    Console().print(f"Pictures: {path}", soft_wrap=True)
+    Console().print(f"Images: {path}", soft_wrap=True)
 
 
 @app.command()
@@ -194,13 +194,13 @@ def variance(
 @app.command()
 def stages(
     prompts: Annotated[int, typer.Option("--prompts", min=2, help="Use the first N training prompts.")] = 32,
-    images: Annotated[int, typer.Option("--images", min=2, help="Pictures of each prompt.")] = 8,
+    images: Annotated[int, typer.Option("--images", min=2, help="Images of each prompt.")] = 8,
     config: ConfigOption = DEFAULT_CONFIG,
     seed: SeedOption = None,
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure whether pictures can be rewarded before super-resolution, against a running service."""
+    """Measure whether images can be rewarded before super-resolution, against a running service."""
     refuse_several("stages")
     settings = _load(config, seed, set_, overrides)
     train = read_splits(settings.prompts, settings.seed).train

@@ -1,9 +1,9 @@
 """Paired comparison: base and tuned policy have drawn the same prompts from the same random streams.
 
-Intervals resample prompts, those of one group together: pictures of one prompt share its difficulty, prompts
+Intervals resample prompts, those of one group together: images of one prompt share its difficulty, prompts
 of one group are variants of each other, and a new prompt is what a user will bring.
 
-Pictures and their scores as arrays, and as a file: what one policy does with a set of prompts.
+Images and their scores as arrays, and as a file: what one policy does with a set of prompts.
 """
 
 import io
@@ -19,28 +19,28 @@ from rich.table import Table
 
 from trainer.config import EvaluationConfig
 from trainer.evaluation.intervals import Groups, Interval, clusters, interval
-from trainer.rl.rewards import Floats, Pictures, composite
+from trainer.rl.rewards import Floats, Images, composite
 from trainer.runtime.errors import StorageError
 from trainer.runtime.files import write_atomically, write_synced
 
 
 class Measurement(NamedTuple):
-    """Pictures of P prompts, G each, and their scores by K evaluators."""
+    """Images of P prompts, G each, and their scores by K evaluators."""
 
     prompts: tuple[str, ...]
-    pictures: Pictures  # (P, G, H, W, 3)
+    images: Images  # (P, G, H, W, 3)
     raw: Floats  # (P, G, K)
     z: Floats  # (P, G, K)
 
     def first(self, prompts: int | None) -> Self:
         """That of the first so many prompts; None: of all."""
         cut = slice(prompts)
-        return type(self)(self.prompts[cut], self.pictures[cut], self.raw[cut], self.z[cut])
+        return type(self)(self.prompts[cut], self.images[cut], self.raw[cut], self.z[cut])
 
     def encode(self) -> bytes:
         """All but the prompts, as the content of a .npz file."""
         buffer = io.BytesIO()
-        np.savez(buffer, pictures=self.pictures, raw=self.raw, z=self.z)
+        np.savez(buffer, pictures=self.images, raw=self.raw, z=self.z)  # the names in the file stay
         return buffer.getvalue()
 
     @classmethod
@@ -48,16 +48,16 @@ class Measurement(NamedTuple):
         """What `encode` returned, of these prompts. Raises ValueError where it is damaged or of others."""
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                pictures, raw, z = (arrays[name] for name in ("pictures", "raw", "z"))
+                images, raw, z = (arrays[name] for name in ("pictures", "raw", "z"))
         except (LookupError, TypeError, EOFError, BadZipFile) as error:
             raise ValueError(f"is no measurement, or damaged ({error})") from error
-        groups = (len(prompts), *pictures.shape[1:2])
-        whole = pictures.ndim == 5 and pictures.shape[4] == 3 and pictures.dtype == np.uint8
+        groups = (len(prompts), *images.shape[1:2])
+        whole = images.ndim == 5 and images.shape[4] == 3 and images.dtype == np.uint8
         if not whole or raw.ndim != 3 or raw.shape != z.shape:
-            raise ValueError("is no measurement: its arrays are not pictures with their scores")
-        if pictures.shape[:2] != groups or raw.shape[:2] != groups:
-            raise ValueError(f"measures {len(pictures)} prompts, not these {len(prompts)}")
-        return cls(tuple(prompts), pictures, raw.astype(np.float64), z.astype(np.float64))
+            raise ValueError("is no measurement: its arrays are not images with their scores")
+        if images.shape[:2] != groups or raw.shape[:2] != groups:
+            raise ValueError(f"measures {len(images)} prompts, not these {len(prompts)}")
+        return cls(tuple(prompts), images, raw.astype(np.float64), z.astype(np.float64))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. The prompts are kept elsewhere, in prompts.json."""
@@ -152,15 +152,13 @@ def compare(
     config: EvaluationConfig,
     groups: Groups = None,
 ) -> Comparison:
-    """Differences tuned - base, picture by picture, with intervals over groups of prompts.
+    """Differences tuned - base, image by image, with intervals over groups of prompts.
 
     `groups` (P,) tells which prompts belong together; None: each stands for itself. Raises ValueError where
     the two measured different prompts, or a score is not finite.
     """
     if base.prompts != tuned.prompts:
-        raise ValueError(
-            "base and tuned measured different prompts: they cannot be compared picture by picture"
-        )
+        raise ValueError("base and tuned measured different prompts: they cannot be compared image by image")
     rows = tuple(evaluator_gain(name, base, tuned, evaluators, config, groups) for name in evaluators)
     total = composite_gain(base, tuned, evaluators, weights, config, groups)
     prompts, images = base.raw.shape[:2]
@@ -219,7 +217,7 @@ def pooled(
 
 
 def _together(measured: Sequence[Measurement]) -> Measurement:
-    """Scores of all of them, without the pictures, which are not compared."""
+    """Scores of all of them, without the images, which are not compared."""
     return Measurement(
         tuple(prompt for one in measured for prompt in one.prompts),
         np.empty((0, 0, 0, 0, 3), np.uint8),
@@ -286,7 +284,7 @@ def table(comparison: Comparison) -> Table:
     """The comparison as a person reads it; σ are the calibrated deviations of z."""
     of_groups = f" in {comparison.groups} groups" if comparison.groups < comparison.prompts else ""
     shown = Table(
-        title=f"{comparison.prompts} held-out prompts{of_groups} × {comparison.images_per_prompt} pictures",
+        title=f"{comparison.prompts} held-out prompts{of_groups} × {comparison.images_per_prompt} images",
         box=SIMPLE,  # fits 80 columns, where a pipe or a log has no more
         padding=(0, 1, 0, 0),
     )

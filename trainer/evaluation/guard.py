@@ -2,9 +2,9 @@
 
 Which evaluators are independent enough to watch each other: docs/statistics.md.
 
-What the pictures themselves show: whether a policy draws ever the same picture, or other colours.
+What the images themselves show: whether a policy draws ever the same image, or other colours.
 
-Rewards can be raised by tricks that scores do not show: one picture for every seed, more saturation, more
+Rewards can be raised by tricks that scores do not show: one image for every seed, more saturation, more
 light. All here is a function of pixels, and compared as scores are: by prompt, with intervals over groups.
 """
 
@@ -25,9 +25,9 @@ from trainer.evaluation.comparison import (
     evaluator_gain,
 )
 from trainer.evaluation.intervals import Groups
-from trainer.rl.rewards import Floats, Pictures
+from trainer.rl.rewards import Floats, Images
 
-SIZE_PX = 64  # pictures are reduced to no more: what matters here is large, and memory stays small
+SIZE_PX = 64  # images are reduced to no more: what matters here is large, and memory stays small
 
 DIVERSITY, SATURATION = "diversity", "saturation"
 COLOURS = ("lightness", "a*", "b*")  # CIELAB: 0 to 100, green to red, blue to yellow
@@ -47,7 +47,7 @@ LINEAR_BELOW = (6 / 29) ** 3
 class Drift:
     """Tuned against base, in pixels."""
 
-    diversity: Change | None  # None where each prompt has but one picture
+    diversity: Change | None  # None where each prompt has but one image
     looks: tuple[Change, ...]  # LOOKS, in their order
 
     @property
@@ -62,7 +62,7 @@ class Drift:
         if self.diversity is not None and self.diversity.verdict == "falls":
             lost, row = -self.diversity.difference / self.diversity.before, self.diversity
             said.append(
-                f"Warning: pictures of one prompt have become {lost:.0%} more alike "
+                f"Warning: images of one prompt have become {lost:.0%} more alike "
                 f"({row.before:.3f} to {row.after:.3f})."
             )
         colour = [_towards(rows[name]) for name in COLOURS if rows[name].verdict != "unclear"]
@@ -93,46 +93,46 @@ def _towards(row: Change) -> str:
 def measure_drift(
     base: Measurement, tuned: Measurement, config: EvaluationConfig, groups: Groups = None
 ) -> Drift:
-    """How the tuned policy's pictures differ from the base's of the same prompts."""
-    before, after = (np.array([_features(own) for own in m.pictures]) for m in (base, tuned))
+    """How the tuned policy's images differ from the base's of the same prompts."""
+    before, after = (np.array([_features(own) for own in m.images]) for m in (base, tuned))
     rows = [change(name, before[:, k], after[:, k], config, groups) for k, name in enumerate(FEATURES)]
-    several = base.pictures.shape[1] > 1
+    several = base.images.shape[1] > 1
     return Drift(rows[0] if several else None, tuple(rows[1:]))
 
 
-def _features(pictures: Pictures) -> Floats:
-    """FEATURES of the pictures of one prompt, (G, H, W, 3)."""
-    small = reduced(pictures)
+def _features(images: Images) -> Floats:
+    """FEATURES of the images of one prompt, (G, H, W, 3)."""
+    small = reduced(images)
     return np.array([diversity(small), *looks(small)])
 
 
-def reduced(pictures: Pictures) -> Floats:
-    """Pictures (G, H, W, 3) of 0 to 255 as (G, h, w, 3) of 0 to 1, in means of square blocks, h, w ≤ 64.
+def reduced(images: Images) -> Floats:
+    """Images (G, H, W, 3) of 0 to 255 as (G, h, w, 3) of 0 to 1, in means of square blocks, h, w ≤ 64.
 
     Rows and columns that fill no block are left out.
     """
-    count, height, width, _ = pictures.shape
+    count, height, width, _ = images.shape
     block = -(-max(height, width) // SIZE_PX)
     rows, columns = max(height // block, 1), max(width // block, 1)
-    cut = pictures[:, : rows * block, : columns * block]
+    cut = images[:, : rows * block, : columns * block]
     blocks = cut.reshape(count, rows, cut.shape[1] // rows, columns, cut.shape[2] // columns, 3)
     means: Floats = blocks.mean(axis=(2, 4), dtype=np.float64) / 255
     return means
 
 
-def diversity(pictures: Floats) -> float:
-    """Mean over pairs of G pictures (G, h, w, 3) of 0 to 1 of their RMS difference: 0 where all are alike.
+def diversity(images: Floats) -> float:
+    """Mean over pairs of G images (G, h, w, 3) of 0 to 1 of their RMS difference: 0 where all are alike.
 
-    0 also of a single picture.
+    0 also of a single image.
     """
-    distances = [np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(pictures, 2)]
+    distances = [np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(images, 2)]
     return float(np.mean(distances)) if distances else 0.0
 
 
-def looks(pictures: Floats) -> Floats:
-    """LOOKS of pictures (G, h, w, 3) of 0 to 1; contrast is the deviation of L* within a picture."""
-    colours = lab(pictures)
-    high, low = pictures.max(axis=-1), pictures.min(axis=-1)
+def looks(images: Floats) -> Floats:
+    """LOOKS of images (G, h, w, 3) of 0 to 1; contrast is the deviation of L* within an image."""
+    colours = lab(images)
+    high, low = images.max(axis=-1), images.min(axis=-1)
     saturation = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
     contrast = colours[..., 0].std(axis=(1, 2))
     return np.array([*colours.mean(axis=(0, 1, 2)), saturation.mean(), contrast.mean()])
@@ -147,7 +147,7 @@ def lab(srgb: Floats) -> Floats:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-__all__ = ["ROTATE", "Drift", "GuardVerdict", "judge_guard", "measure_drift", "rotation", "with_guard"]
+__all__ = ["ROTATE", "Drift", "GuardVerdict", "check_guard", "measure_drift", "rotation", "with_guard"]
 
 ROTATE = "rotate"  # guard.evaluator: each fold holds out another evaluator
 
@@ -174,7 +174,7 @@ class GuardVerdict:
         if self.tripped:
             return (
                 f"Guard {self.name} falls significantly ({moved}) while the composite rises "
-                f"({self.composite.difference:+.2f}): the rewards are gamed, the pictures not improved"
+                f"({self.composite.difference:+.2f}): the rewards are gamed, the images not improved"
             )
         how = {
             "rises": "rises significantly",
@@ -197,7 +197,7 @@ class GuardVerdict:
         }
 
 
-def judge_guard(
+def check_guard(
     base: Measurement,
     tuned: Measurement,
     evaluators: Sequence[str],
@@ -220,7 +220,7 @@ def judge_guard(
     # Only a fall can trip, so the interval has the level on that side and as much on the other.
     confidence = max(1 - 2 * level, 0.0)
     gain = evaluator_gain(name, base, tuned, evaluators, config.evaluation, groups, confidence)
-    total = composite_gain(base, tuned, evaluators, config.judged_by, config.evaluation, groups)
+    total = composite_gain(base, tuned, evaluators, config.reward_evaluators, config.evaluation, groups)
     return GuardVerdict(name, gain, total, level, max(looks, 1))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config import TrainerConfig
 from trainer.evaluation.comparison import Comparison, Measurement, compare, sentences
-from trainer.evaluation.guard import Drift, GuardVerdict, judge_guard, measure_drift
+from trainer.evaluation.guard import Drift, GuardVerdict, check_guard, measure_drift
 from trainer.evaluation.intervals import Floats, Groups, standard_error
 from trainer.rl.rewards import Scorer, composite
 
@@ -163,7 +163,7 @@ class PatienceStopper:
     def __init__(self, config: TrainerConfig, evaluators: Sequence[str]) -> None:
         self._early = EarlyStopping(config.early_stopping.patience, config.early_stopping.min_delta)
         self._evaluators = evaluators
-        self._weights = config.judged_by
+        self._weights = config.reward_evaluators
         self._begun = False
 
     def heed(self, examined: Examination) -> str | None:
@@ -228,12 +228,12 @@ def configured_stoppers(config: TrainerConfig, evaluators: Sequence[str], *other
 def examination(
     config: TrainerConfig, scorer: Scorer, done: int, base: Measurement, tuned: Measurement, groups: Groups
 ) -> Examination:
-    """Compare, ask the guard, look at the pictures. The guard's level is shared among all looks of a fold."""
-    comparison = compare(base, tuned, scorer.evaluators, config.judged_by, config.evaluation, groups)
+    """Compare, ask the guard, look at the images. The guard's level is shared among all looks of a fold."""
+    comparison = compare(base, tuned, scorer.evaluators, config.reward_evaluators, config.evaluation, groups)
     guard = None
     if config.guard.evaluator is not None:
         every = config.evaluation.every
         looks = config.iterations // every + 1 if every else 1
-        guard = judge_guard(base, tuned, scorer.evaluators, config, groups, looks)
+        guard = check_guard(base, tuned, scorer.evaluators, config, groups, looks)
     drift = measure_drift(base, tuned, config.evaluation, groups)
     return Examination(done, base, tuned, comparison, groups, guard, drift)

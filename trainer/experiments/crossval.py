@@ -114,7 +114,7 @@ def summarize(experiment: Experiment, config: TrainerConfig) -> Row:
             Measurement.load(run.path / name, split.validation) for name in (BASE_FILE, TUNED_FILE)
         )
         parts.append((base, tuned, split.groups))
-    together = pooled(parts, experiment.evaluators, config.judged_by, config.evaluation)
+    together = pooled(parts, experiment.evaluators, config.reward_evaluators, config.evaluation)
     chosen = max(1, round(statistics.median(row["best"] for row in rows)))
     return {"folds": rows, "pooled": together.to_dict(), "chosen_iterations": chosen}
 

@@ -94,13 +94,13 @@ class Experiment:
             yield
 
     def pin(self, scorer: Scorer) -> None:
-        """Keep the judge's identity, or check it. Raises StorageError where it is another one's."""
+        """Keep the service's identity, or check it. Raises StorageError where it is another one's."""
         with _opening(self.path):
             pin_scorer(self.folder, scorer.identity)
 
     @property
     def evaluators(self) -> tuple[str, ...]:
-        """The judge's evaluators, in the order of the columns of scores."""
+        """The service's evaluators, in the order of the columns of scores."""
         return tuple(sorted(self.folder.read_json(SCORER_FILE)))
 
     def run(self, config: TrainerConfig, *names: str) -> tuple[TrainerConfig, RunFolder]:

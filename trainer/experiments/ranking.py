@@ -53,7 +53,7 @@ def _null_sentence(null: Mapping[str, Any]) -> str:
         return "The null trial, which trains nothing, gains nothing: what is measured is repeatable."
     return (
         f"Warning: the null trial, which trains nothing, gains {gain:+.3f} (standard error {error:.3f}): "
-        "measuring is not repeatable (a judge that is not deterministic, or random streams that drift), and "
+        "measuring is not repeatable (a reward service that is not deterministic, or random streams that drift), and "
         "gains of that size mean nothing."
     )
 

@@ -35,7 +35,7 @@ from trainer.experiments.trial import SEARCH, TRIALS, run_trial
 from trainer.experiments.workers import Job, run_side_by_side
 from trainer.rl.rewards import Scorer
 from trainer.runs.folder import FREE, RunFolder
-from trainer.runs.setup import open_studio
+from trainer.runs.setup import load_sampler
 from trainer.runtime.errors import JobError
 
 SEARCH_FILE, FRESH_FILE = "search.json", "fresh.json"
@@ -56,7 +56,7 @@ def search_winner(
     winner = search(experiment, config, scorer, console)
     if winner is None:
         return {}
-    return {**winner["params"], "evaluation.weights": dict(config.judged_by)}
+    return {**winner["params"], "evaluation.weights": dict(config.reward_evaluators)}
 
 
 def search(experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console) -> Row | None:
@@ -89,7 +89,7 @@ def _side_by_side(experiment: Experiment, config: TrainerConfig, console: Consol
     if password is not None:
         os.environ["PGPASSWORD"] = password  # theirs too, and on no command line
     command = [sys.executable, "-m", "trainer", "trials", "--run", str(experiment.path)]
-    # Another search beside this one writes the same file, and has a judge of its own that ends with it.
+    # Another search beside this one writes the same file, and has a reward service of its own that ends with it.
     command += ["--set", f"service.url={config.service.url}"]
     if config.threads is not None:
         command += ["--set", f"threads={max(1, config.threads // config.search.workers)}"]
@@ -134,7 +134,7 @@ def _identity(config: TrainerConfig, split: Split, scorer: Scorer) -> dict[str, 
         "iterations": str(nothing.iterations),
         "evaluation.every": str(nothing.evaluation.every),
         "the prompts": _digest(split),
-        "the judge": _digest(dict(scorer.identity)),
+        "the service": _digest(dict(scorer.identity)),
     }
 
 
@@ -209,11 +209,11 @@ def measure_again(
     placed = trial_config(config, best["params"])
     fresh = with_values(placed, {"evaluation.seed": placed.evaluation.seed + 1})
     split = experiment.splits.fold(0)
-    studio = open_studio(fresh)
+    sampler = load_sampler(fresh)
 
-    base = measure(studio, scorer, split.validation, fresh.evaluation, "base again")
-    studio.policy.load_lora(run.lora)
-    tuned = measure(studio, scorer, split.validation, fresh.evaluation, "winner again")
+    base = measure(sampler, scorer, split.validation, fresh.evaluation, "base again")
+    sampler.policy.load_lora(run.lora)
+    tuned = measure(sampler, scorer, split.validation, fresh.evaluation, "winner again")
     comparison = examination(fresh, scorer, best["iterations"], base, tuned, split.groups).comparison
     gain: Row = comparison.rows()[comparison.composite.name]  # type: ignore[assignment]
     run.write_json(FRESH_FILE, gain)

@@ -201,7 +201,7 @@ def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
     fixed: Settings = {
         "iterations": iterations,
         "evaluation.every": _every(config, iterations),
-        "evaluation.weights": dict(first_fold.judged_by),
+        "evaluation.weights": dict(first_fold.reward_evaluators),
         "guard.evaluator": first_fold.guard.evaluator,
         "search": {},
         "crossval": {},

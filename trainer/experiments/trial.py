@@ -16,7 +16,7 @@ from trainer.experiments.experiment import Experiment
 from trainer.experiments.ranking import GUARD, Row, listed
 from trainer.experiments.space import Settings, settings, trial_config
 from trainer.experiments.study import Taken
-from trainer.rl.rewards import Pictures, Scorer, Scores, ScoringError
+from trainer.rl.rewards import Images, Scorer, Scores, ScoringError
 from trainer.runs.checkpoints import BASE_FILE
 from trainer.runs.folder import METRICS_FILE, RunFolder, is_finished
 from trainer.runs.train import train_run
@@ -31,21 +31,21 @@ def run_trial(
 ) -> None:
     """Train a trial, or go on with it, and tell the study what came of it.
 
-    What is the trial's own fault makes it a failed one. Where the judge is gone, the error passes: the trial
+    What is the trial's own fault makes it a failed one. Where the service is gone, the error passes: the trial
     can be gone on with.
     """
     null = config.search.null_trial and taken.number == 0
     changes = {} if null else settings(config, taken.draw(config.search.space))
     taken.note_settings(changes)
     console.print(f"Trial {taken.number}: {'trains nothing' if null else listed(changes)}", soft_wrap=True)
-    judge = Listening(scorer)
+    service = Listening(scorer)
     try:
         placed = _placeable(config, changes)
-        outcome = _trained(taken, placed, config.search, experiment, judge, null)
+        outcome = _trained(taken, placed, config.search, experiment, service, null)
     except (DivergenceError, torch.OutOfMemoryError, UnsuitableError) as error:
         return _fail(taken, error, console)
     except (RolloutError, EvaluationError) as error:
-        if judge.outage or not judge.answers(experiment.splits.fold(0).train[0]):
+        if service.outage or not service.answers(experiment.splits.fold(0).train[0]):
             error.add_note(f"trial {taken.number} goes on from its checkpoint when this command is run again")
             raise
         return _fail(taken, error, console)
@@ -158,7 +158,7 @@ class PrunerStopper:
 
 
 class Listening:
-    """A judge, and whether it was gone at some time."""
+    """A reward service, and whether it was gone at some time."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
@@ -174,17 +174,17 @@ class Listening:
         """See Scorer."""
         return self._scorer.identity
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         """See Scorer."""
         try:
-            return self._scorer.score(prompts, pictures)
+            return self._scorer.score(prompts, images)
         except ScoringError as error:
             if error.outage or isinstance(error.__cause__, (OverloadedError, UnreachableError)):
                 self.outage = True
             raise
 
     def answers(self, prompt: str) -> bool:
-        """Whether it scores a picture that is nobody's fault."""
+        """Whether it scores an image that is nobody's fault."""
         try:
             self._scorer.score([prompt], np.full((1, 64, 64, 3), 128, np.uint8))
         except ScoringError:

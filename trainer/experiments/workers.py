@@ -1,4 +1,4 @@
-"""Processes that this one starts and that do not outlive it: a judge of its own, folds side by side.
+"""Processes that this one starts and that do not outlive it: a reward service of its own, folds side by side.
 
 A scoring service of its own as a child process, for as long as a run takes.
 """

@@ -56,9 +56,10 @@ _GO_ON = f'test -e {RUNS}/"$0"/config.yaml && exec reward-trainer "$@" --resume;
 class Limits:
     """What a job may take; None: as much as there is.
 
-    :param gpus: `all`, how many, or `device=0,1`
-    :param cpus: cores
-    :param memory: such as 8g
+    Args:
+        gpus: `all`, how many, or `device=0,1`
+        cpus: cores
+        memory: such as 8g
     """
 
     gpus: str | None = None
@@ -82,12 +83,13 @@ class Limits:
 class Submission:
     """A job to be.
 
-    :param runs: folder on this machine, below which the job has its own
-    :param mounts: further ones, as the engine wants them
-    :param scorer: its container's name; None for the only one
-    :param url: of a scorer elsewhere, in place of a container; `network` is then the job's
-    :param key_file: the key for it
-    :param go_on: with the run or the experiment that its folder holds
+    Args:
+        runs: folder on this machine, below which the job has its own
+        mounts: further ones, as the engine wants them
+        scorer: its container's name; None for the only one
+        url: of a scorer elsewhere, in place of a container; `network` is then the job's
+        key_file: the key for it
+        go_on: with the run or the experiment that its folder holds
     """
 
     name: str

@@ -19,7 +19,7 @@ PATIENCE_S = 600
 
 # Hidden ones are started by others; the rest have nothing to do with a shared scorer.
 _NOT_HERE = {
-    "demo": "it starts a judge of its own; submit `train`, which asks the shared one",
+    "demo": "it starts a reward service of its own; submit `train`, which asks the shared one",
     "jobs": "a job cannot submit jobs",
 }
 
@@ -28,8 +28,9 @@ _NOT_HERE = {
 class Asking:
     """Whom a job asks for scores.
 
-    :param url: as the job's container reaches the scorer
-    :param with_key: whether it has a key
+    Args:
+        url: as the job's container reaches the scorer
+        with_key: whether it has a key
     """
 
     url: str
@@ -40,12 +41,13 @@ class Asking:
 class Command:
     """A trainer's command line, checked.
 
-    :param words: as they were given
-    :param config: a configuration on this machine, if one was named
-    :param asks: whether it asks a scorer, and so takes settings
-    :param has_folder: whether it writes a run or an experiment
-    :param resumable: whether the same line goes on with `--resume`
-    :param resumes: whether it says so already
+    Args:
+        words: as they were given
+        config: a configuration on this machine, if one was named
+        asks: whether it asks a scorer, and so takes settings
+        has_folder: whether it writes a run or an experiment
+        resumable: whether the same line goes on with `--resume`
+        resumes: whether it says so already
     """
 
     words: tuple[str, ...]
@@ -91,8 +93,8 @@ class Command:
 def check_command(root: Any, words: Sequence[str]) -> Command:
     """Check a command line as the program itself would.
 
-    :param root: the program's own command
-    Raises ConfigError or a usage error.
+    Args:
+        root: the program's own command Raises ConfigError or a usage error.
     """
     if not words:
         raise ConfigError(

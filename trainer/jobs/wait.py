@@ -19,7 +19,8 @@ _REVIVALS = 3
 def wait(client: "DockerClient", names: Sequence[str], say: Callable[[str], None]) -> list[Job]:
     """Wait until jobs have ended; meanwhile start their scorers again where these are ended by force.
 
-    :param say: told in a line what happens
+    Args:
+        say: told in a line what happens
     """
     names = [job.name for job in jobs(client, names)]
     told: set[str] = set()
@@ -49,7 +50,7 @@ def mend(client: "DockerClient", say: Callable[[str], None]) -> None:
 def keep_scorer(
     client: "DockerClient", name: str, say: Callable[[str], None], still: Callable[[], bool]
 ) -> None:
-    """Do for one job what :func:`wait` does meanwhile, until the job ends or `still` says no."""
+    """Do for one job what `wait` does meanwhile, until the job ends or `still` says no."""
     revivals: dict[str, int] = {}
     with suppress(ContainerError):
         while still() and not jobs(client, [name])[0].over:

@@ -1,6 +1,6 @@
 """`reward-trainer plan`: memory, arithmetic and traffic of one iteration, before anything is loaded.
 
-The networks are built on the meta device and run once, with one picture, through the very functions that
+The networks are built on the meta device and run once, with one image, through the very functions that
 training uses; what operators would allocate and compute is counted and multiplied. Not counted: the workspace
 of kernels, what the allocator leaves between blocks, and the CUDA context (about half a GB together).
 """
@@ -25,7 +25,7 @@ from trainer.rl.sampler import TEXT_CACHE
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one picture in one pass (or transition, in the update)."""
+    """Of one image in one pass (or transition, in the update)."""
 
     flops: int
     peak_bytes: int  # of activations
@@ -79,7 +79,7 @@ def make_plan(config: TrainerConfig, evaluators: int, processes: int = 1) -> Pla
         },
         flops=_flops(costs, config, counts),
         traffic_bytes={
-            "pictures to the scorer": counts["pictures"] * _picture_bytes(blueprint, config),
+            "images to the scorer": counts["pictures"] * _image_bytes(blueprint, config),
             "networks to the CPU and back": 2 * offloaded,
         },
         device=config.device,
@@ -97,18 +97,18 @@ def _counts(config: TrainerConfig, evaluators: int, processes: int) -> dict[str,
     """Of the process with the most to do."""
     rollout, update = config.rollout, config.update
     prompts = math.ceil(rollout.prompts_per_iteration / processes)
-    pictures = prompts * rollout.images_per_prompt
+    images = prompts * rollout.images_per_prompt
     first, last = update.train_steps or trainable_steps(config.sampling.decoder_steps)
     steps = min(update.steps_per_image, last - first + 1)
     everywhere = rollout.prompts_per_iteration * rollout.images_per_prompt * steps
     return {
         "prompts": prompts,
-        "pictures": pictures,
-        "image embeddings": pictures if rollout.share.prior == "image" else prompts,
-        "transitions": pictures * steps,
+        "pictures": images,
+        "image embeddings": images if rollout.share.prior == "image" else prompts,
+        "transitions": images * steps,
         "optimizer steps": math.ceil(everywhere / (update.micro_batch * update.accumulate)),
-        "requests to the scorer": math.ceil(pictures / config.sampling.micro_batch),
-        "scores": pictures * evaluators,
+        "requests to the scorer": math.ceil(images / config.sampling.micro_batch),
+        "scores": images * evaluators,
     }
 
 
@@ -139,8 +139,8 @@ def _activations(costs: dict[str, Cost], config: TrainerConfig, counts: dict[str
 
 
 def _flops(costs: dict[str, Cost], config: TrainerConfig, counts: dict[str, int]) -> dict[str, int]:
-    sampling, pictures = config.sampling, counts["pictures"]
-    per_step = pictures * costs["super-resolution"].flops
+    sampling, images = config.sampling, counts["pictures"]
+    per_step = images * costs["super-resolution"].flops
     recomputed = config.update.recompute_old
     if recomputed is None:
         recomputed = config.policy_precision != "float32"
@@ -150,7 +150,7 @@ def _flops(costs: dict[str, Cost], config: TrainerConfig, counts: dict[str, int]
     return {
         "text": counts["prompts"] * costs["text"].flops,
         "prior": counts["image embeddings"] * sampling.prior_steps * costs["prior"].flops,
-        "decoder": pictures * sampling.decoder_steps * costs["decoder"].flops,
+        "decoder": images * sampling.decoder_steps * costs["decoder"].flops,
         "super-resolution": finished * sampling.super_res_steps * per_step,
         "update": counts["transitions"] * costs["update"].flops,
         "old and base replays": int(counts["transitions"] * replays * costs["replay"].flops),
@@ -161,7 +161,7 @@ def _numbers(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _picture_bytes(blueprint: Blueprint, config: TrainerConfig) -> int:
+def _image_bytes(blueprint: Blueprint, config: TrainerConfig) -> int:
     """As raw uint8, which is how the client sends them."""
     small = config.rollout.reward_stage == "decoder"
     network = blueprint.decoder if small else blueprint.super_res_first
@@ -172,7 +172,7 @@ def _picture_bytes(blueprint: Blueprint, config: TrainerConfig) -> int:
 
 
 def _costs(blueprint: Blueprint, config: TrainerConfig) -> dict[str, Cost]:
-    """One picture through one step of each stage, one transition through the update."""
+    """One image through one step of each stage, one transition through the update."""
     if config.update.gradient_checkpointing:
         keep_few_activations(blueprint.decoder)
     with metered() as meter:
@@ -221,7 +221,7 @@ def _super_resolution(blueprint: Blueprint) -> None:
 
 
 def _condition(blueprint: Blueprint, config: TrainerConfig) -> Condition:
-    """Of one picture."""
+    """Of one image."""
     projection = blueprint.text_proj
     dtype, tokens = projection.dtype, blueprint.tokens + projection.clip_extra_context_tokens
     width, time = projection.config.cross_attention_dim, projection.config.time_embed_dim

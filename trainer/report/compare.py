@@ -1,6 +1,6 @@
 """`reward-trainer report --compare`: runs side by side, as far as they can be compared.
 
-Gains of two runs say something about each other only where the same judge scored the same prompts, drawn in
+Gains of two runs say something about each other only where the same service scored the same prompts, drawn in
 the same way from the same base. Runs that differ in any of these are shown apart, with a notice.
 """
 
@@ -34,8 +34,8 @@ from trainer.report.run_data import (
 )
 
 COMPARE_FILE = "compare.html"
-EACH = 2  # prompts of a kind whose pictures are shown
-DRAWING = ("stage", "seed", "images_per_prompt")  # of the evaluation: what decides on the pictures
+EACH = 2  # prompts of a kind whose images are shown
+DRAWING = ("stage", "seed", "images_per_prompt")  # of the evaluation: what decides on the images
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Entry:
 
 
 class Shown(NamedTuple):
-    """A prompt's pictures by the base and by each run."""
+    """A prompt's images by the base and by each run."""
 
     prompt: str
     rows: tuple[tuple[str, tuple[Shot, ...]], ...]
@@ -71,7 +71,7 @@ class Comparable:
     charts: list[Chart] = field(default_factory=list)
     against: str = ""
     differences: list[Row] = field(default_factory=list)
-    pictures: list[tuple[str, list[Shown]]] = field(default_factory=list)
+    images: list[tuple[str, list[Shown]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -141,11 +141,11 @@ def _basis(outer: Remains, remains: Remains) -> dict[str, Any]:
     sampling = {key: it for key, it in mapping(config.get("sampling")).items() if key != "micro_batch"}
     drawing = {key: evaluation.get(key) for key in DRAWING}
     return {
-        "the judge": remains.identity or outer.identity or unknown,
+        "the service": remains.identity or outer.identity or unknown,
         "the prompts": list(texts(remains.prompts.get("validation"))) or unknown,
         "the weights of the composite": remains.weights or unknown,
         "the base model": model or unknown,
-        "how pictures are drawn": sampling | drawing if config else unknown,
+        "how images are drawn": sampling | drawing if config else unknown,
     }
 
 
@@ -188,7 +188,7 @@ def _headline(parts: Sequence[Comparable]) -> str:
         return "These runs cannot all be compared: they are shown apart, and the notice says why."
     clear = [it for it in parts[0].differences if it.verdict != "unclear"]
     if not parts[0].differences:
-        return "The same judge, prompts and random streams: these runs can be compared."
+        return "The same service, prompts and random streams: these runs can be compared."
     if not clear:
         return f"No clear difference from {parts[0].against}: every interval includes 0."
     best = max(clear, key=lambda it: it.difference or 0.0)
@@ -215,7 +215,7 @@ def _part(number: int, entries: list[Entry]) -> Comparable:
     part.evaluators = list(dict.fromkeys(name for it in entries for name in it.rows if name != COMPOSITE))
     attempt(part.notes, "charts", _add_charts, part, number)
     attempt(part.notes, "differences between the runs", _add_differences, part, number)
-    attempt(part.notes, "pictures", _add_pictures, part)
+    attempt(part.notes, "pictures", _add_images, part)
     return part
 
 
@@ -243,7 +243,7 @@ def _measured(part: Comparable) -> list[Entry]:
 
 
 def _add_differences(part: Comparable, number: int) -> None:
-    """Every run against the first, picture by picture: tighter than two gains beside each other."""
+    """Every run against the first, image by image: tighter than two gains beside each other."""
     found = _measured(part)
     if len(found) < 2:
         return
@@ -266,18 +266,18 @@ def _add_differences(part: Comparable, number: int) -> None:
     bars = [as_bar(it, it.name, summary=False) for it in part.differences]
     alt = f"Against {first.label}: " + "; ".join(f"{it.label} {signed(it.value)}" for it in bars) + "."
     svg = charts.forest(f"compare-{number}-pairs", alt, bars, f"composite, less that of {first.label} (σ)")
-    part.charts.insert(0, Chart(f"Against {first.label}, picture by picture", svg))
+    part.charts.insert(0, Chart(f"Against {first.label}, image by image", svg))
 
 
-def _add_pictures(part: Comparable) -> None:
+def _add_images(part: Comparable) -> None:
     found = _measured(part)
     if len(found) < 2:
-        part.notes.append("Pictures are not shown side by side: fewer than two of these runs have ended.")
+        part.notes.append("Images are not shown side by side: fewer than two of these runs have ended.")
         return
     first, last = found[0], found[-1]
-    if any(not np.array_equal(first.base.pictures, it.base.pictures) for it in found[1:]):  # type: ignore[union-attr]
+    if any(not np.array_equal(first.base.images, it.base.images) for it in found[1:]):  # type: ignore[union-attr]
         part.notes.append(
-            "The base's own pictures are not the same to the bit in these runs (another machine or other "
+            "The base's own images are not the same to the bit in these runs (another machine or other "
             "versions); those of the first are shown."
         )
     names, weights = first.remains.evaluators, first.remains.weights
@@ -290,4 +290,4 @@ def _add_pictures(part: Comparable) -> None:
             tuned = ((it.label, shots(it.tuned, totals[it.label][1], place)) for it in found)  # type: ignore[arg-type]
             chosen.append(Shown(first.base.prompts[place], (base, *tuned)))  # type: ignore[union-attr]
         heading = f"{title} for {last.label} against {first.label}" if title != "Not selected" else title
-        part.pictures.append((heading, chosen))
+        part.images.append((heading, chosen))

@@ -1,6 +1,6 @@
 """Templates to pages: text is escaped wherever it comes from, and a page fetches nothing.
 
-Pictures for a report: which prompts are shown, and their pictures as data URIs.
+Images for a report: which prompts are shown, and their images as data URIs.
 
 All that the report of a run or an experiment says.
 """
@@ -21,12 +21,12 @@ from trainer.evaluation.comparison import Measurement
 from trainer.report.provenance import Provenance
 from trainer.report.run_data import Row, counted, plain, shown, signed
 from trainer.report.trials import Search, value_text
-from trainer.rl.rewards import Floats, Pictures, composite, weight_vector
+from trainer.rl.rewards import Floats, Images, composite, weight_vector
 from trainer.runtime.files import write_atomically, write_synced
 
 EACH = 4  # prompts of a kind
-SHOWN = 4  # pictures of a prompt and policy
-LOSSLESS_PX, LARGEST_PX, QUALITY = 96, 256, 88  # longest side up to which a picture is kept as it is; at most
+SHOWN = 4  # images of a prompt and policy
+LOSSLESS_PX, LARGEST_PX, QUALITY = 96, 256, 88  # longest side up to which an image is kept as it is; at most
 
 KINDS = (
     ("Best", "the largest gains of the composite"),
@@ -36,7 +36,7 @@ KINDS = (
 
 
 class Score(NamedTuple):
-    """One evaluator's mean raw score of a prompt's pictures, before and after."""
+    """One evaluator's mean raw score of a prompt's images, before and after."""
 
     name: str
     before: float
@@ -44,7 +44,7 @@ class Score(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """One picture."""
+    """One image."""
 
     uri: str
     composite: float
@@ -52,7 +52,7 @@ class Shot(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A prompt's pictures by base and tuned policy from the same random streams."""
+    """A prompt's images by base and tuned policy from the same random streams."""
 
     number: int  # the prompt's place among the validation prompts, from 1
     prompt: str
@@ -89,7 +89,7 @@ def choose(change: Floats, each: int = EACH) -> list[tuple[str, str, list[int]]]
 def cases(
     base: Measurement, tuned: Measurement, evaluators: Sequence[str], weights: dict[str, float]
 ) -> list[Cases]:
-    """Chosen prompts with their pictures. Raises ValueError where the arrays do not fit each other."""
+    """Chosen prompts with their images. Raises ValueError where the arrays do not fit each other."""
     totals = judged(base, tuned, evaluators, weights)
     sound = np.flatnonzero(np.isfinite(totals[1] - totals[0]).all(axis=1))
     change = (totals[1] - totals[0]).mean(axis=1)[sound]
@@ -105,8 +105,8 @@ def judged(
     base: Measurement, tuned: Measurement, evaluators: Sequence[str], weights: dict[str, float]
 ) -> tuple[Floats, Floats]:
     """Composites (P, G) of both. Raises ValueError where the arrays do not fit each other."""
-    if base.z.shape != tuned.z.shape or base.pictures.shape != tuned.pictures.shape:
-        raise ValueError("base and tuned policy were measured on different numbers of pictures")
+    if base.z.shape != tuned.z.shape or base.images.shape != tuned.images.shape:
+        raise ValueError("base and tuned policy were measured on different numbers of images")
     if base.z.shape[2] != len(evaluators) or not weight_vector(evaluators, weights).sum() > 0:
         raise ValueError("which evaluators the scores are of is not known")
     return composite(base.z, evaluators, weights), composite(tuned.z, evaluators, weights)
@@ -127,18 +127,18 @@ def _case(
 
 
 def shots(measured: Measurement, totals: Floats, place: int) -> tuple[Shot, ...]:
-    """The first pictures of the prompt at that place, with their composites of all (P, G)."""
-    pairs = zip(measured.pictures[place][:SHOWN], totals[place], strict=False)
-    return tuple(_shot(picture, float(total)) for picture, total in pairs)
+    """The first images of the prompt at that place, with their composites of all (P, G)."""
+    pairs = zip(measured.images[place][:SHOWN], totals[place], strict=False)
+    return tuple(_shot(image, float(total)) for image, total in pairs)
 
 
-def _shot(picture: Pictures, total: float) -> Shot:
-    return Shot(data_uri(picture), total, max(picture.shape[:2]) <= LOSSLESS_PX)
+def _shot(image: Images, total: float) -> Shot:
+    return Shot(data_uri(image), total, max(image.shape[:2]) <= LOSSLESS_PX)
 
 
-def data_uri(picture: Pictures) -> str:
-    """A picture (H, W, 3) as WebP: small ones without loss, others at most LARGEST_PX long and compressed."""
-    return image_uri(Image.fromarray(picture), LARGEST_PX)
+def data_uri(image: Images) -> str:
+    """An image (H, W, 3) as WebP: small ones without loss, others at most LARGEST_PX long and compressed."""
+    return image_uri(Image.fromarray(image), LARGEST_PX)
 
 
 def image_uri(image: Image.Image, largest_px: int) -> str:

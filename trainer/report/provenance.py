@@ -30,7 +30,7 @@ class Difference(NamedTuple):
     reference: str
 
 
-class Judge(NamedTuple):
+class EvaluatorUsed(NamedTuple):
     """An evaluator's identity and its weight in the composite."""
 
     name: str
@@ -46,7 +46,7 @@ class Provenance:
     yaml: str
     reference: str  # what the differences are from
     differences: list[Difference]
-    judges: list[Judge]
+    evaluators: list[EvaluatorUsed]
     versions: dict[str, str]
     prompts: list[str]
     facts: list[tuple[str, str]]
@@ -59,20 +59,20 @@ def provenance(remains: Remains, final: Remains) -> Provenance:
         yaml=remains.yaml if remains.config else "",
         reference=reference,
         differences=differences,
-        judges=_judges(remains),
+        evaluators=_evaluators(remains),
         versions=final.versions or next((it.versions for it in remains.folds.values() if it.versions), {}),
         prompts=_prompts(remains),
         facts=_facts(remains, final),
     )
 
 
-def _judges(remains: Remains) -> list[Judge]:
+def _evaluators(remains: Remains) -> list[EvaluatorUsed]:
     weights, guard = remains.weights, mapping(remains.config.get("guard")).get("evaluator")
     found = []
     for name, identity in sorted(remains.identity.items()):
         fingerprint, _, calibration = identity.partition("/")
         weight = "guard" if name == guard else f"{weights[name]:g}" if weights.get(name) else "none"
-        found.append(Judge(name, fingerprint, calibration, weight))
+        found.append(EvaluatorUsed(name, fingerprint, calibration, weight))
     return found
 
 

@@ -159,7 +159,7 @@ def add_results(report: Report, remains: Remains, _: Remains) -> None:
 def _of_prompts(found: Json, what: str) -> str:
     prompts, images = whole(found.get("prompts")), whole(found.get("images_per_prompt"))
     said = f"{what} prompts" if prompts is None else counted(prompts, f"{what} prompt")
-    return said if images is None else f"{said} × {images} pictures"
+    return said if images is None else f"{said} × {images} images"
 
 
 def as_bar(gain: Row, label: str = "", *, summary: bool | None = None) -> Bar:
@@ -247,7 +247,7 @@ def guard_word(guard: Json) -> str:
 
 
 def add_guard(report: Report, remains: Remains, final: Remains) -> None:
-    """What the guards say, and how the pictures have drifted."""
+    """What the guards say, and how the images have drifted."""
     if report.kind == "experiment":
         crossval = mapping(remains.json("crossval.json"))
         found = [(f"fold {it.get('fold')}", it) for it in map(mapping, items(crossval.get("folds")))]
@@ -316,7 +316,7 @@ def collect(path: Path) -> Report:
         ("results", add_results),
         ("guard", add_guard),
         ("curves", add_curves),
-        ("pictures", _add_pictures),
+        ("pictures", _add_images),
         ("events", _add_events),
         ("summary", _add_summary),
     ]
@@ -327,10 +327,10 @@ def collect(path: Path) -> Report:
     return report
 
 
-# ------------------------------------------------------------------------------- pictures and events
+# ------------------------------------------------------------------------------- images and events
 
 
-def _add_pictures(report: Report, _: Remains, final: Remains) -> None:
+def _add_images(report: Report, _: Remains, final: Remains) -> None:
     base, tuned = final.measurement("base.npz"), final.measurement("tuned.npz")
     if base is not None and tuned is not None:
         report.cases = cases(base, tuned, final.evaluators, final.weights)
@@ -363,12 +363,12 @@ def _add_events(report: Report, _: Remains, final: Remains) -> None:
         ("dropped_groups", "were dropped because their scores did not come back, even when asked for again"),
         (
             "zero_variance_groups",
-            "had no difference between their pictures: there was nothing to learn",
+            "had no difference between their images: there was nothing to learn",
         ),
     ):
         total = int(sum(number(it.get(key)) or 0 for it in metrics))
         if total:
-            said.append(f"{counted(total, 'group')} of pictures {what}.")
+            said.append(f"{counted(total, 'group')} of images {what}.")
     ratios = [value for it in metrics if (value := number(it.get("first_ratio"))) is not None]
     if ratios and (worst := float(np.max(np.abs(np.array(ratios) - 1)))) > 1e-3:
         said.append(
@@ -414,7 +414,7 @@ def _add_summary(report: Report, remains: Remains, final: Remains) -> None:
         report.tone = "warning"
         where = f" in {', '.join(tripped)}" if tripped[0] else ""
         report.headline = (
-            f"The guard tripped{where}: rewards were gamed, pictures not improved. {report.headline}"
+            f"The guard tripped{where}: rewards were gamed, images not improved. {report.headline}"
         )
     if report.search and report.search.curse:
         report.sentences.append(f"Search: {report.search.curse}")

@@ -137,7 +137,7 @@ class Remains:
         return [by_iteration[key] for key in sorted(by_iteration)]
 
     def measurement(self, name: str) -> Measurement | None:
-        """Pictures and scores of the validation prompts; None where there are none."""
+        """Images and scores of the validation prompts; None where there are none."""
         if not (self.path / name).exists():
             return None
         try:

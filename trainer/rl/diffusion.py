@@ -136,7 +136,7 @@ def trainable_steps(steps: int) -> tuple[int, int]:
     """First and last denoising step (inclusive) worth training in a chain of `steps` >= 4.
 
     Step 0 is clamped almost everywhere and explosive where it is not; the last is deterministic. The one
-    before leads to the picture itself: its lower variance is next to none, sigma spans an order of magnitude,
+    before leads to the image itself: its lower variance is next to none, sigma spans an order of magnitude,
     and alone it would outweigh all others. 25 steps give 1-20, shorter chains the same share.
     """
     if steps < 4:

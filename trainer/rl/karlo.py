@@ -2,7 +2,7 @@
 
 diffusers' `UnCLIPPipeline.from_pretrained` cannot read Karlo's own `model_index.json`, so each component is
 loaded from its subfolder. The functions below repeat `UnCLIPPipeline.__call__` stage by stage, with explicit
-generators: one list per stage, one generator per picture.
+generators: one list per stage, one generator per image.
 
 Gradient checkpointing of the decoder: keep what enters its blocks, compute what is inside once more.
 
@@ -154,7 +154,7 @@ class Text(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the decoder is told about N pictures: (context, additive time embedding, mask) for both branches.
+    """What the decoder is told about N images: (context, additive time embedding, mask) for both branches.
 
     The unconditional fields have 0 rows when guidance is off.
     """
@@ -292,7 +292,7 @@ def decoder_condition(
 
 @torch.no_grad()
 def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, steps: int) -> Tensor:
-    """Final pictures (N, 3, H, W) in [-1, 1] from decoder pictures (N, 3, h, w) in [-1, 1]; steps >= 2.
+    """Final images (N, 3, H, W) in [-1, 1] from decoder images (N, 3, h, w) in [-1, 1]; steps >= 2.
 
     Both are float32, and so is the scheduler's arithmetic, whatever the networks' precision.
     """
@@ -316,7 +316,7 @@ def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, st
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded as the pipeline rounds."""
+    """Images (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded as the pipeline rounds."""
     unit = (images.float() * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 

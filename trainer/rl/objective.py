@@ -14,7 +14,7 @@ reward before they are added; PPO (arXiv 1707.06347) eq. 7 for ratio clipping; T
 direction of the trust region's KL. Departures:
 
 - The deviation that rewards are divided by is pooled over groups and averaged over iterations: a group of 8
-  knows its own poorly, and dividing by it makes groups of near-equal pictures as loud as any.
+  knows its own poorly, and dividing by it makes groups of near-equal images as loud as any.
 - Whitening divides by the root mean square over the batch and subtracts nothing: each group has mean 0.
 - The trust region is by default a mask on the exact Gaussian KL rather than a clip of the ratio.
 """

@@ -25,20 +25,20 @@ GuidanceGradient = Literal["both", "conditional"]
 
 
 class Trajectory(NamedTuple):
-    """The denoising of N pictures in S steps, in float32: half precision would move the log-probability."""
+    """The denoising of N images in S steps, in float32: half precision would move the log-probability."""
 
-    latents: Tensor  # (N, S + 1, C, H, W), from noise to picture
+    latents: Tensor  # (N, S + 1, C, H, W), from noise to image
     means: Tensor  # (N, S, C, H, W), of the policy that sampled
     sigmas: Tensor  # (N, S, C, H, W), 0 in the last step
     clamp_fraction: Tensor  # (N, S)
 
     def select(self, rows: Tensor) -> "Trajectory":
-        """These pictures (int64 index)."""
+        """These images (int64 index)."""
         return Trajectory(*(field[rows] for field in self))
 
 
 def join_trajectories(trajectories: list[Trajectory]) -> Trajectory:
-    """The pictures of all trajectories, one after the other."""
+    """The images of all trajectories, one after the other."""
     return Trajectory(*(torch.cat(field) for field in zip(*trajectories, strict=True)))
 
 
@@ -67,10 +67,10 @@ class DecoderPolicy:
     def sample(
         self, condition: Condition, generators: Generators, start: Generators | None = None
     ) -> Trajectory:
-        """Denoise N pictures, each from its own generator: initial noise first, then one draw a step.
+        """Denoise N images, each from its own generator: initial noise first, then one draw a step.
 
         `start` generators, where given, take over what is never trained at the beginning: the initial noise
-        and that of step 0. Several pictures may have equal ones.
+        and that of step 0. Several images may have equal ones.
         """
         count = len(condition.context)
         size = self.decoder.config.sample_size

@@ -17,7 +17,7 @@ What an iteration has to say about itself, in the field's words.
 | lora_norm            | Frobenius norm of the change of the decoder's weights                               |
 
 The first sampling policy is the base, so that in either variance mode the change of `entropy` over a run is
-the drift of log sigma against the base. Every number is the mean over transitions (pictures, updates),
+the drift of log sigma against the base. Every number is the mean over transitions (images, updates),
 whatever the micro-batches were.
 """
 

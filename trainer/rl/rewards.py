@@ -1,4 +1,4 @@
-"""Scores as the learner sees them: arrays from a `Scorer`, which is the service or a test's fake."""
+"""Scores as the trainer sees them: arrays from a `Scorer`, which is the service or a test's fake."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +19,13 @@ from reward_service.protocol import ScoreResponse
 from trainer.config import ConfigError, ServiceConfig
 
 Floats = NDArray[np.float64]
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
 class ScoringError(Exception):
     """The service gave no scores. `retryable` tells whether asking again can help.
 
-    `outage` tells that asking for other pictures is no use either: nobody answers, or another judge does.
+    `outage` tells that asking for other images is no use either: nobody answers, or another service does.
     """
 
     def __init__(self, message: str, *, retryable: bool, outage: bool = False) -> None:
@@ -35,14 +35,14 @@ class ScoringError(Exception):
 
 
 class Scores(NamedTuple):
-    """Scores of N pictures by K evaluators, in the scorer's order of evaluators; all finite."""
+    """Scores of N images by K evaluators, in the scorer's order of evaluators; all finite."""
 
     raw: Floats  # (N, K) the evaluators' own numbers
     z: Floats  # (N, K) in calibrated deviations
 
 
 class Scorer(Protocol):
-    """Whoever judges pictures."""
+    """Whoever judges images."""
 
     @property
     def evaluators(self) -> tuple[str, ...]:
@@ -52,8 +52,8 @@ class Scorer(Protocol):
     def identity(self) -> Mapping[str, str]:
         """Evaluator to fingerprint and calibration: what scores must share to be comparable."""
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-        """Scores of N prompts with pictures (N, H, W, 3). Raises ScoringError; never returns a stand-in."""
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
+        """Scores of N prompts with images (N, H, W, 3). Raises ScoringError; never returns a stand-in."""
 
 
 class ServiceScorer:
@@ -84,11 +84,11 @@ class ServiceScorer:
             client.close()
             raise
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         """See `Scorer.score`. The client has already asked again where its own retry budget allowed it."""
         try:
             response = self._client.score(
-                prompts, list(pictures), normalization="z", deterministic=self._deterministic
+                prompts, list(images), normalization="z", deterministic=self._deterministic
             )
         except RewardClientError as error:
             raise ScoringError(str(error), retryable=_passing(error), outage=_outage(error)) from error

@@ -1,6 +1,6 @@
 """Collect one iteration: micro-batches are drawn and scored, overlapped. Failures never become rewards.
 
-Pictures are drawn and scored at the same time: while some are being scored, the next are drawn.
+Images are drawn and scored at the same time: while some are being scored, the next are drawn.
 """
 
 import threading
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.config import PictureStage, RolloutConfig, Sharing
+from trainer.config import ImageStage, RolloutConfig, Sharing
 from trainer.rl.diffusion import entropy
 from trainer.rl.karlo import Condition, join_conditions
 from trainer.rl.policy import Trajectory, join_trajectories
-from trainer.rl.rewards import Pictures, Scorer, Scores, ScoringError, finite
-from trainer.rl.sampler import Drawing, Studio
+from trainer.rl.rewards import Images, Scorer, Scores, ScoringError, finite
+from trainer.rl.sampler import ImageSampler, SampledImages
 from trainer.runtime.distributed import ALONE, Processes
 from trainer.runtime.errors import RolloutError
-from trainer.runtime.rng import PictureKey
+from trainer.runtime.rng import ImageKey
 
 T = TypeVar("T")
 Outcome = Scores | ScoringError
@@ -64,22 +64,22 @@ class Judged(NamedTuple, Generic[T]):
     times: Times
 
 
-def draw_and_score(
-    studio: Studio,
+def sample_and_score(
+    sampler: ImageSampler,
     scorer: Scorer,
-    batches: Iterable[Sequence[PictureKey]],
+    batches: Iterable[Sequence[ImageKey]],
     sharing: Sharing,
-    stage: PictureStage,
+    stage: ImageStage,
     patience: Patience,
     *,
     enough: Callable[["Judging"], bool],
-    keep: Callable[[Drawing], T],
+    keep: Callable[[SampledImages], T],
     on_drawn: Callable[[int], object] = int,
 ) -> Judged[T]:
     """Draw the micro-batches one after the other, each scored while later ones are drawn.
 
     `enough`, asked before each, ends it early; of each drawing what `keep` returns is kept; `on_drawn` hears
-    how many pictures were drawn. Left early, by an exception or a signal, it waits for nothing.
+    how many images were drawn. Left early, by an exception or a signal, it waits for nothing.
     """
     drawn: list[T] = []
     draw_s = 0.0
@@ -88,11 +88,11 @@ def draw_and_score(
             if enough(judging):
                 break
             start = time.perf_counter()
-            drawing = studio.draw(batch, sharing, stage)
+            drawing = sampler.draw(batch, sharing, stage)
             draw_s += time.perf_counter() - start
             drawn.append(keep(drawing))
             on_drawn(len(batch))
-            judging.ask([key.prompt for key in batch], drawing.pictures)
+            judging.ask([key.prompt for key in batch], drawing.images)
         outcomes = judging.finish()
     return Judged(drawn, outcomes, Times(draw_s, judging.score_s, judging.exposed_wait_s))
 
@@ -105,8 +105,8 @@ class Judging:
     """
 
     def __init__(self, scorer: Scorer, patience: Patience) -> None:
-        self.outage = False  # nobody answers: asking for other pictures is no use now
-        self.failed = False  # some pictures have no scores
+        self.outage = False  # nobody answers: asking for other images is no use now
+        self.failed = False  # some images have no scores
         self.score_s = 0.0
         self.exposed_wait_s = 0.0
         self._scorer = scorer
@@ -124,14 +124,14 @@ class Judging:
     def __exit__(self, *_: object) -> None:
         self._left.set()
 
-    def ask(self, prompts: Sequence[str], pictures: Pictures) -> None:
-        """Have N pictures (N, H, W, 3) scored; waits first where `in_flight` requests are under way."""
+    def ask(self, prompts: Sequence[str], images: Images) -> None:
+        """Have N images (N, H, W, 3) scored; waits first where `in_flight` requests are under way."""
         while len(self._waiting) >= self._patience.in_flight:
             self._take()
         future: Future[Outcome] = Future()
         self._waiting.append(future)
         self._begun()
-        _in_background(future, lambda: self._answer(prompts, pictures), self._ended)
+        _in_background(future, lambda: self._answer(prompts, images), self._ended)
 
     def finish(self) -> list[Outcome]:
         """Wait for what is under way; the outcomes of all requests, in order. Other exceptions pass."""
@@ -144,12 +144,12 @@ class Judging:
         self._outcomes.append(self._waiting.popleft().result())
         self.exposed_wait_s += time.perf_counter() - start
 
-    def _answer(self, prompts: Sequence[str], pictures: Pictures) -> Outcome:
+    def _answer(self, prompts: Sequence[str], images: Images) -> Outcome:
         """Scores, asked for up to `score_attempts` times; the last error where none came."""
         attempts = self._patience.score_attempts
         for attempt in range(1, attempts + 1):
             try:
-                return finite(self._scorer.score(prompts, pictures))
+                return finite(self._scorer.score(prompts, images))
             except ScoringError as error:
                 pause_s = BACKOFF_S * 2 ** (attempt - 1)
                 if attempt == attempts or not error.retryable or self._left.wait(pause_s):
@@ -192,11 +192,11 @@ GRACE_GROUPS = 40  # a run may lose its share of so many at once: one lost group
 
 
 class Rollout(NamedTuple):
-    """The pictures of one iteration that were scored, N of them, whole groups only."""
+    """The images of one iteration that were scored, N of them, whole groups only."""
 
-    keys: tuple[PictureKey, ...]
+    keys: tuple[ImageKey, ...]
     group: NDArray[np.int64]  # (N,) which prompt of the iteration
-    pictures: Pictures  # (N, H, W, 3)
+    images: Images  # (N, H, W, 3)
     scores: Scores  # (N, K) each
     trajectory: Trajectory
     condition: Condition
@@ -205,19 +205,19 @@ class Rollout(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """What all processes collected in one iteration, N pictures in the order of a single process's."""
+    """What all processes collected in one iteration, N images in the order of a single process's."""
 
     scores: Scores  # (N, K) each
     group: NDArray[np.int64]  # (N,)
     clamp_fraction: NDArray[np.float64]  # (N, S) share of x0 that saturates
     entropy: NDArray[np.float64]  # (N, S - 1) of the steps that have noise, nats per dimension
-    first: int  # where this process's own pictures begin
+    first: int  # where this process's own images begin
     dropped_groups: int
     times: Times  # of the slowest process, each
 
 
 def pool_rollouts(rollout: Rollout, processes: Processes) -> Pool:
-    """What is to be known of the other processes' rollouts: not their pictures and latents."""
+    """What is to be known of the other processes' rollouts: not their images and latents."""
     raw, z = (processes.gather_rows(field) for field in rollout.scores)
     groups = processes.gather_rows(rollout.group)
     # Every process numbers its own groups from 0.
@@ -268,31 +268,31 @@ class DropCount:
 
 def group_keys(
     prompts: Sequence[str], images_per_prompt: int, *, seed: int, fold: int, iteration: int
-) -> tuple[PictureKey, ...]:
+) -> tuple[ImageKey, ...]:
     """Keys of one iteration, the images of a prompt side by side."""
     return tuple(
-        PictureKey(seed, fold, iteration, prompt, image)
+        ImageKey(seed, fold, iteration, prompt, image)
         for prompt in prompts
         for image in range(images_per_prompt)
     )
 
 
 def collect(
-    studio: Studio,
+    sampler: ImageSampler,
     scorer: Scorer,
-    keys: Sequence[PictureKey],
+    keys: Sequence[ImageKey],
     config: RolloutConfig,
     micro_batch: int,
     drops: DropCount,
     on_drawn: Callable[[int], object] = int,
 ) -> Rollout:
-    """Draw and score the pictures of `keys`, `images_per_prompt` a group; `on_drawn` hears how many.
+    """Draw and score the images of `keys`, `images_per_prompt` a group; `on_drawn` hears how many.
 
     Where the service is gone for longer than the client asks again, the rest of the iteration counts as lost.
     """
     bounds = micro_batches(len(keys), micro_batch, config.smallest_batch)
-    judged = draw_and_score(
-        studio,
+    judged = sample_and_score(
+        sampler,
         scorer,
         [keys[start:stop] for start, stop in bounds],
         config.share,
@@ -311,7 +311,7 @@ def collect(
 
 
 def micro_batches(count: int, size: int, smallest: int | None = None) -> list[tuple[int, int]]:
-    """Bounds (first, one past the last) of the micro-batches of `count` pictures, `size` each.
+    """Bounds (first, one past the last) of the micro-batches of `count` images, `size` each.
 
     With `smallest`, the last one is cut in halves again and again, until the last of them is as small.
     """
@@ -322,18 +322,18 @@ def micro_batches(count: int, size: int, smallest: int | None = None) -> list[tu
 
 
 def _whole_groups(
-    outcomes: Mapping[tuple[int, int], Outcome], pictures: int, group_size: int
+    outcomes: Mapping[tuple[int, int], Outcome], images: int, group_size: int
 ) -> tuple[list[int], ScoringError | None]:
-    """Rows of the groups in which every picture was scored, and why others were not."""
+    """Rows of the groups in which every image was scored, and why others were not."""
     scored = [range(*bounds) for bounds, outcome in outcomes.items() if isinstance(outcome, Scores)]
     cause = next((outcome for outcome in outcomes.values() if isinstance(outcome, ScoringError)), None)
-    lost = {row // group_size for row in set(range(pictures)).difference(*scored)}
-    return [row for row in range(pictures) if row // group_size not in lost], cause
+    lost = {row // group_size for row in set(range(images)).difference(*scored)}
+    return [row for row in range(images) if row // group_size not in lost], cause
 
 
 def _gather(
-    keys: Sequence[PictureKey],
-    judged: Judged[Drawing],
+    keys: Sequence[ImageKey],
+    judged: Judged[SampledImages],
     rows: Sequence[int],
     group_size: int,
     dropped: int,
@@ -344,7 +344,7 @@ def _gather(
     return Rollout(
         keys=tuple(keys[row] for row in rows),
         group=np.array([row // group_size for row in rows], dtype=np.int64),
-        pictures=np.concatenate([drawing.pictures for drawing in judged.drawn])[rows],
+        images=np.concatenate([drawing.images for drawing in judged.drawn])[rows],
         scores=Scores(*(np.concatenate(field)[rows] for field in zip(*scored, strict=True))),
         trajectory=join_trajectories([drawing.trajectory for drawing in judged.drawn]).select(index),
         condition=join_conditions([drawing.condition for drawing in judged.drawn]).select(index),
@@ -353,9 +353,9 @@ def _gather(
     )
 
 
-def _with_placeholders(judged: Judged[Drawing], width: int) -> list[Scores]:
-    """NaN rows keep the places of unscored pictures until they are dropped; one that stayed would be loud."""
-    blanks = [np.full((len(drawing.pictures), width), np.nan) for drawing in judged.drawn]
+def _with_placeholders(judged: Judged[SampledImages], width: int) -> list[Scores]:
+    """NaN rows keep the places of unscored images until they are dropped; one that stayed would be loud."""
+    blanks = [np.full((len(drawing.images), width), np.nan) for drawing in judged.drawn]
     return [
         outcome if isinstance(outcome, Scores) else Scores(blank, blank)
         for outcome, blank in zip(judged.outcomes, blanks, strict=True)

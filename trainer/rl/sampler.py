@@ -1,4 +1,4 @@
-"""From prompts to pictures: text, prior, policy, super-resolution; each picture from its own streams."""
+"""From prompts to images: text, prior, policy, super-resolution; each image from its own streams."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -9,7 +9,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.config import PictureStage, SamplingConfig, Share, Sharing
+from trainer.config import ImageStage, SamplingConfig, Share, Sharing
 from trainer.rl.karlo import (
     Condition,
     Karlo,
@@ -21,8 +21,8 @@ from trainer.rl.karlo import (
     to_uint8,
 )
 from trainer.rl.policy import DecoderPolicy, Trajectory
-from trainer.rl.rewards import Pictures
-from trainer.runtime.rng import PictureKey
+from trainer.rl.rewards import Images
+from trainer.runtime.rng import ImageKey
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -32,16 +32,16 @@ NOTHING_SHARED = Sharing(prior="image", decoder_start="image", super_res="image"
 PRIOR_CACHE = 32768  # embeddings; 3 kB each with real Karlo
 
 
-class Drawing(NamedTuple):
-    """N pictures and how they came about."""
+class SampledImages(NamedTuple):
+    """N images and how they came about."""
 
-    pictures: Pictures  # (N, H, W, 3) uint8
+    images: Images  # (N, H, W, 3) uint8
     trajectory: Trajectory
     condition: Condition
 
 
-class Studio:
-    """Draws pictures with Karlo and the policy; keeps text and prior embeddings that come up again."""
+class ImageSampler:
+    """Draws images with Karlo and the policy; keeps text and prior embeddings that come up again."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class Studio:
 
     def draw(
         self,
-        keys: Sequence[PictureKey],
+        keys: Sequence[ImageKey],
         sharing: Sharing = NOTHING_SHARED,
-        stage: PictureStage = "super_resolution",
-    ) -> Drawing:
-        """One picture a key, in one batch; `sharing` says which of them get the same random numbers.
+        stage: ImageStage = "super_resolution",
+    ) -> SampledImages:
+        """One image a key, in one batch; `sharing` says which of them get the same random numbers.
 
-        With stage "decoder" the pictures are the decoder's own, and super-resolution is not run.
+        With stage "decoder" the images are the decoder's own, and super-resolution is not run.
         """
         condition = self._condition(keys, sharing.prior)
         trajectory = self.policy.sample(
@@ -78,10 +78,10 @@ class Studio:
         images = trajectory.latents[:, -1].clamp(-1, 1)
         if stage == "super_resolution":
             images = self.enlarge(images, keys, sharing)
-        return Drawing(to_uint8(images).numpy(), trajectory, condition)
+        return SampledImages(to_uint8(images).numpy(), trajectory, condition)
 
-    def enlarge(self, images_small: Tensor, keys: Sequence[PictureKey], sharing: Sharing) -> Tensor:
-        """Super-resolution of the decoder's pictures (N, 3, h, w) in [-1, 1], each from its own stream."""
+    def enlarge(self, images_small: Tensor, keys: Sequence[ImageKey], sharing: Sharing) -> Tensor:
+        """Super-resolution of the decoder's images (N, 3, h, w) in [-1, 1], each from its own stream."""
         streams = [key.stream("super_resolution", sharing.super_res) for key in keys]
         return super_resolve(self._karlo, images_small, streams, self._sampling.super_res_steps)
 
@@ -89,7 +89,7 @@ class Studio:
         """Nothing is drawn within this context: what the policy does not need may leave the device."""
         return self._karlo.decoder_only() if self._offload == "idle" else nullcontext()
 
-    def _condition(self, keys: Sequence[PictureKey], share: Share) -> Condition:
+    def _condition(self, keys: Sequence[ImageKey], share: Share) -> Condition:
         text = self._text([key.prompt for key in keys])
         embeddings = torch.cat(self._image_embeddings(keys, share))
         guided = self._sampling.decoder_guidance > 1
@@ -104,7 +104,7 @@ class Studio:
         # or a run that was resumed, whose cache begins empty, would not be the same run to the bit.
         return [encode_text(self._karlo, [prompt]) for prompt in prompts]
 
-    def _image_embeddings(self, keys: Sequence[PictureKey], share: Share) -> list[Tensor]:
+    def _image_embeddings(self, keys: Sequence[ImageKey], share: Share) -> list[Tensor]:
         by_seed = {key.seed_of("prior", share): key for key in keys}
 
         def sample(seeds: Sequence[int]) -> list[Tensor]:

@@ -45,7 +45,7 @@ from trainer.rl.replay import (
 )
 from trainer.rl.rewards import Scorer, weight_vector
 from trainer.rl.rollout import DropCount, Pool, Rollout, collect, group_keys, pool_rollouts
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 from trainer.runtime.distributed import ALONE, Processes
 from trainer.runtime.errors import DivergenceError
 from trainer.runtime.progress import progress, track
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Learner:
+class TrainingState:
     """What changes while a fold is trained."""
 
     policy: DecoderPolicy
@@ -74,11 +74,11 @@ class Learner:
     done: int = 0  # iterations behind it
 
 
-def new_learner(
+def new_training_state(
     policy: DecoderPolicy, config: TrainerConfig, evaluators: int, processes: Processes = ALONE
-) -> Learner:
-    """A learner before its first iteration, for a policy that has its adapter."""
-    return Learner(
+) -> TrainingState:
+    """A trainer before its first iteration, for a policy that has its adapter."""
+    return TrainingState(
         policy=policy,
         average=MovingAverage(policy, config.lora.ema_decay),
         optimizer=torch.optim.AdamW(
@@ -93,7 +93,7 @@ def new_learner(
 
 
 def improve(
-    learner: Learner,
+    training: TrainingState,
     rollout: Rollout,
     evaluators: Sequence[str],
     config: TrainerConfig,
@@ -103,27 +103,27 @@ def improve(
 ) -> Record:
     """One iteration's update from its rollout; returns what there is to say about it.
 
-    Each process brings its own rollout; what is chosen is chosen among all pictures, by all alike.
+    Each process brings its own rollout; what is chosen is chosen among all images, by all alike.
     """
     start = time.perf_counter()
     key = (config.seed, fold, iteration)
     rate = scheduled_rate(config.update, iteration, config.iterations)
     # 1. advantages, from the scores of all groups
-    pool = pool_rollouts(rollout, learner.processes)
-    judged = _advantages(pool, evaluators, learner.deviations, config, key)
-    learner.deviations = judged.deviations
-    # 2. K denoising steps of each picture that is learned from
+    pool = pool_rollouts(rollout, training.processes)
+    judged = _advantages(pool, evaluators, training.deviations, config, key)
+    training.deviations = judged.deviations
+    # 2. K denoising steps of each image that is learned from
     transitions, place = _choose(pool, rollout, judged, config, key)
     # 3. replay them, ascend
-    for group in learner.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         group["lr"] = rate
-    said = update(learner, transitions, config, _generator(key, "order"), place)
+    said = update(training, transitions, config, _generator(key, "order"), place)
     return {
         **rollout_record(pool, evaluators, config.objective.weights, trained_steps(config)),
         **advantage_record(judged, evaluators, config.objective.advantage_clip),
         **said,
         "learning_rate": rate,
-        "lora_norm": learner.policy.lora_norm(),
+        "lora_norm": training.policy.lora_norm(),
         "update_s": time.perf_counter() - start,
     }
 
@@ -147,7 +147,7 @@ def _advantages(
 def _choose(
     pool: Pool, rollout: Rollout, judged: Advantages, config: TrainerConfig, key: Key
 ) -> tuple[Transitions, Place]:
-    """The transitions of this process's pictures, and where they are among all processes' transitions."""
+    """The transitions of this process's images, and where they are among all processes' transitions."""
     images = judged.kept.nonzero().squeeze(1)
     steps = stratified_steps(len(images), config, _generator(key, "steps"))
     last = pool.first + len(rollout.keys)
@@ -163,7 +163,7 @@ def _generator(key: Key, what: str) -> torch.Generator:
 
 
 def update(
-    learner: Learner,
+    training: TrainingState,
     transitions: Transitions,
     config: TrainerConfig,
     order: torch.Generator,
@@ -187,47 +187,47 @@ def update(
     recompute = recomputes_old(config)
     if recompute:
         later = [rows for own in owned[1:] for rows in own.split(size) if len(own)]
-        transitions = with_old_replayed(learner.policy, transitions, later, config)
+        transitions = with_old_replayed(training.policy, transitions, later, config)
     replayed: list[Replayed] = []
     norms = []
-    for i, batch in enumerate(track(batches, "  update", "batch", shown=learner.processes.main)):
+    for i, batch in enumerate(track(batches, "  update", "batch", shown=training.processes.main)):
         for rows in owned[i].split(size) if len(owned[i]) else ():
             on_policy = recompute and i == 0
-            loss, seen = replay_loss(learner.policy, transitions.select(rows), config, on_policy=on_policy)
+            loss, seen = replay_loss(training.policy, transitions.select(rows), config, on_policy=on_policy)
             # Each micro-batch counts by its share of the optimizer batch, which the last may have fewer of.
             (loss * (len(rows) / len(batch))).backward()
             replayed.append(seen._replace(update=torch.full_like(seen.step, i)))
-        add_gradients(learner)
-        norms.append(optimizer_step(learner, config.update))
+        add_gradients(training)
+        norms.append(optimizer_step(training, config.update))
     return update_record(
-        gather_replayed(replayed, learner.processes), norms, max_norm=config.update.max_grad_norm
+        gather_replayed(replayed, training.processes), norms, max_norm=config.update.max_grad_norm
     )
 
 
-def add_gradients(learner: Learner) -> None:
+def add_gradients(training: TrainingState) -> None:
     """Give every process the sum of all processes' gradients; one that had nothing to replay adds zeros."""
-    if learner.processes.world == 1:
+    if training.processes.world == 1:
         return
-    weights = list(learner.policy.lora.values())
+    weights = list(training.policy.lora.values())
     for weight in weights:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    learner.processes.add([weight.grad for weight in weights if weight.grad is not None])
+    training.processes.add([weight.grad for weight in weights if weight.grad is not None])
 
 
-def optimizer_step(learner: Learner, config: UpdateConfig) -> float:
+def optimizer_step(training: TrainingState, config: UpdateConfig) -> float:
     """Clip the gradient, step, clear, average. Returns the gradient's norm before clipping.
 
     Raises DivergenceError where that is not finite.
     """
-    norm = clip_grad_norm_(learner.policy.lora.values(), config.max_grad_norm)
+    norm = clip_grad_norm_(training.policy.lora.values(), config.max_grad_norm)
     if not norm.isfinite():
         raise DivergenceError(
             "the gradient is not finite, the policy has diverged; "
             "begin a new run with a lower update.learning_rate or objective.max_nats"
         )
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    learner.average.update()
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    training.average.update()
     return float(norm)
 
 
@@ -265,7 +265,7 @@ def stratified_steps(images: int, config: TrainerConfig, generator: torch.Genera
 
 
 def train_fold(
-    studio: Studio,
+    sampler: ImageSampler,
     scorer: Scorer,
     prompts: Sequence[str],
     config: TrainerConfig,
@@ -273,24 +273,24 @@ def train_fold(
     fold: int = 0,
     log: Callable[[Record], object] = dict,
     processes: Processes = ALONE,
-    learner: Learner | None = None,
+    training: TrainingState | None = None,
     last: int | None = None,
-    examine: Callable[[Learner], Record] = lambda _learner: {},
-    after: Callable[[Learner], bool] = lambda _learner: False,
-) -> Learner:
+    examine: Callable[[TrainingState], Record] = lambda _training: {},
+    after: Callable[[TrainingState], bool] = lambda _training: False,
+) -> TrainingState:
     """Train the studio's policy on `prompts`; `log` hears of every iteration. Deterministic on the CPU.
 
-    A resumed fold brings its `learner`; one that is to end before the schedule does names its `last`
-    iteration. After each, `examine` and then `after` get the learner; what `examine` returns is logged with
+    A resumed fold brings its `trainer`; one that is to end before the schedule does names its `last`
+    iteration. After each, `examine` and then `after` get the trainer; what `examine` returns is logged with
     the rest, and where `after` says so the fold ends.
     All processes of a job call this alike; the main one's `log` is heard.
     Raises RolloutError where too few scores come back, DivergenceError where a gradient is not finite.
     """
-    learner = learner or new_learner(studio.policy, config, len(scorer.evaluators), processes)
+    training = training or new_training_state(sampler.policy, config, len(scorer.evaluators), processes)
     batches = prompt_batches(prompts, config.rollout.prompts_per_iteration, config.seed, fold)
-    remaining = range(learner.done, config.iterations if last is None else last)
-    bar = progress(remaining.stop, "training", "iteration", done=learner.done, shown=processes.main)
-    for iteration, batch in zip(remaining, islice(batches, learner.done, None), strict=False):
+    remaining = range(training.done, config.iterations if last is None else last)
+    bar = progress(remaining.stop, "training", "iteration", done=training.done, shown=processes.main)
+    for iteration, batch in zip(remaining, islice(batches, training.done, None), strict=False):
         start = time.perf_counter()
         keys = group_keys(
             processes.share(batch),
@@ -301,27 +301,27 @@ def train_fold(
         )
         with processes.one_fate():
             rollout = collect(
-                studio, scorer, keys, config.rollout, config.sampling.micro_batch, learner.drops
+                sampler, scorer, keys, config.rollout, config.sampling.micro_batch, training.drops
             )
-        with processes.one_fate(), studio.resting():
-            record = improve(learner, rollout, scorer.evaluators, config, fold=fold, iteration=iteration)
-        learner.done = iteration + 1
+        with processes.one_fate(), sampler.resting():
+            record = improve(training, rollout, scorer.evaluators, config, fold=fold, iteration=iteration)
+        training.done = iteration + 1
         seconds = time.perf_counter() - start
         record |= {
             "iteration": iteration,
             "seconds": seconds,
             "exposed_wait_share": rollout.times.exposed_wait_s / seconds,
-            **examine(learner),
+            **examine(training),
         }
         if processes.main:
             log(record)
-        ended = after(learner)
+        ended = after(training)
         bar.set_postfix_str(f"composite {record['composite']:+.2f}", refresh=False)
         bar.update()
         if ended:
             break
     bar.close()
-    return learner
+    return training
 
 
 # ------------------------------------------------------------------------------------------ choosing

@@ -1,7 +1,7 @@
 """Checkpoints: everything that changes while a fold is trained, each whole or not there.
 
     <run>/checkpoints/
-        iteration-000012/           the learner after 12 iterations
+        iteration-000012/           the trainer after 12 iterations
             tensors.safetensors     adapter, its moving average, optimizer, deviations
             state.json              the numbers beside them; the configuration, the scorer, the versions
             manifest.json           size and sha256 of the other two, written last
@@ -38,8 +38,8 @@ from trainer.evaluation.evaluate import measure
 from trainer.evaluation.stopping import Stoppers
 from trainer.rl.objective import Deviations
 from trainer.rl.rewards import Scorer
-from trainer.rl.sampler import Studio
-from trainer.rl.train import Learner
+from trainer.rl.sampler import ImageSampler
+from trainer.rl.train import TrainingState
 from trainer.runs.folder import RunFolder, check_same
 from trainer.runtime.distributed import Processes
 from trainer.runtime.errors import StorageError
@@ -54,19 +54,20 @@ from trainer.runtime.files import (
 )
 
 FORMAT = 1
+TRAINING_KEY = "learner"  # of state.json: the name that format 1 has for `Snapshot.training`
 TENSORS, STATE, MANIFEST, BEST = "tensors.safetensors", "state.json", "manifest.json", "best.json"
 NAME = re.compile(r"iteration-(\d{6,})")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 class Snapshot(NamedTuple):
-    """A learner after `done` iterations: copies, which do not change when it goes on."""
+    """A trainer after `done` iterations: copies, which do not change when it goes on."""
 
     done: int
     tensors: dict[str, Tensor]
-    learner: dict[str, Any]  # JSON: what the tensors leave out
+    training: dict[str, Any]  # JSON: what the tensors leave out
     stopper: Mapping[str, Any] = MappingProxyType({})  # JSON: the state of whatever decides when to stop
-    composite: float | None = None  # of the evaluation of this learner, where there was one
+    composite: float | None = None  # of the evaluation of this trainer, where there was one
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
@@ -77,60 +78,60 @@ class Stored(NamedTuple):
     tensors: bytes
 
 
-# ------------------------------------------------------------------------------------------- learner
+# ------------------------------------------------------------------------------------------- trainer
 
 
-def capture(learner: Learner, **more: Any) -> Snapshot:
-    """The learner as it is now, on the CPU; `more` are further fields of the snapshot."""
-    names = list(learner.policy.lora)
+def capture(training: TrainingState, **more: Any) -> Snapshot:
+    """The trainer as it is now, on the CPU; `more` are further fields of the snapshot."""
+    names = list(training.policy.lora)
     tensors: dict[str, Tensor] = {
-        f"lora/{name}": weight.detach() for name, weight in learner.policy.lora.items()
+        f"lora/{name}": weight.detach() for name, weight in training.policy.lora.items()
     }
-    tensors |= {f"average/{name}": weight for name, weight in learner.average.average.items()}
-    tensors["deviations/variance"] = learner.deviations.variance
-    optimizer = learner.optimizer.state_dict()
+    tensors |= {f"average/{name}": weight for name, weight in training.average.average.items()}
+    tensors["deviations/variance"] = training.deviations.variance
+    optimizer = training.optimizer.state_dict()
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{names[index]}/{key}": value for key, value in state.items()}
     values = {
-        "updates": learner.average.updates,
-        "deviations_weight": learner.deviations.weight,
-        "drops": {"asked": learner.drops.asked, "dropped": learner.drops.dropped},
+        "updates": training.average.updates,
+        "deviations_weight": training.deviations.weight,
+        "drops": {"asked": training.drops.asked, "dropped": training.drops.dropped},
         "optimizer": optimizer["param_groups"],
     }
     copies = {
         key: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    return Snapshot(learner.done, copies, values, **more)
+    return Snapshot(training.done, copies, values, **more)
 
 
 @torch.no_grad()
-def restore(learner: Learner, snapshot: Snapshot) -> None:
-    """Make the learner what it was. Raises StorageError where the snapshot is of another kind of learner."""
+def restore(training: TrainingState, snapshot: Snapshot) -> None:
+    """Make the trainer what it was. Raises StorageError where the snapshot is of another kind of trainer."""
     try:
-        _copy(learner.policy.lora, _under("lora", snapshot.tensors))
-        _copy(learner.average.average, _under("average", snapshot.tensors))
-        learner.average.updates = snapshot.learner["updates"]
-        learner.deviations = Deviations(
-            snapshot.tensors["deviations/variance"].clone(), snapshot.learner["deviations_weight"]
+        _copy(training.policy.lora, _under("lora", snapshot.tensors))
+        _copy(training.average.average, _under("average", snapshot.tensors))
+        training.average.updates = snapshot.training["updates"]
+        training.deviations = Deviations(
+            snapshot.tensors["deviations/variance"].clone(), snapshot.training["deviations_weight"]
         )
-        learner.drops.asked = snapshot.learner["drops"]["asked"]
-        learner.drops.dropped = snapshot.learner["drops"]["dropped"]
-        _restore_optimizer(learner, snapshot)
-        learner.done = snapshot.done
+        training.drops.asked = snapshot.training["drops"]["asked"]
+        training.drops.dropped = snapshot.training["drops"]["dropped"]
+        _restore_optimizer(training, snapshot)
+        training.done = snapshot.done
     except (KeyError, ValueError, RuntimeError) as error:
-        raise StorageError(f"a checkpoint does not fit this configuration's learner: {error}") from error
+        raise StorageError(f"a checkpoint does not fit this configuration's trainer: {error}") from error
 
 
-def _restore_optimizer(learner: Learner, snapshot: Snapshot) -> None:
+def _restore_optimizer(training: TrainingState, snapshot: Snapshot) -> None:
     stored = _under("optimizer", snapshot.tensors)
     state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(learner.policy.lora):
+    for index, name in enumerate(training.policy.lora):
         # load_state_dict may keep the tensors it is given, and steps change them in place.
         state[index] = {key: value.clone() for key, value in _under(name, stored).items()}
-    groups = [_with_tuples(group) for group in snapshot.learner["optimizer"]]
+    groups = [_with_tuples(group) for group in snapshot.training["optimizer"]]
     state = {index: values for index, values in state.items() if values}
-    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,16 +164,16 @@ class Checkpoints:
     folder: Path
     config: CheckpointsConfig
     provenance: Mapping[str, Any] = field(default_factory=dict)  # kept in each: configuration and scorer
-    pending: Snapshot | None = None  # the newest learner that is not on the disk
+    pending: Snapshot | None = None  # the newest trainer that is not on the disk
 
     def record(self, snapshot: Snapshot) -> None:
-        """Take note of a learner; save it where its turn has come, or where it was evaluated."""
+        """Take note of a trainer; save it where its turn has come, or where it was evaluated."""
         self.pending = snapshot
         if snapshot.done % self.config.every == 0 or snapshot.composite is not None:
             self.flush()
 
     def flush(self) -> None:
-        """Save the newest learner, unless it is saved."""
+        """Save the newest trainer, unless it is saved."""
         if self.pending is not None:
             self.save(self.pending)
             self.pending = None
@@ -274,6 +275,7 @@ def encode(snapshot: Snapshot, provenance: Mapping[str, Any]) -> Stored:
     """A snapshot as the bytes of a checkpoint's files."""
     state = snapshot._asdict() | {"stopper": dict(snapshot.stopper), **provenance, "versions": versions()}
     del state["tensors"]
+    state[TRAINING_KEY] = state.pop("training")
     return Stored(
         json.dumps(state, indent=2, allow_nan=False).encode(), safetensors.torch.save(snapshot.tensors)
     )
@@ -282,6 +284,7 @@ def encode(snapshot: Snapshot, provenance: Mapping[str, Any]) -> Stored:
 def decode(stored: Stored) -> tuple[Snapshot, dict[str, Any]]:
     """What `encode` was given, and the versions under "versions" of the provenance."""
     state = json.loads(stored.state)
+    state["training"] = state.pop(TRAINING_KEY)
     own = {name: state.pop(name) for name in Snapshot._fields if name != "tensors"}
     return Snapshot(tensors=safetensors.torch.load(stored.tensors), **own), state
 
@@ -300,19 +303,19 @@ def provenance(config: TrainerConfig, scorer: Scorer) -> dict[str, object]:
 
 
 def go_on(
-    learner: Learner,
+    training: TrainingState,
     stoppers: Stoppers,
     checkpoints: Checkpoints,
     config: TrainerConfig,
     run: RunFolder,
     console: Console,
 ) -> None:
-    """Restore learner and stoppers from the newest whole checkpoint, where there is one.
+    """Restore trainer and stoppers from the newest whole checkpoint, where there is one.
 
     What was logged after that checkpoint is cut off, for it is going to be logged again. The main process
     reads; the others get what it read. Raises ConfigError where the configuration is not the checkpoint's.
     """
-    processes = learner.processes
+    processes = training.processes
     with processes.one_fate():
         stored = checkpoints.latest(console.print) if processes.main else None
         if processes.main and stored is None and checkpoints.paths():
@@ -327,7 +330,7 @@ def go_on(
         return
     snapshot, origin = decode(stored)
     _check_origin(origin, snapshot.done, config, run)
-    restore(learner, snapshot)
+    restore(training, snapshot)
     stoppers.restore(dict(snapshot.stopper))
     if processes.main:
         run.cut_metrics(snapshot.metrics_bytes)
@@ -337,14 +340,14 @@ def go_on(
             console.print(f"It began with {origin['versions']}, now {versions()}: last digits may differ.")
 
 
-def go_back_to_best(learner: Learner, checkpoints: Checkpoints) -> None:
-    """Restore the learner from the checkpoint that the evaluations liked best. Raises StorageError."""
-    processes = learner.processes
+def go_back_to_best(training: TrainingState, checkpoints: Checkpoints) -> None:
+    """Restore the trainer from the checkpoint that the evaluations liked best. Raises StorageError."""
+    processes = training.processes
     with processes.one_fate():
         stored = checkpoints.best_stored() if processes.main else None
     stored = _from_main(stored, processes)
     if stored.state:
-        restore(learner, decode(stored)[0])
+        restore(training, decode(stored)[0])
 
 
 def _from_main(stored: Stored | None, processes: Processes) -> Stored:
@@ -385,15 +388,15 @@ def record(
     run: RunFolder,
     composite: Callable[[int], float | None],
     stoppers: Stoppers,
-    learner: Learner,
+    training: TrainingState,
 ) -> bool:
-    """Have the learner saved where its turn has come, by the process that writes; tells whether it is to end.
+    """Have the trainer saved where its turn has come, by the process that writes; tells whether it is to end.
 
-    `composite` tells that of the learner's evaluation, where it was evaluated after so many iterations.
+    `composite` tells that of the trainer's evaluation, where it was evaluated after so many iterations.
     """
-    if learner.processes.main:
-        size, rated = run.metrics_bytes(), composite(learner.done)
-        checkpoints.record(capture(learner, metrics_bytes=size, composite=rated, stopper=stoppers.state()))
+    if training.processes.main:
+        size, rated = run.metrics_bytes(), composite(training.done)
+        checkpoints.record(capture(training, metrics_bytes=size, composite=rated, stopper=stoppers.state()))
     return stoppers.ending is not None
 
 
@@ -408,7 +411,7 @@ def _kept_base(path: Path, prompts: Sequence[str]) -> bytes:
 
 
 def measure_base(
-    studio: Studio,
+    sampler: ImageSampler,
     scorer: Scorer,
     prompts: Sequence[str],
     config: TrainerConfig,
@@ -420,8 +423,8 @@ def measure_base(
     before = processes.gather(_kept_base(path, prompts) if processes.main else b"")[0]
     if before:
         return Measurement.decode(before, prompts)
-    with studio.policy.base():
-        measured = measure(studio, scorer, prompts, config.evaluation, "base", processes)
+    with sampler.policy.base():
+        measured = measure(sampler, scorer, prompts, config.evaluation, "base", processes)
     if processes.main:
         measured.save(path)
     return measured

@@ -28,7 +28,7 @@ LOCK_FILE = ".lock"
 
 
 class RunFolder:
-    """One run's folder: config.yaml, metrics.jsonl, checkpoints/, lora/, pictures and evaluation.json.
+    """One run's folder: config.yaml, metrics.jsonl, checkpoints/, lora/, images and evaluation.json.
 
     `create` and `resume` lock it until it is closed, or the process ends.
     """
@@ -140,10 +140,10 @@ class RunFolder:
         if found > size:
             os.truncate(path, size)
 
-    def save_picture(self, name: str, picture: Image.Image) -> Path:
+    def save_image(self, name: str, image: Image.Image) -> Path:
         """Write a PNG atomically and say where."""
         path = self.path / name
-        write_atomically(path, lambda target: picture.save(target, format="PNG"))
+        write_atomically(path, lambda target: image.save(target, format="PNG"))
         return path
 
     def save_lora(self, save: Callable[[Path], object], card: str) -> None:

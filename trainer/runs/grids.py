@@ -8,24 +8,24 @@ from PIL import Image, ImageDraw
 
 from trainer.config import TrainerConfig
 from trainer.evaluation.comparison import Measurement
-from trainer.rl.rewards import Pictures
+from trainer.rl.rewards import Images
 from trainer.runs.folder import RunFolder
-from trainer.runs.setup import open_studio
-from trainer.runtime.rng import PictureKey
+from trainer.runs.setup import load_sampler
+from trainer.runtime.rng import ImageKey
 
-MIN_TILE_PX = 96  # small pictures are enlarged by a whole factor to about this
+MIN_TILE_PX = 96  # small images are enlarged by a whole factor to about this
 GAP_PX = 4
 CAPTION_PX = 14
 BETWEEN_PX = 24
 
 
-def grid(prompts: Sequence[str], pictures: Pictures, columns: int) -> Image.Image:
-    """Pictures (P, G, H, W, 3): a captioned row for each prompt, with its first `columns` pictures."""
-    return _stack([_row(prompt, [row[:columns]]) for prompt, row in zip(prompts, pictures, strict=True)])
+def grid(prompts: Sequence[str], images: Images, columns: int) -> Image.Image:
+    """Images (P, G, H, W, 3): a captioned row for each prompt, with its first `columns` images."""
+    return _stack([_row(prompt, [row[:columns]]) for prompt, row in zip(prompts, images, strict=True)])
 
 
-def before_and_after(prompts: Sequence[str], before: Pictures, after: Pictures, columns: int) -> Image.Image:
-    """Both (P, G, H, W, 3): in each captioned row `columns` pictures before, then the same ones after."""
+def before_and_after(prompts: Sequence[str], before: Images, after: Images, columns: int) -> Image.Image:
+    """Both (P, G, H, W, 3): in each captioned row `columns` images before, then the same ones after."""
     rows = [
         _row(prompt, [old[:columns], new[:columns]])
         for prompt, old, new in zip(prompts, before, after, strict=True)
@@ -38,14 +38,14 @@ def before_and_after(prompts: Sequence[str], before: Pictures, after: Pictures, 
     return _stack([heading, *rows])
 
 
-def enlarged(picture: Pictures) -> Image.Image:
-    """One picture (H, W, 3); small ones are enlarged by a whole factor, so that no pixel is invented."""
-    factor = max(1, MIN_TILE_PX // picture.shape[1])
-    return Image.fromarray(picture.repeat(factor, axis=0).repeat(factor, axis=1))
+def enlarged(image: Images) -> Image.Image:
+    """One image (H, W, 3); small ones are enlarged by a whole factor, so that no pixel is invented."""
+    factor = max(1, MIN_TILE_PX // image.shape[1])
+    return Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
-def _row(prompt: str, blocks: Sequence[Pictures]) -> Image.Image:
-    tiles = [[enlarged(picture) for picture in block] for block in blocks]
+def _row(prompt: str, blocks: Sequence[Images]) -> Image.Image:
+    tiles = [[enlarged(image) for image in block] for block in blocks]
     side = tiles[0][0].width + GAP_PX
     width = sum(len(block) for block in tiles) * side + GAP_PX + (len(blocks) - 1) * BETWEEN_PX
     row = Image.new("RGB", (width, CAPTION_PX + GAP_PX + tiles[0][0].height + GAP_PX), "white")
@@ -75,28 +75,28 @@ def _printable(prompt: str) -> str:
 def generate_run(
     config: TrainerConfig, lora: Path | None, prompts: Sequence[str], count: int, out: Path
 ) -> Path:
-    """Draw `count` pictures of each prompt, with the LoRA if there is one, and save them as one PNG grid."""
-    studio = open_studio(config)
+    """Draw `count` images of each prompt, with the LoRA if there is one, and save them as one PNG grid."""
+    sampler = load_sampler(config)
     if lora is not None:
-        studio.policy.load_lora(lora)
-    keys = [PictureKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
+        sampler.policy.load_lora(lora)
+    keys = [ImageKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
     size = config.sampling.micro_batch
-    batches = [studio.draw(keys[start : start + size]).pictures for start in range(0, len(keys), size)]
+    batches = [sampler.draw(keys[start : start + size]).images for start in range(0, len(keys), size)]
     drawn = np.concatenate(batches)
     sheet = grid(prompts, drawn.reshape(len(prompts), count, *drawn.shape[1:]), columns=count)
-    return RunFolder(out.parent).save_picture(out.name, sheet)
+    return RunFolder(out.parent).save_image(out.name, sheet)
 
 
 def save_grids(run: RunFolder, before: Measurement, after: Measurement, config: TrainerConfig) -> None:
     """Write the grids of a run: before, after, and both side by side."""
     rows, columns = config.evaluation.grid_prompts, config.evaluation.grid_images
-    prompts, old, new = before.prompts[:rows], before.pictures[:rows], after.pictures[:rows]
-    run.save_picture("before.png", grid(prompts, old, columns))
-    run.save_picture("after.png", grid(prompts, new, columns))
-    run.save_picture("before_after.png", comparison_grid(before, after, config))
+    prompts, old, new = before.prompts[:rows], before.images[:rows], after.images[:rows]
+    run.save_image("before.png", grid(prompts, old, columns))
+    run.save_image("after.png", grid(prompts, new, columns))
+    run.save_image("before_after.png", comparison_grid(before, after, config))
 
 
 def comparison_grid(before: Measurement, after: Measurement, config: TrainerConfig) -> Image.Image:
     """The first prompts of both, side by side."""
     rows, columns = config.evaluation.grid_prompts, config.evaluation.grid_images
-    return before_and_after(before.prompts[:rows], before.pictures[:rows], after.pictures[:rows], columns)
+    return before_and_after(before.prompts[:rows], before.images[:rows], after.images[:rows], columns)

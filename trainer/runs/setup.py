@@ -11,7 +11,7 @@ from trainer.config import ConfigError, TrainerConfig, flat
 from trainer.rl.karlo import keep_few_activations, load_karlo
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import Scorer
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 from trainer.runtime.distributed import Processes
 
 
@@ -35,7 +35,7 @@ def check_alike(config: TrainerConfig, scorer: Scorer, policy: DecoderPolicy, pr
 
 def check_evaluators(config: TrainerConfig, scorer: Scorer) -> None:
     """Raises ConfigError where a weight names an evaluator that the service does not have."""
-    wanted = {*config.objective.weights, *config.judged_by, config.guard.evaluator} - {None}
+    wanted = {*config.objective.weights, *config.reward_evaluators, config.guard.evaluator} - {None}
     unknown = sorted(map(str, wanted - set(scorer.evaluators)))
     if unknown:
         raise ConfigError(
@@ -52,7 +52,7 @@ def checksum(policy: DecoderPolicy) -> str:
     return digest.hexdigest()
 
 
-def open_studio(config: TrainerConfig, device: str | None = None) -> Studio:
+def load_sampler(config: TrainerConfig, device: str | None = None) -> ImageSampler:
     """Load Karlo on the device, or the configured one; the policy has no adapter yet. Raises ConfigError."""
     device = device or config.device
     if config.threads is not None:
@@ -72,7 +72,7 @@ def open_studio(config: TrainerConfig, device: str | None = None) -> Studio:
         steps=config.sampling.decoder_steps,
         guidance=config.sampling.decoder_guidance,
     )
-    return Studio(karlo, policy, config.sampling, offload=config.memory.offload)
+    return ImageSampler(karlo, policy, config.sampling, offload=config.memory.offload)
 
 
 def _check_device(name: str) -> None:

@@ -1,14 +1,14 @@
 """How much of the noise in an advantage common random numbers take away.
 
-An advantage compares the pictures of one prompt. Two groups of G pictures are drawn for each of P prompts by
+An advantage compares the images of one prompt. Two groups of G images are drawn for each of P prompts by
 the policy as it is: one with independent random numbers, one that shares them. With v the variance of a score
 within a group, what sharing removes is 1 - (sum of v, shared) / (sum of v, apart), both pooled over prompts.
-Pictures of both groups have the same streams where nothing is shared, so the comparison is paired.
+Images of both groups have the same streams where nothing is shared, so the comparison is paired.
 
-Do scores before super-resolution order pictures as scores after it do? Measured on the user's own prompts.
+Do scores before super-resolution order images as scores after it do? Measured on the user's own prompts.
 
-Rank correlations (Spearman), with cluster-bootstrap intervals over prompts. What the learner compares are the
-pictures of one prompt, so the correlation within prompts is the one that decides: the mean over prompts.
+Rank correlations (Spearman), with cluster-bootstrap intervals over prompts. What the trainer compares are the
+images of one prompt, so the correlation within prompts is the one that decides: the mean over prompts.
 """
 
 import time
@@ -26,16 +26,16 @@ from trainer.config import EvaluationConfig, Sharing, TrainerConfig
 from trainer.evaluation.comparison import COMPOSITE, paired_interval
 from trainer.rl.karlo import to_uint8
 from trainer.rl.rewards import Floats, Scorer, Scores, ScoringError, composite
-from trainer.rl.rollout import Judging, draw_and_score, group_keys, micro_batches
-from trainer.rl.sampler import NOTHING_SHARED, Studio
+from trainer.rl.rollout import Judging, group_keys, micro_batches, sample_and_score
+from trainer.rl.sampler import NOTHING_SHARED, ImageSampler
 from trainer.runs.folder import RunFolder
-from trainer.runs.setup import check_evaluators, open_studio
+from trainer.runs.setup import check_evaluators, load_sampler
 from trainer.runtime.distributed import Processes
 from trainer.runtime.errors import EvaluationError
 from trainer.runtime.progress import progress, track
-from trainer.runtime.rng import PictureKey
+from trainer.runtime.rng import ImageKey
 
-RESAMPLES = 1000  # of the correlation over all pictures, which has to be computed anew for each
+RESAMPLES = 1000  # of the correlation over all images, which has to be computed anew for each
 
 
 class Correlation(NamedTuple):
@@ -74,9 +74,13 @@ class StageReport(NamedTuple):
 
 
 def compare_stages(
-    studio: Studio, scorer: Scorer, prompts: Sequence[str], images_per_prompt: int, config: TrainerConfig
+    sampler: ImageSampler,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    config: TrainerConfig,
 ) -> StageReport:
-    """Draw G >= 2 pictures of each of P >= 2 prompts as in training, and score each before and after.
+    """Draw G >= 2 images of each of P >= 2 prompts as in training, and score each before and after.
 
     Raises EvaluationError where scores are missing.
     """
@@ -88,13 +92,13 @@ def compare_stages(
         for first, last in track(bounds, "drawing and scoring both", "batch"):
             batch = keys[first:last]
             start = time.perf_counter()
-            drawing = studio.draw(batch, share, "decoder")
+            drawing = sampler.draw(batch, share, "decoder")
             drawn = time.perf_counter()
             small = drawing.trajectory.latents[:, -1].clamp(-1, 1)
-            enlarged = to_uint8(studio.enlarge(small, batch, share)).numpy()
+            enlarged = to_uint8(sampler.enlarge(small, batch, share)).numpy()
             small_s, large_s = small_s + drawn - start, large_s + time.perf_counter() - drawn
-            for pictures in (drawing.pictures, enlarged):
-                judging.ask([key.prompt for key in batch], pictures)
+            for images in (drawing.images, enlarged):
+                judging.ask([key.prompt for key in batch], images)
         scores = [_score_of(outcome) for outcome in judging.finish()]
     shape = (len(prompts), images_per_prompt, len(scorer.evaluators))
     before, after = (
@@ -131,7 +135,7 @@ def _rows(
 
 
 def overall_correlation(before: Floats, after: Floats, config: EvaluationConfig) -> Correlation:
-    """Spearman's rho of all pictures, (P, G) each; the interval resamples prompts."""
+    """Spearman's rho of all images, (P, G) each; the interval resamples prompts."""
     value = _spearman(before.ravel(), after.ravel())
     if np.isnan(value):
         return Correlation(value, value, value)
@@ -148,9 +152,9 @@ def overall_correlation(before: Floats, after: Floats, config: EvaluationConfig)
 
 
 def within_correlation(before: Floats, after: Floats, config: EvaluationConfig) -> Correlation:
-    """Mean over prompts of Spearman's rho of its pictures, (P, G) each.
+    """Mean over prompts of Spearman's rho of its images, (P, G) each.
 
-    A prompt whose pictures all score the same has no order, and is left out.
+    A prompt whose images all score the same has no order, and is left out.
     """
     varied = (np.ptp(before, axis=1) > 0) & (np.ptp(after, axis=1) > 0)
     by_prompt = np.array([_spearman(x, y) for x, y in zip(before[varied], after[varied], strict=True)])
@@ -173,11 +177,11 @@ def stage_table(report: StageReport) -> Table:
     """The report as a person reads it."""
     table = Table(
         title=f"Rank correlation of scores before and after super-resolution\n"
-        f"{report.prompts} prompts × {report.images_per_prompt} pictures, {report.confidence:.0%} intervals",
+        f"{report.prompts} prompts × {report.images_per_prompt} images, {report.confidence:.0%} intervals",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    for column in ("", "over all pictures", "within prompts"):
+    for column in ("", "over all images", "within prompts"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in report.rows:
         if row.name == COMPOSITE:
@@ -186,22 +190,22 @@ def stage_table(report: StageReport) -> Table:
     return table
 
 
-def stage_sentences(report: StageReport, pictures: int) -> list[str]:
-    """What the report says, in words, for iterations of so many pictures."""
+def stage_sentences(report: StageReport, images: int) -> list[str]:
+    """What the report says, in words, for iterations of so many images."""
     within = report.rows[-1].within
-    saved_s = report.super_resolution_s / (report.prompts * report.images_per_prompt) * pictures
+    saved_s = report.super_resolution_s / (report.prompts * report.images_per_prompt) * images
     agreement = (
-        "Within a prompt, which is what the learner compares, the composite's order before super-resolution "
+        "Within a prompt, which is what the trainer compares, the composite's order before super-resolution "
         f"correlates {within} with the order after it."
     )
     saving = (
-        f"rollout.reward_stage=decoder would save {saved_s:.2f} s an iteration of {pictures} pictures "
-        f"({report.saved:.0%} of drawing). Evaluation would still look at the final pictures."
+        f"rollout.reward_stage=decoder would save {saved_s:.2f} s an iteration of {images} images "
+        f"({report.saved:.0%} of drawing). Evaluation would still look at the final images."
     )
     return [agreement, saving]
 
 
-SHARING_PROMPTS = 32  # 8 pictures each tell a share of a half to about a tenth
+SHARING_PROMPTS = 32  # 8 images each tell a share of a half to about a tenth
 
 
 class Removed(NamedTuple):
@@ -234,17 +238,22 @@ class SharingReport:
 
 
 def measure_sharing(
-    studio: Studio, scorer: Scorer, prompts: Sequence[str], config: TrainerConfig, *, each: bool = False
+    sampler: ImageSampler,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    config: TrainerConfig,
+    *,
+    each: bool = False,
 ) -> SharingReport:
     """What the configured sharing removes for these prompts; with `each`, also every part of it alone.
 
     Raises EvaluationError where scores do not come.
     """
     ways = {"as configured": config.rollout.share} | (_parts(config.rollout.share) if each else {})
-    apart = _variances(studio, scorer, prompts, config, NOTHING_SHARED, "apart")
+    apart = _variances(sampler, scorer, prompts, config, NOTHING_SHARED, "apart")
     removed = {}
     for name, sharing in ways.items():
-        shared = _variances(studio, scorer, prompts, config, sharing, name)
+        shared = _variances(sampler, scorer, prompts, config, sharing, name)
         columns = (*scorer.evaluators, COMPOSITE)
         removed[name] = {
             column: variance_removed(shared[:, k], apart[:, k], config.evaluation.confidence)
@@ -290,7 +299,7 @@ def _parts(sharing: Sharing) -> dict[str, Sharing]:
 
 
 def _variances(
-    studio: Studio,
+    sampler: ImageSampler,
     scorer: Scorer,
     prompts: Sequence[str],
     config: TrainerConfig,
@@ -299,10 +308,10 @@ def _variances(
 ) -> Floats:
     """Within-group variance of each evaluator's z and of the composite, (P, K + 1)."""
     count, size = config.rollout.images_per_prompt, config.sampling.micro_batch
-    keys = [PictureKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
+    keys = [ImageKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
     with progress(len(keys), f"variance, {what}", "picture", inner=True) as bar:
-        judged = draw_and_score(
-            studio,
+        judged = sample_and_score(
+            sampler,
             scorer,
             [keys[start : start + size] for start in range(0, len(keys), size)],
             sharing,
@@ -327,7 +336,7 @@ def sharing_table(report: SharingReport) -> Table:
     """The report as a person reads it."""
     shown = Table(
         title="Within-prompt variance that sharing removes",
-        caption=f"{report.prompts} prompts × {report.images_per_prompt} pictures, "
+        caption=f"{report.prompts} prompts × {report.images_per_prompt} images, "
         f"{report.confidence:.0%} intervals over prompts",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
@@ -342,7 +351,7 @@ def sharing_table(report: SharingReport) -> Table:
 
 
 def record_sharing(
-    studio: Studio,
+    sampler: ImageSampler,
     scorer: Scorer,
     prompts: Sequence[str],
     config: TrainerConfig,
@@ -350,16 +359,16 @@ def record_sharing(
     processes: Processes,
 ) -> None:
     """Write once to the run what common random numbers remove of the base policy's within-prompt variance."""
-    with processes.one_fate(), studio.policy.base():
+    with processes.one_fate(), sampler.policy.base():
         if processes.main and not (run.path / "sharing.json").exists():
-            report = measure_sharing(studio, scorer, prompts[:SHARING_PROMPTS], config)
+            report = measure_sharing(sampler, scorer, prompts[:SHARING_PROMPTS], config)
             run.write_json("sharing.json", report.to_dict())
 
 
 def variance_run(config: TrainerConfig, prompts: Sequence[str], scorer: Scorer, console: Console) -> None:
     """Print what the configured sharing removes of the within-prompt variance, and each part of it alone."""
     check_evaluators(config, scorer)
-    console.print(sharing_table(measure_sharing(open_studio(config), scorer, prompts, config, each=True)))
+    console.print(sharing_table(measure_sharing(load_sampler(config), scorer, prompts, config, each=True)))
 
 
 def stages_run(
@@ -367,7 +376,7 @@ def stages_run(
 ) -> None:
     """Print how far scores before and after super-resolution agree, and what leaving it out saves."""
     check_evaluators(config, scorer)
-    report = compare_stages(open_studio(config), scorer, prompts, images_per_prompt, config)
+    report = compare_stages(load_sampler(config), scorer, prompts, images_per_prompt, config)
     console.print(stage_table(report))
     groups = min(config.rollout.prompts_per_iteration, len(prompts))
     for line in stage_sentences(report, groups * config.rollout.images_per_prompt):

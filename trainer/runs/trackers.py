@@ -27,8 +27,8 @@ class Listener(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by tag."""
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """A picture."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """An image."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -67,12 +67,12 @@ class Journal:
         for listener in self._listeners:
             listener.scalars(numbers, step)
 
-    def grid(self, picture: Image.Image, step: int) -> None:
-        """A grid of pictures, kept as grids/iteration-NNNNNN.png."""
+    def grid(self, image: Image.Image, step: int) -> None:
+        """A grid of images, kept as grids/iteration-NNNNNN.png."""
         if self._run is not None:
-            self._run.save_picture(f"grids/iteration-{step:06d}.png", picture)
+            self._run.save_image(f"grids/iteration-{step:06d}.png", image)
         for listener in self._listeners:
-            listener.picture("grids", picture, step)
+            listener.image("grids", image, step)
 
     def __enter__(self) -> Self:
         return self
@@ -96,10 +96,10 @@ class TensorBoard:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """See `Listener.picture`."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """See `Listener.image`."""
         with naming(self._path):
-            self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+            self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """See `Listener.close`."""
@@ -144,9 +144,9 @@ class WeightsAndBiases:
         """See `Listener.scalars`."""
         self._run.log({**values, "step": step})
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """See `Listener.picture`."""
-        self._run.log({tag: self._wandb.Image(picture), "step": step})
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """See `Listener.image`."""
+        self._run.log({tag: self._wandb.Image(image), "step": step})
 
     def close(self) -> None:
         """See `Listener.close`."""

@@ -26,8 +26,8 @@ from trainer.evaluation.stopping import (
 )
 from trainer.rl.replay import Record
 from trainer.rl.rewards import Scorer
-from trainer.rl.sampler import Studio
-from trainer.rl.train import Learner, new_learner, train_fold
+from trainer.rl.sampler import ImageSampler
+from trainer.rl.train import TrainingState, new_training_state, train_fold
 from trainer.runs.checkpoints import (
     TUNED_FILE,
     Checkpoints,
@@ -40,7 +40,7 @@ from trainer.runs.checkpoints import (
 )
 from trainer.runs.folder import RunFolder, mark_finished, model_card, pin_prompts, pin_scorer
 from trainer.runs.grids import comparison_grid, save_grids
-from trainer.runs.setup import check_alike, check_evaluators, check_share, open_studio
+from trainer.runs.setup import check_alike, check_evaluators, check_share, load_sampler
 from trainer.runs.studies import record_sharing
 from trainer.runs.trackers import Journal
 from trainer.runtime.distributed import ALONE, Processes
@@ -52,7 +52,7 @@ class Examiner:
 
     def __init__(
         self,
-        studio: Studio,
+        sampler: ImageSampler,
         scorer: Scorer,
         base: Measurement,
         groups: Groups,
@@ -62,7 +62,7 @@ class Examiner:
         processes: Processes = ALONE,
     ) -> None:
         """`base` is the base policy's measurement; the `journal` gets the grids."""
-        self._studio = studio
+        self._sampler = sampler
         self._scorer = scorer
         limit = config.evaluation.every_limit
         self._base = base.first(limit)
@@ -73,18 +73,18 @@ class Examiner:
         self._processes = processes
         self._newest: Examination | None = None
 
-    def examine(self, learner: Learner) -> Record:
-        """What there is to add to the record of the learner's last iteration: nothing out of turn.
+    def examine(self, training: TrainingState) -> Record:
+        """What there is to add to the record of the trainer's last iteration: nothing out of turn.
 
         Raises EvaluationError.
         """
-        every, done = self._config.evaluation.every, learner.done
+        every, done = self._config.evaluation.every, training.done
         if every == 0 or done % every:
             return {}
         start = time.perf_counter()
-        with learner.average.applied():
+        with training.average.applied():
             now = measure(
-                self._studio,
+                self._sampler,
                 self._scorer,
                 self._base.prompts,
                 self._config.evaluation,
@@ -159,50 +159,50 @@ def train_run(
         if processes.main:
             pin_scorer(run, scorer.identity)
             pin_prompts(run, split)
-        studio = open_studio(config, processes.device(config.device))
-        studio.policy.add_lora(config.lora, seed=stream_seed(config.seed, "lora"))
-    check_alike(config, scorer, studio.policy, processes)
-    learner = new_learner(studio.policy, config, len(scorer.evaluators), processes)
+        sampler = load_sampler(config, processes.device(config.device))
+        sampler.policy.add_lora(config.lora, seed=stream_seed(config.seed, "lora"))
+    check_alike(config, scorer, sampler.policy, processes)
+    training = new_training_state(sampler.policy, config, len(scorer.evaluators), processes)
     stoppers = configured_stoppers(config, scorer.evaluators, *others)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoints, provenance(config, scorer))
-    go_on(learner, stoppers, checkpoints, config, run, console)
+    go_on(training, stoppers, checkpoints, config, run, console)
     if config.rollout.measure_sharing:
-        record_sharing(studio, scorer, split.train, config, run, processes)
+        record_sharing(sampler, scorer, split.train, config, run, processes)
     with processes.one_fate():
-        journal = Journal.open(config, run, learner.done) if processes.main else Journal()
+        journal = Journal.open(config, run, training.done) if processes.main else Journal()
     with journal:
-        before = measure_base(studio, scorer, split.validation, config, run, processes)
-        examiner = Examiner(studio, scorer, before, split.groups, config, journal, stoppers, processes)
+        before = measure_base(sampler, scorer, split.validation, config, run, processes)
+        examiner = Examiner(sampler, scorer, before, split.groups, config, journal, stoppers, processes)
         if stoppers.ending is None:
             with kept(checkpoints):
                 train_fold(
-                    studio,
+                    sampler,
                     scorer,
                     split.train,
                     config,
                     fold=fold,
                     log=journal.record,
                     processes=processes,
-                    learner=learner,
+                    training=training,
                     last=last,
                     examine=examiner.examine,
                     after=partial(record, checkpoints, run, examiner.composite, stoppers),
                 )
-        reached = learner.done
+        reached = training.done
         if config.early_stopping.patience:
-            go_back_to_best(learner, checkpoints)
-        with learner.average.applied():
-            known = examiner.whole(learner.done, len(split.validation))
-            after = known or measure(studio, scorer, split.validation, config.evaluation, "tuned", processes)
-            examined = examination(config, scorer, learner.done, before, after, split.groups)
+            go_back_to_best(training, checkpoints)
+        with training.average.applied():
+            known = examiner.whole(training.done, len(split.validation))
+            after = known or measure(sampler, scorer, split.validation, config.evaluation, "tuned", processes)
+            examined = examination(config, scorer, training.done, before, after, split.groups)
             result = Result(examined, stoppers.ending, reached)
             if processes.main:
-                card = model_card(config, learner.done, scorer.identity, sentences(examined.comparison))
-                run.save_lora(studio.policy.save_lora, card)
+                card = model_card(config, training.done, scorer.identity, sentences(examined.comparison))
+                run.save_lora(sampler.policy.save_lora, card)
         if processes.main:
             if known is None:
-                journal.scalars({"evaluation": examined.comparison.rows()}, learner.done)
-                journal.grid(comparison_grid(before, after, config), learner.done)
+                journal.scalars({"evaluation": examined.comparison.rows()}, training.done)
+                journal.grid(comparison_grid(before, after, config), training.done)
             _leave(result, run, config)
             _show(result, run, console)
     return result
@@ -223,5 +223,5 @@ def _show(result: Result, run: RunFolder, console: Console) -> None:
         console.print(f"Ended early ({result.ending.by}): {result.ending.reason}.")
     for line in result.examined.sentences():
         console.print(line)
-    console.print(f"Pictures: {run.path / 'before_after.png'}", soft_wrap=True)
+    console.print(f"Images: {run.path / 'before_after.png'}", soft_wrap=True)
     console.print(f"LoRA:     {run.lora}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 Data parallel over groups. Every process draws and scores the groups of its own share of the prompts; scores
 are gathered, so that advantages come from all groups; each optimizer batch is chosen from all transitions,
-every process replays those whose pictures it drew, and the gradients are added. A job of one process and a
+every process replays those whose images it drew, and the gradients are added. A job of one process and a
 job of many therefore make the same optimizer steps, to the rounding of float32.
 
 `Processes` is the job of one process, and the interface; `trainer.runtime.distributed` has the one of many.

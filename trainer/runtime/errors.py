@@ -1,4 +1,4 @@
-"""What can go wrong for a user of the learner. Every message is one line with the cause and the remedy.
+"""What can go wrong for a user of the trainer. Every message is one line with the cause and the remedy.
 
 ConfigError (reward_service.settings)   the configuration, a path or an argument
 └── LeakError                               a prompt, or its like, on both sides of a split

@@ -1,6 +1,6 @@
-"""Random streams: one per picture and stage, so that the batch size never changes a picture.
+"""Random streams: one per image and stage, so that the batch size never changes an image.
 
-A stream is a CPU `torch.Generator` whose seed is a hash of what the picture *is* (run seed, fold, iteration,
+A stream is a CPU `torch.Generator` whose seed is a hash of what the image *is* (run seed, fold, iteration,
 prompt, image, stage) and of nothing else. CPU generators give the same numbers whatever the device.
 """
 
@@ -16,8 +16,8 @@ Stage = Literal["prior", "decoder_start", "decoder", "super_resolution"]
 
 
 @dataclass(frozen=True)
-class PictureKey:
-    """Identity of one picture. `iteration` is -1 for pictures that are not part of training."""
+class ImageKey:
+    """Identity of one image. `iteration` is -1 for images that are not part of training."""
 
     seed: int
     fold: int
@@ -26,7 +26,7 @@ class PictureKey:
     image: int
 
     def seed_of(self, stage: Stage, share: Share = "image") -> int:
-        """Seed of this picture's stream for `stage`.
+        """Seed of this image's stream for `stage`.
 
         `share="group"` leaves the image out (common random numbers for all images of a prompt in an
         iteration), `share="prompt"` leaves out the iteration as well (the same numbers in the whole run).
@@ -36,7 +36,7 @@ class PictureKey:
         return stream_seed(self.seed, self.fold, iteration, self.prompt, image, stage)
 
     def stream(self, stage: Stage, share: Share = "image") -> torch.Generator:
-        """A fresh generator at the start of this picture's stream for `stage`."""
+        """A fresh generator at the start of this image's stream for `stage`."""
         return torch.Generator().manual_seed(self.seed_of(stage, share))
 
 

@@ -34,8 +34,8 @@ TENSOR = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
 PROMPTS = ("a red circle", "a blue square")
 
 
-class Judge:
-    """Two evaluators: the picture's mean level, and the prompt's length; the reward is their sum of units."""
+class ScoringService:
+    """Two evaluators: the image's mean level, and the prompt's length; the reward is their sum of units."""
 
     def __init__(self) -> None:
         self.asked: list[ScoreRequest] = []
@@ -58,7 +58,7 @@ def refuse(_: httpx.Request) -> httpx.Response:
 
 def test_flow_grpo() -> None:
     """Called as by its trainers: in a thread pool, with a tensor, tuples, metadata and only_strict."""
-    reward_fn = flow_grpo_reward(client(Judge()))
+    reward_fn = flow_grpo_reward(client(ScoringService()))
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(reward_fn, TENSOR, PROMPTS, [{}, {}], only_strict=True)
         rewards, metadata = future.result()
@@ -72,17 +72,17 @@ def test_flow_grpo() -> None:
 
 def test_flow_grpo_in_another_normalization() -> None:
     """The scores are of the normalization the reward is made of."""
-    judge = Judge()
-    rewards, _ = flow_grpo_reward(client(judge), normalization="z", evaluators=["light", "length"])(
+    service = ScoringService()
+    rewards, _ = flow_grpo_reward(client(service), normalization="z", evaluators=["light", "length"])(
         TENSOR, PROMPTS, {}
     )
     assert rewards["length"].tolist() == [4, 4]
-    assert (judge.asked[0].normalization, judge.asked[0].evaluators) == ("z", ["light", "length"])
+    assert (service.asked[0].normalization, service.asked[0].evaluators) == ("z", ["light", "length"])
 
 
 def test_ddpo() -> None:
     """One tensor of rewards and a dict, as TRL's DDPO trainer and ddpo-pytorch unpack them."""
-    reward, metadata = ddpo_reward(client(Judge()))(TENSOR.half(), PROMPTS, ({}, {}))
+    reward, metadata = ddpo_reward(client(ScoringService()))(TENSOR.half(), PROMPTS, ({}, {}))
     assert isinstance(reward, torch.Tensor)
     torch.testing.assert_close(torch.as_tensor(reward, device="cpu"), torch.tensor([0.12, 1.13]))
     assert metadata["light"].tolist() == [0, 1]
@@ -91,7 +91,7 @@ def test_ddpo() -> None:
 def test_trl() -> None:
     """Called by name, with every column and the trainer's own extras; a list of floats comes back."""
     logged: dict[str, float] = {}
-    reward = trl_reward(client(Judge()), name="judge")
+    reward = trl_reward(client(ScoringService()), name="judge")
     assert (reward.__name__, inspect.iscoroutinefunction(reward)) == ("judge", False)
     rewards = reward(
         prompts=list(PROMPTS),
@@ -108,25 +108,25 @@ def test_trl() -> None:
 
 
 def test_trl_conversations() -> None:
-    """The last message's text, and the picture in the last message of the completion."""
-    judge = Judge()
+    """The last message's text, and the image in the last message of the completion."""
+    service = ScoringService()
     prompts = [[{"role": "system", "content": "draw"}, {"role": "user", "content": "a red circle"}]]
     parts = [{"type": "text", "text": "here"}, {"type": "image", "image": PIXELS}]
-    trl_reward(client(judge))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
-    assert judge.asked[0].items[0].prompt == "a red circle"
-    assert judge.asked[0].items[0].image.data == PIXELS.tobytes()
+    trl_reward(client(service))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
+    assert service.asked[0].items[0].prompt == "a red circle"
+    assert service.asked[0].items[0].image.data == PIXELS.tobytes()
 
 
-def test_trl_judging_what_was_written_of_a_picture() -> None:
-    """A captioner's completions against its pictures: the columns are named."""
-    judge = Judge()
-    reward = trl_reward(client(judge), texts="completions", pictures="images")
+def test_trl_judging_what_was_written_of_an_image() -> None:
+    """A captioner's completions against its images: the columns are named."""
+    service = ScoringService()
+    reward = trl_reward(client(service), texts="completions", pictures="images")
     completions = [[{"role": "assistant", "content": [{"type": "text", "text": "a fish"}]}]]
     reward(prompts=["describe"], completions=completions, images=[[PIXELS]])
-    assert judge.asked[0].items[0].prompt == "a fish"
+    assert service.asked[0].items[0].prompt == "a fish"
     with pytest.raises(InputError, match="no column 'images', only completions, prompts"):
         reward(prompts=["describe"], completions=completions)
-    with pytest.raises(InputError, match="one picture, not 2"):
+    with pytest.raises(InputError, match="one image, not 2"):
         reward(prompts=["describe"], completions=completions, images=[[PIXELS, PIXELS]])
 
 
@@ -134,7 +134,7 @@ def test_openrlhf(tmp_path: Any) -> None:
     """Called by position with one pair from a thread; rewards, scores and logs are tensors of one entry."""
     path = tmp_path / "white.png"
     Image.new("RGB", (4, 4), "white").save(path)
-    reward_func = openrlhf_reward(client(Judge()), normalization="z")
+    reward_func = openrlhf_reward(client(ScoringService()), normalization="z")
     with ThreadPoolExecutor(1) as executor:
         given = executor.submit(reward_func, [str(path)], ["a red circle"], [None]).result()
     assert set(given) == {"rewards", "scores", "extra_logs"}
@@ -145,29 +145,29 @@ def test_openrlhf(tmp_path: Any) -> None:
 
 
 def test_openrlhf_judging_responses() -> None:
-    """A text policy: what it wrote after the prompt, against a picture in the label."""
-    judge, file = Judge(), io.BytesIO()
+    """A text policy: what it wrote after the prompt, against an image in the label."""
+    service, file = ScoringService(), io.BytesIO()
     Image.fromarray(PIXELS).save(file, "PNG")
     label = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    reward_func = openrlhf_reward(client(judge), texts="responses", pictures="labels")
+    reward_func = openrlhf_reward(client(service), texts="responses", pictures="labels")
     reward_func(["describe: a fish"], ["describe: "], [label], extra=1)
-    assert judge.asked[0].items[0].prompt == "a fish"
-    assert judge.asked[0].items[0].image.data == file.getvalue()
+    assert service.asked[0].items[0].prompt == "a fish"
+    assert service.asked[0].items[0].image.data == file.getvalue()
     for broken in ("data:image/png,xxx", "data:image/png;base64,###"):
         with pytest.raises(InputError, match="base64"):
             reward_func(["q"], ["p"], [broken])
 
 
-@pytest.mark.parametrize("handler", [refuse, Judge()])
+@pytest.mark.parametrize("handler", [refuse, ScoringService()])
 def test_a_failure_is_raised_never_a_reward(handler: Handler) -> None:
-    """The service's refusal, and a picture that cannot be sent, reach the trainer as exceptions."""
+    """The service's refusal, and an image that cannot be sent, reach the trainer as exceptions."""
     images: Any = TENSOR if handler is refuse else [torch.full((3, 4, 4), 2.0)] * 2
-    judge = client(handler)
+    service = client(handler)
     for call in (
-        lambda: flow_grpo_reward(judge)(images, PROMPTS, {}),
-        lambda: ddpo_reward(judge)(images, PROMPTS, {}),
-        lambda: trl_reward(judge)(prompts=PROMPTS, completions=list(images)),
-        lambda: openrlhf_reward(judge)(list(images), PROMPTS, [None, None]),
+        lambda: flow_grpo_reward(service)(images, PROMPTS, {}),
+        lambda: ddpo_reward(service)(images, PROMPTS, {}),
+        lambda: trl_reward(service)(prompts=PROMPTS, completions=list(images)),
+        lambda: openrlhf_reward(service)(list(images), PROMPTS, [None, None]),
     ):
         with pytest.raises(RejectedError if handler is refuse else InputError):
             call()
@@ -175,7 +175,7 @@ def test_a_failure_is_raised_never_a_reward(handler: Handler) -> None:
 
 def test_a_partial_answer_is_no_reward() -> None:
     """A null reward would become NaN in an array; the option is refused."""
-    reward_fn: Any = flow_grpo_reward(client(Judge()), allow_partial=True)  # type: ignore[call-arg]
+    reward_fn: Any = flow_grpo_reward(client(ScoringService()), allow_partial=True)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="needs every score"):
         reward_fn(TENSOR, PROMPTS, {})
 
@@ -192,6 +192,6 @@ def test_no_adapter_brings_torch() -> None:
 
 def test_one_client_serves_several_adapters() -> None:
     """They hold no state of their own."""
-    with RewardClient("http://judge.invalid", transport=httpx.MockTransport(Judge())) as judge:
-        assert flow_grpo_reward(judge)(TENSOR, PROMPTS)[0]["avg"].shape == (2,)
-        assert len(trl_reward(judge)(prompts=PROMPTS, completions=list(TENSOR))) == 2
+    with RewardClient("http://judge.invalid", transport=httpx.MockTransport(ScoringService())) as service:
+        assert flow_grpo_reward(service)(TENSOR, PROMPTS)[0]["avg"].shape == (2,)
+        assert len(trl_reward(service)(prompts=PROMPTS, completions=list(TENSOR))) == 2

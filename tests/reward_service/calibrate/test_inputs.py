@@ -1,4 +1,4 @@
-"""Lists of pictures and choices as people write them."""
+"""Lists of images and choices as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_service.calibrate.inputs import check_files, read_choices, read_pictures
+from reward_service.calibrate.inputs import check_files, read_choices, read_images
 from reward_service.settings import ConfigError
 
 
@@ -28,7 +28,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
         "a.jsonl",
         '{"image": "a.png", "prompt": "a cat, \\"red\\"\\non grass"}\n\n{"prompt": "x", "image": "b.png"}\n',
     )
-    one, other = read_pictures(table), read_pictures(lines)
+    one, other = read_images(table), read_images(lines)
     assert [row.key for row in one] == [row.key for row in other]
     assert one[0].prompt == one[0].group == 'a cat, "red"\non grass'
 
@@ -36,15 +36,15 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 def test_groups_have_the_prompts_text_or_an_id(tmp_path: Path) -> None:
     """A number is an id too."""
     rows = '{"image": "a", "prompt": "x", "prompt_id": 7}\n{"image": "b", "prompt": "x", "prompt_id": null}\n'
-    assert [row.group for row in read_pictures(written(tmp_path, "a.jsonl", rows))] == ["7", "x"]
+    assert [row.group for row in read_images(written(tmp_path, "a.jsonl", rows))] == ["7", "x"]
 
 
 def test_the_suffix_or_the_option_names_the_format(tmp_path: Path) -> None:
     """And nothing is guessed."""
     path = written(tmp_path, "list.txt", "image,prompt\na,x\n")
-    assert len(read_pictures(path, "csv")) == 1
+    assert len(read_images(path, "csv")) == 1
     with pytest.raises(ConfigError, match="--format"):
-        read_pictures(path)
+        read_images(path)
 
 
 def test_choices_may_weigh(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_mistakes_name_file_and_line(name: str, tmp_path: Path) -> None:
     file, content, words = MISTAKES[name]
     path = written(tmp_path, file, content)
     with pytest.raises(ConfigError, match=words) as caught:
-        read_pictures(path)
+        read_images(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -104,23 +104,23 @@ def test_unusable_choices_are_refused(row: str, words: str, tmp_path: Path) -> N
         read_choices(path)
 
 
-def test_missing_pictures_are_all_counted(tmp_path: Path) -> None:
+def test_missing_images_are_all_counted(tmp_path: Path) -> None:
     """And the first few named, with their lines."""
     rows = "".join(f"{name}.png,x\n" for name in "abcdef")
     path = written(tmp_path, "a.csv", "image,prompt\n" + rows)
     (tmp_path / "b.png").touch()
     with pytest.raises(ConfigError) as caught:
-        check_files(tmp_path, read_pictures(path), path)
+        check_files(tmp_path, read_images(path), path)
     message = str(caught.value)
-    assert "5 of 6 pictures" in message
+    assert "5 of 6 images" in message
     assert "a.png (line 2), c.png (line 4), d.png (line 5) ..." in message
 
 
-def test_a_name_that_no_file_can_have_is_a_missing_picture(tmp_path: Path) -> None:
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None:
     """Too long a one is no error of its own, and is not told whole."""
     path = written(tmp_path, "a.csv", f"image,prompt\n{5000 * 'a'},x\n")
-    with pytest.raises(ConfigError, match=r"1 of 1 pictures are not in .*a \(line 2\)") as caught:
-        check_files(tmp_path, read_pictures(path), path)
+    with pytest.raises(ConfigError, match=r"1 of 1 images are not in .*a \(line 2\)") as caught:
+        check_files(tmp_path, read_images(path), path)
     assert len(str(caught.value)) < 1000
 
 

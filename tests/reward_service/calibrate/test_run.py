@@ -1,4 +1,4 @@
-"""`reward-service calibrate` from pictures to a table that serves."""
+"""`reward-service calibrate` from images to a table that serves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair
 from reward_service.images import decode
 from reward_service.scoring.calibration import load_calibration
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.settings import DEFAULT_CONFIG
 
 PROMPTS, EACH = 10, 4
@@ -37,7 +37,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures of the miniature's world with their captions, sharper ones preferred."""
+    """40 images of the miniature's world with their captions, sharper ones preferred."""
     folder = tmp_path_factory.mktemp("survey")
     rng = torch.Generator().manual_seed(0)
     scenes = world.sample_scenes(PROMPTS, world.Part.HELD_OUT, rng)
@@ -46,8 +46,8 @@ def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k in range(EACH):
         blur, fade, noise = world.sample_quality(PROMPTS, rng)
         drawn = scenes.replace(blur_px=0.5 * k + 0 * blur, fade=fade, noise=noise)
-        for p, picture in enumerate(as_uint8(world.draw(drawn, rng))):
-            Image.fromarray(picture).save(folder / f"{p}-{k}.png")
+        for p, image in enumerate(as_uint8(world.draw(drawn, rng))):
+            Image.fromarray(image).save(folder / f"{p}-{k}.png")
             rows.append((f"{p}-{k}.png", captions[p]))
             # One choice in four goes against the rule, so that there is a scale to find.
             sides = (f"{p}-0.png", f"{p}-{k}.png") if p % 4 else (f"{p}-{k}.png", f"{p}-0.png")
@@ -99,11 +99,11 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_table_is_the_pictures_own(table: Path) -> None:
+def test_the_table_is_the_images_own(table: Path) -> None:
     """Counts, provenance, deviations inside their intervals, fingerprints, correlations, preferences."""
     found = read(table)
     assert found["provisional"] is False
-    assert "40 pictures of 10 prompts" in found["provenance"]
+    assert "40 images of 10 prompts" in found["provenance"]
     assert list(found["evaluators"]) == ["aesthetic", "clip", "pickscore", "hpsv2"]
     for name, row in found["evaluators"].items():
         assert row["std"] == row["std_within_prompt"] < row["std_total"]
@@ -147,18 +147,18 @@ def test_the_table_serves_and_knows_its_evaluators(table: Path, engine: RewardEn
 
 def served(config: Any, engine: RewardEngine) -> tuple[dict[str, bool], list[str]]:
     notices: list[str] = []
-    judge = Judge(config, build=lambda _: engine, on_notice=notices.append)
-    judge.start()
+    service = ScoringService(config, build=lambda _: engine, on_notice=notices.append)
+    service.start()
     deadline = time.monotonic() + 60
-    while judge.health.status == "loading" and time.monotonic() < deadline:
+    while service.health.status == "loading" and time.monotonic() < deadline:
         time.sleep(0.01)
-    described = judge.describe().evaluators
-    judge.close()
+    described = service.describe().evaluators
+    service.close()
     return {name: it.provisional for name, it in described.items()}, notices
 
 
 def test_merged_halves_are_the_whole(run: Run, survey: Path, table: Path, tmp_path: Path) -> None:
-    """Scored apart and merged, in either order, without pictures: exactly the table of the whole."""
+    """Scored apart and merged, in either order, without images: exactly the table of the whole."""
     for half in ("one", "other"):
         listed = ("--images", survey, "--prompts", survey / f"{half}.csv")
         output = ("--output", tmp_path / f"{half}.json", "--scores", tmp_path / f"{half}.jsonl")
@@ -202,8 +202,8 @@ def test_a_killed_run_goes_on(run: Run, survey: Path, table: Path, tmp_path: Pat
     assert set(Counter(json.loads(line)["image"] for line in after.splitlines()[1:]).values()) == {1}
 
 
-def test_a_changed_picture_is_scored_anew(run: Run, survey: Path, tmp_path: Path) -> None:
-    """Learners draw new pictures to old names; the same file in another group is not scored again."""
+def test_a_changed_image_is_scored_anew(run: Run, survey: Path, tmp_path: Path) -> None:
+    """Learners draw new images to old names; the same file in another group is not scored again."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("0-0.png", "0-1.png", "1-0.png", "1-1.png"):
@@ -229,7 +229,7 @@ def test_a_changed_picture_is_scored_anew(run: Run, survey: Path, tmp_path: Path
 
 
 def test_pairs_alone_are_a_survey(run: Run, survey: Path, tmp_path: Path) -> None:
-    """Their pictures are the calibration's; beside --prompts they are only compared."""
+    """Their images are the calibration's; beside --prompts they are only compared."""
     pairs = ("--images", survey, "--pairs", survey / "pairs.csv")
     alone, beside = tmp_path / "alone.json", tmp_path / "beside.json"
     assert run(*pairs, "--output", alone, "--std", "total", "--evaluators", "clip,hpsv2", *FAST)[0] == 0
@@ -254,16 +254,16 @@ MISTAKES = {
     "no prompts": (("--images", "{survey}"), "give --prompts or --pairs"),
     "no such list": (("--images", "{survey}", "--prompts", "/none.csv"), "/none.csv: cannot be read"),
     "no such folder": (("--images", "/none", "--prompts", "{survey}/prompts.csv"), "no such folder"),
-    "missing pictures": (("--images", "{tmp}", "--prompts", "{survey}/prompts.csv"), "40 of 40 pictures"),
+    "missing images": (("--images", "{tmp}", "--prompts", "{survey}/prompts.csv"), "40 of 40 images"),
     "no such scores": (("--scores", "/none.jsonl"), "/none.jsonl: cannot be read"),
     "not scores": (("--scores", "{survey}/prompts.csv"), "not a file of scores"),
     "evaluator": (
         ("--images", "{survey}", "--prompts", "{survey}/prompts.csv", "--evaluators", "beauty"),
         "choose from aesthetic, clip",
     ),
-    "single pictures": (("--images", "{survey}", "--prompts", "{tmp}/single.csv"), "two pictures"),
-    "one picture": (("--images", "{survey}", "--prompts", "{tmp}/same.csv"), "the deviation is 0"),
-    "no picture": (("--images", "{tmp}", "--prompts", "{tmp}/text.csv"), "line 3: {tmp}/text.png: the bytes"),
+    "single images": (("--images", "{survey}", "--prompts", "{tmp}/single.csv"), "two images"),
+    "one image": (("--images", "{survey}", "--prompts", "{tmp}/same.csv"), "the deviation is 0"),
+    "no image": (("--images", "{tmp}", "--prompts", "{tmp}/text.csv"), "line 3: {tmp}/text.png: the bytes"),
     "few resamples": (("--resamples", "3"), "--resamples"),
 }
 
@@ -272,7 +272,7 @@ MISTAKES = {
 def test_mistakes_are_one_line_and_code_2(name: str, run: Run, survey: Path, tmp_path: Path) -> None:
     """Before any model is loaded where that can be known; no table is left."""
     write(tmp_path / "single.csv", ("image", "prompt"), [("0-0.png", "x"), ("0-1.png", "y")])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "good.png").write_bytes((survey / "0-0.png").read_bytes())
     write(tmp_path / "text.csv", ("image", "prompt"), [("good.png", "x"), ("text.png", "x")])
     for copy in "ab":
@@ -305,7 +305,7 @@ def test_a_table_is_not_overwritten_unasked(run: Run, table: Path) -> None:
     assert not [path for path in table.parent.iterdir() if path.name.startswith("tmp")]
 
 
-def test_single_pictures_and_disagreement_are_warned_of(
+def test_single_images_and_disagreement_are_warned_of(
     run: Run, survey: Path, table: Path, tmp_path: Path
 ) -> None:
     """Prompts that add nothing to σ are named, and so are evaluators whose robust σ is another."""
@@ -317,7 +317,7 @@ def test_single_pictures_and_disagreement_are_warned_of(
     scores.write_text("\n".join([lines[0], *map(json.dumps, rows)]) + "\n")
     code, _, err = run("--scores", scores, "--output", tmp_path / "t.json", *FAST)
     assert code == 0, err
-    assert "warning: 1 prompts have one picture" in err
+    assert "warning: 1 prompts have one image" in err
     assert "'a lonely prompt'" in err
     assert "warning: clip: robust within-prompt σ" in err
     assert "warning: aesthetic: robust" not in err

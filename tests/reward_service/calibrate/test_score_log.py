@@ -25,7 +25,7 @@ def book(path: Path, *rows: Scored, prints: dict[str, str] = PRINTS) -> Path:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    """Every number exactly, groups and marks too; a later line of a picture counts."""
+    """Every number exactly, groups and marks too; a later line of an image counts."""
     rows = [row("a"), row("b", group="7", truncated=True), row("c", pairs_only=True), row("a", 0.5)]
     found = read_book(book(tmp_path / "s.jsonl", *rows))
     assert found.fingerprints == PRINTS
@@ -66,7 +66,7 @@ def test_broken_lines_are_named(tmp_path: Path) -> None:
     path = book(tmp_path / "s.jsonl", row("a"), row("b"))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
-    with pytest.raises(ConfigError, match="line 2 is no scored picture"):
+    with pytest.raises(ConfigError, match="line 2 is no scored image"):
         read_book(path)
 
 
@@ -90,7 +90,7 @@ def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
 
 
 def test_files_overlap_only_in_the_same_scores(tmp_path: Path) -> None:
-    """A picture in both counts once, for its group if either says so; another of its name is noticed."""
+    """An image in both counts once, for its group if either says so; another of its name is noticed."""
     one = book(tmp_path / "one.jsonl", row("a", pairs_only=True), row("b"))
     same = book(tmp_path / "same.jsonl", row("a", 0.25 + 1e-7), row("c"))
     found = merge([one, same])

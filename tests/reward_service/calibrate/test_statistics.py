@@ -14,7 +14,7 @@ COUNTS = st.lists(st.integers(1, 5), min_size=1, max_size=8).filter(lambda count
 
 
 def normal_scores(prompts: int, each: int, within: float = 0.5, seed: int = 0) -> tuple[Floats, Ints]:
-    """Two evaluators, prompts 2 apart, pictures of a prompt ``within`` apart."""
+    """Two evaluators, prompts 2 apart, images of a prompt `within` apart."""
     rng = np.random.default_rng(seed)
     prompt = np.repeat(np.arange(prompts), each)
     return rng.normal(20, 2, (prompts, 2))[prompt] + rng.normal(0, within, (len(prompt), 2)), prompt
@@ -22,7 +22,7 @@ def normal_scores(prompts: int, each: int, within: float = 0.5, seed: int = 0) -
 
 @given(COUNTS, st.integers(0, 99))
 def test_deviations_are_their_definitions(counts: list[int], seed: int) -> None:
-    """Pooled over prompts of any size, single pictures adding nothing within and something in all."""
+    """Pooled over prompts of any size, single images adding nothing within and something in all."""
     prompt = np.repeat(np.arange(len(counts)), counts)
     scores = np.random.default_rng(seed).normal(5, 3, (len(prompt), 3))
     found = spread(scores, prompt, resamples=100)
@@ -32,7 +32,7 @@ def test_deviations_are_their_definitions(counts: list[int], seed: int) -> None:
     assert found.mean == pytest.approx(scores.mean(0))
     assert found.total == pytest.approx(scores.std(0, ddof=1))
     assert found.total_correlation == pytest.approx(np.corrcoef(scores.T), abs=1e-9)
-    assert (found.pictures, found.prompts) == (len(prompt), len(counts))
+    assert (found.images, found.prompts) == (len(prompt), len(counts))
 
 
 def test_a_prompts_own_level_changes_nothing_within_it() -> None:
@@ -85,7 +85,7 @@ def test_the_seed_decides_and_evaluators_share_the_resamples() -> None:
 
 @pytest.mark.parametrize("each", [2, 4, 9])
 def test_the_robust_deviation_is_unbiased_for_normal_scores(each: int) -> None:
-    """Small groups included, so that a difference means something; and a few wild pictures hardly move it."""
+    """Small groups included, so that a difference means something; and a few wild images hardly move it."""
     scores, prompt = normal_scores(4000, each)
     assert spread(scores, prompt, resamples=100).robust_within == pytest.approx(0.5, rel=0.06)
     scores[:: 50 * each] += 30.0
@@ -94,9 +94,9 @@ def test_the_robust_deviation_is_unbiased_for_normal_scores(each: int) -> None:
     assert (found.within > 1.0).all()
 
 
-def test_one_picture_each_tells_nothing_within_prompts() -> None:
+def test_one_image_each_tells_nothing_within_prompts() -> None:
     """It is refused rather than called 0."""
-    with pytest.raises(ValueError, match="no prompt has two pictures"):
+    with pytest.raises(ValueError, match="no prompt has two images"):
         spread(np.ones((3, 1)), np.arange(3))
 
 

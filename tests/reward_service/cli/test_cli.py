@@ -61,10 +61,10 @@ MISTAKES = {
     "open to all": (["serve", "--host", "0.0.0.0"], "auth.allow_anonymous"),
     "bad port": (["serve", "--port", "99999"], "service.port"),
     "no prompt": (["score", "x.png"], "prompt"),
-    "no picture": (["score", "/nothing.png", "--prompt", "x"], "/nothing.png cannot be read"),
-    "not a picture": (["score", __file__, "--prompt", "x"], "not a PNG, JPEG or WebP"),
+    "no image": (["score", "/nothing.png", "--prompt", "x"], "/nothing.png cannot be read"),
+    "not an image": (["score", __file__, "--prompt", "x"], "not a PNG, JPEG or WebP"),
     "two forms": (["score", "x.png", "--prompt", "x", "--json", "--csv"], "choose one"),
-    "three prompts": (["score", "x.png", "y.png", *3 * ["--prompt", "x"]], "3 prompts for 2 pictures"),
+    "three prompts": (["score", "x.png", "y.png", *3 * ["--prompt", "x"]], "3 prompts for 2 images"),
     "strange evaluator": (["score", __file__, "--prompt", "x", "--evaluators", "beauty"], "choose from"),
     "no evaluators": (["score", __file__, "--prompt", "x", "--evaluators", " ,"], "names none"),
     "endless name": (["score", 5000 * "x", "--prompt", "x"], "cannot be read (File name too long)"),
@@ -101,43 +101,46 @@ def test_models_that_cannot_be_loaded_end_the_service(checkpoints: Checkpoints) 
 
 
 def test_score_without_a_server(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels], tmp_path: Path
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels], tmp_path: Path
 ) -> None:
     """The engine's own numbers, as JSON and as a table."""
     path = tmp_path / "picture.png"
-    Image.fromarray(pictures[1]).save(path)
+    Image.fromarray(images[1]).save(path)
     done = run("score", path, path, "--prompt", "a red square", "--config", checkpoints.config, "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)["results"]
-    expected = engine.score([Pair("a red square", pictures[1])])[0].raw
+    expected = engine.score([Pair("a red square", images[1])])[0].raw
     for result in results:
         assert {name: s["raw"] for name, s in result["scores"].items()} == pytest.approx(expected, abs=1e-4)
 
 
 def test_serve_from_start_to_end(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """Starts on a free port, gets ready, scores, refuses, goes on serving, and SIGTERM ends it with 0."""
-    with serving("--config", checkpoints.config, "--port", "0") as (process, url), RewardClient(url) as judge:
-        judge.wait_until_ready(READY_S)
-        assert judge.ready()
-        response = judge.score(["a red square"] * 2, pictures[:2], normalization="z")
-        expected = engine.score([Pair("a red square", picture) for picture in pictures[:2]])
+    with (
+        serving("--config", checkpoints.config, "--port", "0") as (process, url),
+        RewardClient(url) as service,
+    ):
+        service.wait_until_ready(READY_S)
+        assert service.ready()
+        response = service.score(["a red square"] * 2, images[:2], normalization="z")
+        expected = engine.score([Pair("a red square", image) for image in images[:2]])
         for result, scores in zip(response.results, expected, strict=True):
             found = {name: score.raw for name, score in result.scores.items()}
             assert found == pytest.approx(scores.raw, abs=1e-4)
             assert np.isfinite(result.reward)
         with pytest.raises(RejectedError, match="choose from"):
-            judge.score(["x"], pictures[:1], evaluators=["beauty"])
-        listed = judge.evaluators().evaluators
+            service.score(["x"], images[:1], evaluators=["beauty"])
+        listed = service.evaluators().evaluators
         assert {name: identity.fingerprint for name, identity in response.evaluators.items()} == {
             name: evaluator.fingerprint for name, evaluator in listed.items()
         }
-        assert judge.score(["x"], pictures[:1]).results[0].index == 0
+        assert service.score(["x"], images[:1]).results[0].index == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(END_S) == 0
         with RewardClient(url, retry_budget_s=0.0) as late, pytest.raises(UnreachableError):
-            late.score(["x"], pictures[:1])
+            late.score(["x"], images[:1])
 
 
 def test_an_allowed_stranger_may_ask(checkpoints: Checkpoints) -> None:

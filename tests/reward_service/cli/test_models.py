@@ -1,4 +1,4 @@
-"""What is configured, as ``reward-service evaluators`` and ``reward-service download`` say it."""
+"""What is configured, as `reward-service evaluators` and `reward-service download` say it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from reward_service.protocol import (
     encode,
 )
 from reward_service.scoring.auth import Client
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.settings import ConfigError
 from tests.support.service.checkpoints import Checkpoints
 
@@ -40,18 +40,18 @@ PROMPTS = ("a red square", "and " * 60, "ünïcode fish")
 
 
 @pytest.fixture(scope="module")
-def files(pictures: list[Pixels], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """Three pictures, the last of them lossily compressed."""
+def files(images: list[Pixels], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Three images, the last of them lossily compressed."""
     folder = tmp_path_factory.mktemp("pictures")
     paths = tuple(folder / name for name in ("a.png", "b.png", "c.jpeg"))
-    for path, picture in zip(paths, pictures, strict=False):
-        Image.fromarray(picture).save(path)
+    for path, image in zip(paths, images, strict=False):
+        Image.fromarray(image).save(path)
     return paths
 
 
 @pytest.fixture(scope="module")
 def weighted(config: ServiceConfig) -> ServiceConfig:
-    """Evaluators of unequal weight, one of none, and batches that split the pictures."""
+    """Evaluators of unequal weight, one of none, and batches that split the images."""
     weights = {"aesthetic": 0.0, "clip": 1.0, "pickscore": 2.0, "hpsv2": 0.5}
     evaluators = {
         name: evaluator.model_copy(update={"weight": weights[name]})
@@ -71,15 +71,15 @@ def asked_of_the_service(config: ServiceConfig, engine: RewardEngine, request: R
         normalization=request.normalization,
         deterministic=request.deterministic,
     )
-    judge = Judge(config, build=lambda _: engine)
-    judge.start()
+    service = ScoringService(config, build=lambda _: engine)
+    service.start()
     deadline = time.monotonic() + 20
-    while judge.health.status == "loading" and time.monotonic() < deadline:
+    while service.health.status == "loading" and time.monotonic() < deadline:
         time.sleep(0.01)
     sent = encode(body, MSGPACK)
-    with judge.enter(Client(), len(sent)) as ticket:
-        answer = asyncio.run(judge.score(ticket, sent, MSGPACK, "id"))
-    judge.close()
+    with service.enter(Client(), len(sent)) as ticket:
+        answer = asyncio.run(service.score(ticket, sent, MSGPACK, "id"))
+    service.close()
     return answer
 
 
@@ -102,19 +102,19 @@ def test_it_answers_as_the_service_does(
     assert [result.lossy_input for result in found.results] == [False, False, True]
 
 
-def test_one_prompt_serves_all_pictures(config: ServiceConfig, files: tuple[Path, ...]) -> None:
+def test_one_prompt_serves_all_images(config: ServiceConfig, files: tuple[Path, ...]) -> None:
     """As if it had been given for each."""
     one = score_files(config, Request(files, ("x",), deterministic=True), lambda _: None)
     each = score_files(config, Request(files, ("x", "x", "x"), deterministic=True), lambda _: None)
     assert one.response.results == each.response.results
 
 
-def test_a_bad_picture_is_named_in_any_batch(weighted: ServiceConfig, files: tuple[Path, ...]) -> None:
+def test_a_bad_image_is_named_in_any_batch(weighted: ServiceConfig, files: tuple[Path, ...]) -> None:
     """By its path, in one line."""
     bad = files[0].with_name("bad.png")
     bad.write_bytes(files[0].read_bytes()[:60])
     for paths in ((bad, *files), (*files, bad)):
-        with pytest.raises(ConfigError, match=r"bad\.png: the png picture is truncated"):
+        with pytest.raises(ConfigError, match=r"bad\.png: the png image is truncated"):
             score_files(weighted, Request(paths, ("x",)), lambda _: None)
 
 
@@ -126,7 +126,7 @@ def report(path: Path, provisional: tuple[str, ...] = ("clip",)) -> Report:
 
 
 def test_scores_are_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every evaluator of every picture, the reward, provisional scales, and a prompt that was cut."""
+    """Every evaluator of every image, the reward, provisional scales, and a prompt that was cut."""
     print_scores(report(Path("folder/picture.png")), "table")
     shown = capsys.readouterr()
     assert all(word in shown.out for word in ("picture.png", "clip", "0.2500", "-0.25", "0.400", "reward"))
@@ -158,7 +158,7 @@ def test_any_file_name_can_be_printed(checkpoints: Checkpoints, tmp_path: Path, 
 
 
 def test_scores_are_shown_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
-    """One row a picture that a CSV reader gets back whole, with what produced the numbers."""
+    """One row an image that a CSV reader gets back whole, with what produced the numbers."""
     print_scores(report(Path("a, b.png")), "csv")
     (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
     assert row == {

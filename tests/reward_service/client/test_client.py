@@ -31,11 +31,11 @@ from tests.support.service.fake_service import PIXELS, URL, Service, answer, cli
 
 
 def test_scores_come_back_in_order() -> None:
-    """Each pair's score belongs to its own picture; key and client id go along as headers."""
+    """Each pair's score belongs to its own image; key and client id go along as headers."""
     service = Service()
     images = [PIXELS, PIXELS[:1], PIXELS[:2]]
-    with client(service, api_key="secret", client_id="run-1") as judge:
-        response = judge.score(["a", "b", "c"], images, evaluators=["clip"], normalization="z")
+    with client(service, api_key="secret", client_id="run-1") as reward_client:
+        response = reward_client.score(["a", "b", "c"], images, evaluators=["clip"], normalization="z")
     assert [r.scores["clip"].raw for r in response.results] == [float(image.sum()) for image in images]
     assert service.headers[0]["authorization"] == "Bearer secret"
     assert service.headers[0]["x-client-id"] == "run-1"
@@ -43,7 +43,7 @@ def test_scores_come_back_in_order() -> None:
     assert service.requests[0].normalization == "z"
 
 
-def test_every_kind_of_picture_arrives_unchanged(tmp_path: Path) -> None:
+def test_every_kind_of_image_arrives_unchanged(tmp_path: Path) -> None:
     """Pillow, array, uint8 and float tensors, path and bytes all reach the service as the same pixels."""
     path = tmp_path / "picture.png"
     Image.fromarray(PIXELS).save(path)
@@ -91,7 +91,7 @@ def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
 
 
 def test_a_batch_may_be_one_array_or_tensor() -> None:
-    """N pictures in one array are taken apart along the first axis."""
+    """N images in one array are taken apart along the first axis."""
     service = Service()
     client(service).score(["x"] * 3, np.stack([PIXELS] * 3))
     client(service).score(["x"] * 2, torch.zeros(2, 3, 4, 5))
@@ -113,7 +113,7 @@ def test_a_batch_may_be_one_array_or_tensor() -> None:
         (None, "NoneType"),
     ],
 )
-def test_pictures_that_cannot_be_sent_are_refused(image: Any, words: str) -> None:
+def test_images_that_cannot_be_sent_are_refused(image: Any, words: str) -> None:
     """The message names the index and the problem, and nothing is sent."""
     service = Service()
     with pytest.raises(InputError, match=f"image 1: .*{words}"):
@@ -127,7 +127,7 @@ def test_pictures_that_cannot_be_sent_are_refused(image: Any, words: str) -> Non
         ([], [], "empty"),
         (["a"], [], "1 prompts but 0 images"),
         ("abc", [PIXELS] * 3, "one string"),
-        (["a"], Image.fromarray(PIXELS), "one picture"),
+        (["a"], Image.fromarray(PIXELS), "one image"),
         (["a", ""], [PIXELS] * 2, "prompt 1 is empty"),
     ],
 )
@@ -140,8 +140,8 @@ def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words
 def test_large_batches_are_split_and_merged() -> None:
     """Chunks by count and by bytes; results renumbered as if it had been one request."""
     service = Service()
-    judge = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
-    response = judge.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
+    reward_client = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
+    response = reward_client.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
     assert [len(request.items) for request in service.requests] == [3, 4, 1]
     assert [result.index for result in response.results] == list(range(8))
     assert response.timing_ms == {"total": 3.0}
@@ -275,8 +275,8 @@ def test_the_asynchronous_client_does_the_same() -> None:
 
     async def run() -> ScoreResponse:
         transport = httpx.MockTransport(service)
-        async with AsyncRewardClient(URL, transport=transport, sleep=sleep) as judge:
-            return await judge.score(["x"], [PIXELS])
+        async with AsyncRewardClient(URL, transport=transport, sleep=sleep) as reward_client:
+            return await reward_client.score(["x"], [PIXELS])
 
     assert asyncio.run(run()).results[0].scores["clip"].raw == float(PIXELS.sum())
     assert len(slept) == 1
@@ -306,5 +306,5 @@ def test_a_reward_without_the_scores_behind_it_is_refused() -> None:
         return answer(msgspec.structs.replace(full, evaluators={"hpsv2": full.evaluators["clip"]}))
 
     for handler in (bare, other):
-        with pytest.raises(ProtocolError, match="not the scores"), client(handler) as judge:
-            judge.score(["x"], [PIXELS])
+        with pytest.raises(ProtocolError, match="not the scores"), client(handler) as service:
+            service.score(["x"], [PIXELS])

@@ -1,4 +1,4 @@
-"""What callers have, as bodies of requests: every kind of picture, unchanged, limits told beforehand."""
+"""What callers have, as bodies of requests: every kind of image, unchanged, limits told beforehand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from reward_service.client import InputError, RewardClient, payload
-from reward_service.client.payload import Encoding, Portions, picture, question
+from reward_service.client.payload import Encoding, Portions, encode_image, question
 from reward_service.images import Pixels, decode
 from reward_service.protocol import MAX_BODY_BYTES, MSGPACK, ScoreRequest, decode_request
 from tests.support.service.fake_service import PIXELS, Service, client
@@ -64,7 +64,7 @@ def sent_pixels(images: Iterable[Any], count: int) -> list[Pixels]:
     ],
 )  # fmt: skip
 def test_a_batch_of_any_kind_arrives_unchanged(images: Any) -> None:
-    """N pictures in one array, tensor or iterable are the same N pixels at the service."""
+    """N images in one array, tensor or iterable are the same N pixels at the service."""
     np.testing.assert_array_equal(sent_pixels(images, 3), BATCH)
 
 
@@ -84,14 +84,14 @@ def test_floats_are_rounded_once_and_to_the_nearest() -> None:
 def test_encoded_pixels_are_the_same_and_smaller(encoding: Encoding) -> None:
     """For slow networks: lossless, declared as what they are; files go unchanged whatever the encoding."""
     smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 64, 3))
-    sent = picture(smooth, encoding)
+    sent = encode_image(smooth, encoding)
     found = decode(sent.data, sent.format, sent.shape)
     np.testing.assert_array_equal(found.rgb, smooth)
     assert not found.lossy
     assert sent.format == encoding
     assert len(sent.data) < smooth.size / 2
-    file = picture(smooth, "png").data
-    assert picture(file, encoding).data == file
+    file = encode_image(smooth, "png").data
+    assert encode_image(file, encoding).data == file
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_encoded_pixels_are_the_same_and_smaller(encoding: Encoding) -> None:
 def test_what_may_mean_two_things_is_refused(image: Any, words: str) -> None:
     """Never a guess about channels, ranges or files."""
     with pytest.raises(InputError, match=words):
-        picture(image)
+        encode_image(image)
 
 
 def test_a_path_may_be_any_path_object(tmp_path: Path) -> None:
@@ -124,27 +124,27 @@ def test_a_path_may_be_any_path_object(tmp_path: Path) -> None:
             return str(tmp_path / "a.png")
 
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    assert picture(Elsewhere()).data == (tmp_path / "a.png").read_bytes()
+    assert encode_image(Elsewhere()).data == (tmp_path / "a.png").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["array", "Pillow"])
-def test_a_picture_beyond_a_request_is_told_before_it_is_sent(kind: str) -> None:
-    """Raw pixels beyond 64 MiB name the limit and the ways out; as PNG the same picture goes."""
+def test_an_image_beyond_a_request_is_told_before_it_is_sent(kind: str) -> None:
+    """Raw pixels beyond 64 MiB name the limit and the ways out; as PNG the same image goes."""
     huge = np.zeros((4800, 4800, 3), np.uint8)
     image = huge if kind == "array" else Image.fromarray(huge)
     service = Service()
     with pytest.raises(InputError, match=r"image 0: 4800x4800 .* 66 MiB raw, .* 64 MiB .*encoding='png'"):
         client(service).score(["x"], [image])
     assert service.requests == []
-    assert len(picture(image, "png").data) < 1_000_000
+    assert len(encode_image(image, "png").data) < 1_000_000
     with pytest.raises(InputError, match="WebP ends at 16383"):
-        picture(np.zeros((2, 16384, 3), np.uint8), "webp")
+        encode_image(np.zeros((2, 16384, 3), np.uint8), "webp")
 
 
 def test_an_encoded_file_beyond_a_request_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole body counts, prompt included."""
     monkeypatch.setattr(payload, "MAX_BODY_BYTES", 5000)
-    file = picture(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), "png").data
+    file = encode_image(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), "png").data
     with pytest.raises(InputError, match=r"image 1: .* MiB of a request"):
         requests(["x", "y" * 400], [PIXELS, file], Portions(bytes=1000))
 
@@ -159,7 +159,7 @@ def test_prompts_that_are_strings_of_a_kind(prompt: Any, seen: str) -> None:
 
 
 def test_prompts_may_be_an_array_of_strings() -> None:
-    """A column of a table, as numpy has it; and pictures as an array of paths are looked for as paths."""
+    """A column of a table, as numpy has it; and images as an array of paths are looked for as paths."""
     assert [it.prompt for it in requests(np.array(["a", "bb"]), [PIXELS] * 2)[0].items] == ["a", "bb"]
     with pytest.raises(InputError, match=r"no-such\.png cannot be read"):
         requests(["x"], np.array(["no-such.png"]))
@@ -170,10 +170,10 @@ def test_prompts_may_be_an_array_of_strings() -> None:
     [
         (None, [PIXELS], "prompts must be a list, not a NoneType"),
         (["a"], None, "images must be a list, not a NoneType"),
-        (["a"] * 4, PIXELS, "not one picture"),
-        (["a"] * 3, torch.zeros(3, 4, 5), "not one picture"),
-        (["a"], np.float32(1), "not one picture"),
-        (["a"], Path("a.png"), "not one picture"),
+        (["a"] * 4, PIXELS, "not one image"),
+        (["a"] * 3, torch.zeros(3, 4, 5), "not one image"),
+        (["a"], np.float32(1), "not one image"),
+        (["a"], Path("a.png"), "not one image"),
         ({"a": 1}, [PIXELS], "must be a list, not a dict"),
         ({"a"}, [PIXELS], "must be a list, not a set"),
         (b"a", [PIXELS], "one string"),
@@ -230,7 +230,7 @@ def test_a_client_that_cannot_work_is_not_made(options: Any) -> None:
         RewardClient("http://judge.invalid", **options)
 
 
-def test_the_wire_holds_a_raw_picture_of_the_largest_size() -> None:
-    """The limit that pictures.py checks is the one that makes a body too large."""
+def test_the_wire_holds_a_raw_image_of_the_largest_size() -> None:
+    """The limit that images.py checks is the one that makes a body too large."""
     side = int((MAX_BODY_BYTES / 3) ** 0.5)
     assert requests(["x"], [np.zeros((side, side, 3), np.uint8)])[0].items[0].image.shape == (side, side, 3)

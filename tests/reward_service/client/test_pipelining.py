@@ -33,8 +33,8 @@ def ask(handler: Handler, *batch: Any, **options: Any) -> ScoreResponse:
 
 def ask_async(handler: Any, *batch: Any, **options: Any) -> ScoreResponse:
     async def run() -> ScoreResponse:
-        async with AsyncRewardClient(URL, transport=httpx.MockTransport(handler), **options) as judge:
-            return await judge.score(*batch)
+        async with AsyncRewardClient(URL, transport=httpx.MockTransport(handler), **options) as service:
+            return await service.score(*batch)
 
     return asyncio.run(run())
 
@@ -161,11 +161,11 @@ def test_generators_are_checked_as_they_go(ask: Ask, prompts: Any, images: Any, 
 
 @pytest.mark.parametrize("ask", [ask, ask_async])
 def test_the_callers_own_errors_come_through(ask: Ask) -> None:
-    """What a generator of pictures raises is its caller's business."""
+    """What a generator of images raises is its caller's business."""
 
     def broken() -> Iterator[Pixels]:
         yield from grey(range(3))
-        raise LookupError("no more pictures")
+        raise LookupError("no more images")
 
     with pytest.raises(LookupError, match="no more"):
         ask(scored, ["x"] * 9, broken(), chunk_pairs=1)
@@ -175,24 +175,24 @@ def test_a_client_closed_meanwhile_says_so() -> None:
     """Not httpx's RuntimeError, and no retries into a closed pool."""
 
     def closing(request: httpx.Request) -> httpx.Response:
-        judge.close()
+        service.close()
         return problem(503)
 
-    judge = client(closing)
+    service = client(closing)
     with pytest.raises(ClientClosedError, match="was closed"):
-        judge.score(["x"], [PIXELS])
+        service.score(["x"], [PIXELS])
     with pytest.raises(ClientClosedError):
-        judge.ready()
+        service.ready()
 
 
 def test_an_async_client_may_see_several_event_loops() -> None:
     """Each loop gets its own connections; after close none is made."""
-    judge = AsyncRewardClient(URL, transport=httpx.MockTransport(scored))
+    service = AsyncRewardClient(URL, transport=httpx.MockTransport(scored))
     for _ in range(2):
-        assert len(asyncio.run(judge.score(["x"], [PIXELS])).results) == 1
-    asyncio.run(judge.close())
+        assert len(asyncio.run(service.score(["x"], [PIXELS])).results) == 1
+    asyncio.run(service.close())
     with pytest.raises(ClientClosedError):
-        asyncio.run(judge.score(["x"], [PIXELS]))
+        asyncio.run(service.score(["x"], [PIXELS]))
 
 
 def test_a_cancelled_task_leaves_nothing_behind() -> None:
@@ -209,8 +209,8 @@ def test_a_cancelled_task_leaves_nothing_behind() -> None:
         raise AssertionError
 
     async def run() -> None:
-        async with AsyncRewardClient(URL, transport=httpx.MockTransport(endless), chunk_pairs=1) as judge:
-            task = asyncio.create_task(judge.score(["x"] * 9, [PIXELS] * 9))
+        async with AsyncRewardClient(URL, transport=httpx.MockTransport(endless), chunk_pairs=1) as service:
+            task = asyncio.create_task(service.score(["x"] * 9, [PIXELS] * 9))
             while begun < 4:
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -223,11 +223,11 @@ def test_a_cancelled_task_leaves_nothing_behind() -> None:
 
 def test_many_threads_share_a_client() -> None:
     """Twenty callers at once get their own scores."""
-    with RewardClient(URL, transport=httpx.MockTransport(scored)) as judge:
+    with RewardClient(URL, transport=httpx.MockTransport(scored)) as service:
         found: dict[int, float] = {}
 
         def one(level: int) -> None:
-            response = judge.score(["x"], list(grey(range(level, level + 1))))
+            response = service.score(["x"], list(grey(range(level, level + 1))))
             found[level] = response.results[0].scores["clip"].raw
 
         threads = [threading.Thread(target=one, args=(level,)) for level in range(20)]

@@ -40,7 +40,7 @@ def write(file: str, text: str) -> Spoil:
 
 
 def change_clip(**changes: torch.Tensor | None) -> Spoil:
-    """Replace tensors of the clip tower, or leave them out; ``__`` stands for a dot."""
+    """Replace tensors of the clip tower, or leave them out; `__` stands for a dot."""
 
     def spoil(folder: Path) -> None:
         state: dict[str, Any] = load_file(folder / CLIP)
@@ -88,7 +88,7 @@ def narrow_head(folder: Path) -> None:
 
 
 def change_head(**changes: torch.Tensor | None) -> Spoil:
-    """Replace tensors of the head, or leave them out; ``__`` stands for a dot."""
+    """Replace tensors of the head, or leave them out; `__` stands for a dot."""
 
     def spoil(folder: Path) -> None:
         state: dict[str, Any] = torch.load(folder / HEAD, weights_only=True)
@@ -164,7 +164,7 @@ SPOILT: dict[str, tuple[Spoil, Sequence[str]]] = {
 
 @pytest.fixture
 def spoilt(checkpoints: Checkpoints, tmp_path: Path) -> Path:
-    """A copy of the checkpoints to spoil, with a picture."""
+    """A copy of the checkpoints to spoil, with an image."""
     shutil.copytree(checkpoints.folder, tmp_path / "models")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "models" / "picture.png")
     return tmp_path / "models"
@@ -172,9 +172,9 @@ def spoilt(checkpoints: Checkpoints, tmp_path: Path) -> Path:
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, command: str, *more: str) -> str:
     """What the command says on stderr before it ends with code 2; nothing goes to stdout."""
-    pictures = (str(folder / "picture.png"), "--prompt", "a red square") if command == "score" else ()
+    images = (str(folder / "picture.png"), "--prompt", "a red square") if command == "score" else ()
     with pytest.raises(SystemExit) as ended:
-        main([command, *pictures, "--config", str(folder / "config.yaml"), *more])
+        main([command, *images, "--config", str(folder / "config.yaml"), *more])
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert said.out == ""

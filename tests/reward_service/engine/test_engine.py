@@ -37,13 +37,13 @@ def table(scores: list[dict[str, float]]) -> Tensor:
     return torch.tensor([[row[name] for name in sorted(row)] for row in scores])
 
 
-def pairs_of(pictures: list[Pixels]) -> list[Pair]:
-    return [Pair(prompt, picture) for prompt, picture in zip(PROMPTS, pictures, strict=True)]
+def pairs_of(images: list[Pixels]) -> list[Pair]:
+    return [Pair(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
 
 
-def test_scores_do_not_depend_on_the_batch(engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_scores_do_not_depend_on_the_batch(engine: RewardEngine, images: list[Pixels]) -> None:
     """One at a time, all at once or in another order: the same within the stated tolerance."""
-    pairs = pairs_of(pictures)
+    pairs = pairs_of(images)
     together = table([pair.raw for pair in engine.score(pairs)])
     alone = table([engine.score([pair])[0].raw for pair in pairs])
     order = random.Random(1).sample(range(len(pairs)), len(pairs))
@@ -53,9 +53,9 @@ def test_scores_do_not_depend_on_the_batch(engine: RewardEngine, pictures: list[
     assert together.std(dim=0).min() > 100 * TOLERANCE
 
 
-def test_deterministic_scores_are_equal_bit_by_bit(engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_deterministic_scores_are_equal_bit_by_bit(engine: RewardEngine, images: list[Pixels]) -> None:
     """With one fixed shape for every forward pass, company and order change nothing at all."""
-    pairs = pairs_of(pictures) * 3
+    pairs = pairs_of(images) * 3
     together = table([pair.raw for pair in engine.score(pairs, deterministic=True)])
     alone = table([engine.score([pair], deterministic=True)[0].raw for pair in pairs])
     backwards = table([pair.raw for pair in engine.score(pairs[::-1], deterministic=True)])
@@ -64,22 +64,22 @@ def test_deterministic_scores_are_equal_bit_by_bit(engine: RewardEngine, picture
 
 
 def test_small_batches_of_the_engine_change_nothing(
-    engine: RewardEngine, config: ServiceConfig, pictures: list[Pixels]
+    engine: RewardEngine, config: ServiceConfig, images: list[Pixels]
 ) -> None:
     """The size of a forward pass is no part of a score."""
     small = RewardEngine(engine.evaluators, 2, CPU, torch.float32)
     torch.testing.assert_close(
-        table([pair.raw for pair in small.score(pairs_of(pictures))]),
-        table([pair.raw for pair in engine.score(pairs_of(pictures))]),
+        table([pair.raw for pair in small.score(pairs_of(images))]),
+        table([pair.raw for pair in engine.score(pairs_of(images))]),
         atol=TOLERANCE,
         rtol=0,
     )
 
 
 def test_the_shared_tower_and_pixels_run_once(
-    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aesthetic and clip share a tower, and on square pictures PickScore shares its pixels with them."""
+    """aesthetic and clip share a tower, and on square images PickScore shares its pixels with them."""
     runs: list[str] = []
     made: list[Preprocessing] = []
     for evaluator in engine.evaluators.values():
@@ -92,17 +92,17 @@ def test_the_shared_tower_and_pixels_run_once(
         )
     call = Preprocessing.__call__
     monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: made.append(self) or call(self, *args))
-    engine.score([Pair("x", pictures[0]), Pair("y", pictures[5])])
+    engine.score([Pair("x", images[0]), Pair("y", images[5])])
     # Two wrappers lie on the clip tower, for it is the same object: its one run is told twice.
     assert sorted(runs) == ["clip", "clip", "hps", "pickscore"]
     assert len(made) == 2
 
 
-def test_prepared_pictures_score_to_the_same_bit(
-    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+def test_prepared_images_score_to_the_same_bit(
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also beside unprepared ones; and what was prepared is not prepared again."""
-    pairs = pairs_of(pictures)
+    pairs = pairs_of(images)
     expected = [pair.raw for pair in engine.score(pairs)]
     prepared = engine.prepare(pairs)
     assert all(pair.inputs for pair in prepared)
@@ -117,22 +117,22 @@ def test_prepared_pictures_score_to_the_same_bit(
     assert not made
 
 
-def test_a_picture_that_cannot_be_prepared_is_told_when_it_is_scored(
-    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_cannot_be_prepared_is_told_when_it_is_scored(
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its evaluator's name."""
 
-    def fail(_: Preprocessing, picture: Pixels) -> Tensor:
-        raise ValueError(f"no good: {picture.shape}")
+    def fail(_: Preprocessing, image: Pixels) -> Tensor:
+        raise ValueError(f"no good: {image.shape}")
 
     monkeypatch.setattr(Preprocessing, "_letterbox", fail)
-    pairs = engine.prepare([Pair("x", pictures[0])])
+    pairs = engine.prepare([Pair("x", images[0])])
     assert [way.method for way in pairs[0].inputs] == ["crop"]
     with pytest.raises(ScoringError, match="hpsv2"):
         engine.score(pairs)
 
 
-def test_prompts_are_embedded_once(engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_prompts_are_embedded_once(engine: RewardEngine, images: list[Pixels]) -> None:
     """Each distinct prompt goes through the tower once, and a known one not at all."""
     tower = engine.evaluators["clip"].tower
     seen: list[int] = []
@@ -157,21 +157,21 @@ def test_the_text_cache_is_bounded(checkpoints: Checkpoints) -> None:
     assert [prompt for prompt, _ in tower._cache] == ["b", "d"]
 
 
-def test_long_prompts_keep_their_beginning_and_say_so(engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_long_prompts_keep_their_beginning_and_say_so(engine: RewardEngine, images: list[Pixels]) -> None:
     """Two captions that differ within the context score differently although both are cut."""
     tail = " and the circle" * 40
-    scores = engine.score([Pair(start + tail, pictures[0]) for start in ("a red square", "th ci re an")])
+    scores = engine.score([Pair(start + tail, images[0]) for start in ("a red square", "th ci re an")])
     assert [pair.truncated_prompt for pair in scores] == [True, True]
     for name in ("clip", "pickscore", "hpsv2"):
         assert abs(scores[0].raw[name] - scores[1].raw[name]) > 10 * TOLERANCE
     assert scores[0].raw["aesthetic"] == pytest.approx(scores[1].raw["aesthetic"], abs=TOLERANCE)
-    exact = engine.score([Pair("a red square", pictures[0])])[0]
+    exact = engine.score([Pair("a red square", images[0])])[0]
     assert exact.truncated_prompt is False
 
 
 @pytest.mark.parametrize("special", ["<|endoftext|>", "<|startoftext|>", "<start_of_text>", "<END_OF_TEXT>"])
 def test_special_tokens_in_a_prompt_are_words(
-    special: str, checkpoints: Checkpoints, pictures: list[Pixels]
+    special: str, checkpoints: Checkpoints, images: list[Pixels]
 ) -> None:
     """Written by a user, or as an HTML entity, they never become the token: one start, one end."""
     tokenizers = [
@@ -205,26 +205,24 @@ def test_the_head_folds_into_one_product() -> None:
     torch.testing.assert_close(inputs @ weight + bias, layers[1](layers[0](inputs))[:, 0].detach())
 
 
-def test_scores_that_are_no_numbers_are_errors(engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_scores_that_are_no_numbers_are_errors(engine: RewardEngine, images: list[Pixels]) -> None:
     """A NaN is never answered, and never zero."""
     broken = dict(engine.evaluators)
     tower = broken["pickscore"].tower
     scale, tower.logit_scale = tower.logit_scale, float("nan")
     try:
         with pytest.raises(ScoringError, match="pickscore"):
-            engine.score([Pair("x", pictures[0])])
+            engine.score([Pair("x", images[0])])
     finally:
         tower.logit_scale = scale
 
 
-def test_bfloat16_trunks_stay_near(
-    config: ServiceConfig, engine: RewardEngine, pictures: list[Pixels]
-) -> None:
+def test_bfloat16_trunks_stay_near(config: ServiceConfig, engine: RewardEngine, images: list[Pixels]) -> None:
     """A bf16 trunk moves a cosine by at most 0.02 and has a fingerprint of its own."""
     rough = build_engine(config.model_copy(update={"dtype": "bfloat16"}))
     for name in ("clip", "hpsv2"):
-        exact = torch.tensor([pair.raw[name] for pair in engine.score(pairs_of(pictures))])
-        found = torch.tensor([pair.raw[name] for pair in rough.score(pairs_of(pictures))])
+        exact = torch.tensor([pair.raw[name] for pair in engine.score(pairs_of(images))])
+        found = torch.tensor([pair.raw[name] for pair in rough.score(pairs_of(images))])
         assert (exact - found).abs().max() < 0.02
         assert rough.evaluators[name].fingerprint != engine.evaluators[name].fingerprint
 
@@ -326,7 +324,7 @@ def test_fingerprints_follow_what_makes_a_score(checkpoints: Checkpoints, tmp_pa
 
 
 def test_half_precision_files_compute_in_float32(
-    checkpoints: Checkpoints, tmp_path: Path, pictures: list[Pixels]
+    checkpoints: Checkpoints, tmp_path: Path, images: list[Pixels]
 ) -> None:
     """A checkpoint stored as fp16 is widened on loading."""
     for file in checkpoints.clip.iterdir():

@@ -16,7 +16,7 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import FatalDeviceError, OutOfMemoryError, Pair, ScoringError
 from reward_service.images import Pixels
 from reward_service.scheduler.scheduler import Completed, PairFailedError, Scheduler, StuckError
-from reward_service.scoring.breaker import Guard
+from reward_service.scoring.breaker import EvaluatorBreakers
 
 WAIT_S = 20.0
 CUDA_ADVICE = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
@@ -29,12 +29,12 @@ def engine(config: ServiceConfig) -> RewardEngine:
 
 
 @pytest.fixture
-def pairs(pictures: list[Pixels]) -> list[Pair]:
-    return [Pair(f"picture {number}", picture) for number, picture in enumerate(pictures)]
+def pairs(images: list[Pixels]) -> list[Pair]:
+    return [Pair(f"image {number}", image) for number, image in enumerate(images)]
 
 
 def breaking(engine: RewardEngine, name: str, when: Callable[[torch.Tensor], Exception | None]) -> None:
-    """Let an evaluator's tower fail on pictures."""
+    """Let an evaluator's tower fail on images."""
     tower = engine.evaluators[name].tower
     encode = tower._encode
 
@@ -52,9 +52,9 @@ def serve() -> Iterator[Callable[[RewardEngine], Scheduler[Pair, Any]]]:
     made: list[Scheduler[Pair, Any]] = []
 
     def serve(engine: RewardEngine) -> Scheduler[Pair, Any]:
-        guard = Guard(engine, None, Watch())
-        guard.prove()
-        made.append(Scheduler(guard, batch_pairs=8, max_queued_pairs=100))
+        breakers = EvaluatorBreakers(engine, None, Watch())
+        breakers.prove()
+        made.append(Scheduler(breakers, batch_pairs=8, max_queued_pairs=100))
         return made[0]
 
     yield serve
@@ -111,7 +111,7 @@ def test_a_failure_names_its_evaluator(engine: RewardEngine, pairs: list[Pair]) 
 def test_memory_for_few_pairs_is_enough_for_many(
     engine: RewardEngine, pairs: list[Pair], serve: Callable[[RewardEngine], Scheduler[Pair, Any]]
 ) -> None:
-    """A device that holds three pictures at a time scores a batch of seven, as it would with more."""
+    """A device that holds three images at a time scores a batch of seven, as it would with more."""
     expected = [pair.raw for pair in engine.score(pairs)]
     full = torch.OutOfMemoryError("CUDA out of memory")
     breaking(engine, "pickscore", lambda pixels: full if len(pixels) > 3 else None)
@@ -179,7 +179,7 @@ def test_a_broken_device_ends_everything(
 
 
 def test_each_tower_is_timed_once_a_batch(engine: RewardEngine, pairs: list[Pair]) -> None:
-    """Pictures and prompts of a tower together, under its configured name."""
+    """Images and prompts of a tower together, under its configured name."""
     told: list[tuple[str, float]] = []
     engine.on_forward = lambda tower, seconds: told.append((tower, seconds))
     engine.score(pairs, ["aesthetic", "clip", "hpsv2"])

@@ -32,7 +32,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def web(answers: dict[str, bytes], promised: int | None = None) -> Iterator[tuple[str, list[str]]]:
     """A web server, also with what the hub's client asks of one; yields its address and the paths asked for.
 
-    :param promised: Content-Length, if other than the body's
+    Args:
+        promised: Content-Length, if other than the body's
     """
     asked: list[str] = []
 

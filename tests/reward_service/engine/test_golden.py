@@ -1,13 +1,13 @@
 """The one published number: HPSv2 v2.0's own example, with the real weights.
 
-Needs 2 GB of weights and a picture, so it runs where they are at hand:
+Needs 2 GB of weights and an image, so it runs where they are at hand:
 
-    pip download --no-deps hpsv2==1.2.0    # a zip archive with the picture: hpsv2/assets/demo_image.jpg
+    pip download --no-deps hpsv2==1.2.0    # a zip archive with the image: hpsv2/assets/demo_image.jpg
     reward-service download --config configs/karlo.yaml --all
     GOLDEN_IMAGE=.../demo_image.jpg pytest tests/reward_service/engine/test_golden.py
 
-``GOLDEN_WEIGHTS`` may name a folder with HPS_v2_compressed.pt instead of the hub's cache. ``make parity``
-leaves the picture in its environment, where it is found too.
+`GOLDEN_WEIGHTS` may name a folder with HPS_v2_compressed.pt instead of the hub's cache. `make parity`
+leaves the image in its environment, where it is found too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ NAME, PROMPT, PUBLISHED = "hpsv20", "A cat with two horns on its head", 0.2876
 PACKAGED = ".parity/lib/python3*/site-packages/hpsv2/assets/demo_image.jpg"
 
 
-def picture() -> Path:
-    """The package's demonstration picture, or a skip."""
+def image() -> Path:
+    """The package's demonstration image, or a skip."""
     named = os.environ.get("GOLDEN_IMAGE")
     found = [Path(named)] if named else sorted(ROOT.glob(PACKAGED))
     if not found:
-        pytest.skip("no picture: set GOLDEN_IMAGE to hpsv2/assets/demo_image.jpg of PyPI's hpsv2==1.2.0")
+        pytest.skip("no image: set GOLDEN_IMAGE to hpsv2/assets/demo_image.jpg of PyPI's hpsv2==1.2.0")
     return found[0]
 
 
@@ -56,7 +56,7 @@ def config() -> ServiceConfig:
 @pytest.mark.slow
 def test_the_published_score() -> None:
     """As hpsv2.score gives it, to the four digits that were published."""
-    path, loaded = picture(), config()
+    path, loaded = image(), config()
     pair = Pair(PROMPT, decode(path.read_bytes()).rgb)
     [scored] = build_engine(loaded).score([pair])
     assert scored.raw[NAME] == pytest.approx(PUBLISHED, abs=1e-4)

@@ -72,14 +72,14 @@ def models(request: pytest.FixtureRequest, config: ServiceConfig) -> Models:
 
 
 @pytest.fixture(scope="module")
-def many(pictures: list[Pixels]) -> list[Pair]:
+def many(images: list[Pixels]) -> list[Pair]:
     """64 different pairs of short prompts."""
     rng = np.random.default_rng(5)
     made = []
     for number in range(64):
-        picture = pictures[number % len(pictures)]
-        noise = rng.integers(-60, 60, picture.shape)
-        made.append(Pair(f"{number} red circles", (picture + noise).clip(0, 255).astype(np.uint8)))
+        image = images[number % len(images)]
+        noise = rng.integers(-60, 60, image.shape)
+        made.append(Pair(f"{number} red circles", (image + noise).clip(0, 255).astype(np.uint8)))
     return made
 
 
@@ -107,7 +107,7 @@ def test_the_order_of_a_batch_does_not_matter(models: Models, many: list[Pair]) 
 def test_longer_prompts_beside_it_do_not_matter(models: Models, many: list[Pair]) -> None:
     """A prompt is embedded at the length of the longest in its batch, which is exact up to rounding."""
     dtype, engine = models
-    company = [Pair("and " * 60, many[0].picture), Pair(PROMPTS[2], many[1].picture)]
+    company = [Pair("and " * 60, many[0].image), Pair(PROMPTS[2], many[1].image)]
     moved = table(engine, [*many[:8], *company])[:8] - table(engine, many[:8])
     assert_within(dtype, moved, engine)
 
@@ -133,7 +133,7 @@ def test_deterministic_scores_are_the_same_bits(models: Models, many: list[Pair]
     together = table(engine, many, deterministic=True)
     assert torch.equal(torch.cat([table(engine, [p], deterministic=True) for p in many]), together)
     assert torch.equal(table(engine, many[::-1], deterministic=True).flip(0), together)
-    company = [*many[:9], Pair("and " * 60, many[0].picture)]
+    company = [*many[:9], Pair("and " * 60, many[0].image)]
     assert torch.equal(table(engine, company, deterministic=True)[:9], together[:9])
 
 
@@ -159,7 +159,7 @@ def model_of(quick_gelu: bool, **vision: object) -> open_clip.CLIP:
 @pytest.mark.parametrize("quick_gelu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_class_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
-    """Pictures: open_clip's full forward pass and ours give one embedding."""
+    """Images: open_clip's full forward pass and ours give one embedding."""
     model = model_of(quick_gelu).to(dtype)
     pixels = torch.randn(5, 3, SIZE_PX, SIZE_PX).to(dtype)
     whole = F.normalize(model.encode_image(pixels).float(), dim=-1)
@@ -217,8 +217,8 @@ def test_text_that_is_read_otherwise_is_refused(
         build_engine(config.model_copy(update={"towers": {**config.towers, "hps": hps}}))
 
 
-def test_the_shortcut_is_taken(engine: RewardEngine, pictures: list[Pixels]) -> None:
-    """The last MLP of a picture sees one token a row."""
+def test_the_shortcut_is_taken(engine: RewardEngine, images: list[Pixels]) -> None:
+    """The last MLP of an image sees one token a row."""
     tower = engine.evaluators["clip"].tower
     last = tower._model.visual.transformer.resblocks[-1].block
     assert is_plain(last)
@@ -235,7 +235,7 @@ def test_the_shortcut_is_taken(engine: RewardEngine, pictures: list[Pixels]) -> 
 def test_every_forward_pass_runs_once(
     engine: RewardEngine, many: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 pairs of one prompt: one pass over 64 pictures a tower, one text row, and none the second time."""
+    """64 pairs of one prompt: one pass over 64 images a tower, one text row, and none the second time."""
     towers = {each.tower_name: each.tower for each in engine.evaluators.values()}
     ran: list[tuple[str, str, int]] = []
     for name, tower in towers.items():
@@ -248,7 +248,7 @@ def test_every_forward_pass_runs_once(
                 return real(rows, *rest)
 
             monkeypatch.setattr(tower, kind, counted)
-    pairs = [Pair("a red square", pair.picture) for pair in many]
+    pairs = [Pair("a red square", pair.image) for pair in many]
     engine.score(pairs)
     images = [(name, "_encode", 64) for name in towers]
     assert sorted(ran) == sorted([*images, *((name, "_encode_texts", 1) for name in towers)])
@@ -257,11 +257,11 @@ def test_every_forward_pass_runs_once(
     assert sorted(ran) == sorted(images)
 
 
-def test_one_picture_of_many_prompts_is_embedded_once(
-    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+def test_one_image_of_many_prompts_is_embedded_once(
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal bytes are one picture, whoever sent them; every pair keeps its own score."""
-    pairs = [Pair(prompt, picture.copy()) for prompt in PROMPTS for picture in pictures[:2]]
+    """Equal bytes are one image, whoever sent them; every pair keeps its own score."""
+    pairs = [Pair(prompt, image.copy()) for prompt in PROMPTS for image in images[:2]]
     alone = torch.cat([table(engine, [pair]) for pair in pairs])
     seen: list[int] = []
     tower = engine.evaluators["hpsv2"].tower
@@ -271,14 +271,14 @@ def test_one_picture_of_many_prompts_is_embedded_once(
     assert seen == [2]
 
 
-def test_pictures_are_only_one_if_every_byte_is() -> None:
-    """One changed pixel where no sample looks, or another shape of the same bytes, is another picture."""
+def test_images_are_only_one_if_every_byte_is() -> None:
+    """One changed pixel where no sample looks, or another shape of the same bytes, is another image."""
     first = np.zeros((40, 30, 3), np.uint8)
     changed = first.copy()
     changed[7, 3, 1] = 1
     kept, rows = distinct([first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()])
-    for picture, row in zip([first, changed, first.reshape(30, 40, 3), changed, first], rows, strict=True):
-        assert np.array_equal(kept[row], picture)
+    for image, row in zip([first, changed, first.reshape(30, 40, 3), changed, first], rows, strict=True):
+        assert np.array_equal(kept[row], image)
     assert rows[:4] == [0, 1, 2, 1]
 
 
@@ -321,7 +321,7 @@ def test_graphs_are_refused_on_a_cpu(config: ServiceConfig) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_towers_give_the_same_scores(
-    engine: RewardEngine, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through torch.compile, in buckets, within the tolerance; loaded on one thread and used on another."""
     tower = engine.evaluators["clip"].tower

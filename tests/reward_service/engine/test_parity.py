@@ -25,13 +25,13 @@ from tests.reward_service.conftest import PROMPTS
 from tests.support.service.checkpoints import CONTEXT, SIZE_PX, Checkpoints, head_module, hps_model_config
 
 
-def scores(engine: RewardEngine, pictures: Sequence[Pixels], name: str) -> Tensor:
-    pairs = [Pair(prompt, picture) for prompt, picture in zip(PROMPTS, pictures, strict=True)]
+def scores(engine: RewardEngine, images: Sequence[Pixels], name: str) -> Tensor:
+    pairs = [Pair(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
     return torch.tensor([pair.raw[name] for pair in engine.score(pairs, [name])])
 
 
 def transformers_embeddings(
-    folder: Path, pictures: Sequence[Pixels], prompts: Sequence[str]
+    folder: Path, rgb_images: Sequence[Pixels], prompts: Sequence[str]
 ) -> tuple[CLIPModel, Tensor, Tensor]:
     """Unit embeddings by transformers' model, tokenizer and image processor, one pair at a time.
 
@@ -42,8 +42,8 @@ def transformers_embeddings(
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     images, texts = [], []
-    for picture, prompt in zip(pictures, prompts, strict=True):
-        pixels = processor(images=Image.fromarray(picture), return_tensors="pt")
+    for image, prompt in zip(rgb_images, prompts, strict=True):
+        pixels = processor(images=Image.fromarray(image), return_tensors="pt")
         ids = tokenizer(
             prompt, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
         )
@@ -53,7 +53,7 @@ def transformers_embeddings(
     return model, F.normalize(torch.stack(images), dim=-1), F.normalize(torch.stack(texts), dim=-1)
 
 
-def torchvision_crop(picture: Pixels) -> Tensor:
+def torchvision_crop(image: Pixels) -> Tensor:
     """OpenAI's own transform."""
     transform = v2.Compose(
         [
@@ -64,12 +64,12 @@ def torchvision_crop(picture: Pixels) -> Tensor:
             v2.Normalize(OPENAI_MEAN, OPENAI_STD),
         ]
     )
-    return transform(Image.fromarray(picture))
+    return transform(Image.fromarray(image))
 
 
-def hps_letterbox(picture: Pixels) -> Tensor:
+def hps_letterbox(rgb: Pixels) -> Tensor:
     """HPSv2's ToTensor, ResizeMaxSize, Normalize through torchvision's functions."""
-    image = v2.functional.to_dtype(v2.functional.pil_to_tensor(Image.fromarray(picture)), scale=True)
+    image = v2.functional.to_dtype(v2.functional.pil_to_tensor(Image.fromarray(rgb)), scale=True)
     height, width = image.shape[1:]
     scale = SIZE_PX / float(max(height, width))
     new = [round(height * scale), round(width * scale)]
@@ -85,75 +85,75 @@ def openai_cleaned(prompt: str) -> str:
 
 
 def test_pickscore_is_the_published_formula(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    checkpoints: Checkpoints, engine: RewardEngine, pixels: list[Pixels]
 ) -> None:
     """exp(logit_scale) times the cosine of transformers' CLIPModel and its processor."""
-    model, images, texts = transformers_embeddings(checkpoints.pickscore, pictures, PROMPTS)
+    model, images, texts = transformers_embeddings(checkpoints.pickscore, pixels, PROMPTS)
     expected = model.logit_scale.exp().item() * (images * texts).sum(-1)
     assert expected.std() > 1.0
-    torch.testing.assert_close(scores(engine, pictures, "pickscore"), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores(engine, pixels, "pickscore"), expected, atol=1e-4, rtol=0)
 
 
 def test_clip_is_the_cosine_of_the_quick_gelu_model(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    checkpoints: Checkpoints, engine: RewardEngine, rgb_images: list[Pixels]
 ) -> None:
     """OpenAI's cleaning and crop, transformers' model; QuickGELU taken from the configuration."""
     model, _, texts = transformers_embeddings(
-        checkpoints.clip, pictures, [openai_cleaned(prompt) for prompt in PROMPTS]
+        checkpoints.clip, rgb_images, [openai_cleaned(prompt) for prompt in PROMPTS]
     )
-    pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+    pixels = torch.stack([torchvision_crop(image) for image in rgb_images])
     with torch.no_grad():
         images = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
     expected = (images * texts).sum(-1)
-    torch.testing.assert_close(scores(engine, pictures, "clip"), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores(engine, rgb_images, "clip"), expected, atol=1e-6, rtol=0)
 
 
 def test_aesthetic_is_the_unfolded_head(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """LAION's five layers one after another on the unit embedding."""
     model = CLIPModel.from_pretrained(checkpoints.clip).eval()
     head = head_module().eval()
     state = torch.load(checkpoints.head, weights_only=True)
     head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
-    pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+    pixels = torch.stack([torchvision_crop(image) for image in images])
     with torch.no_grad():
         expected = head(F.normalize(model.get_image_features(pixels).pooler_output, dim=-1))[:, 0]
-    torch.testing.assert_close(scores(engine, pictures, "aesthetic"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores(engine, images, "aesthetic"), expected, atol=1e-5, rtol=0)
 
 
 def test_hps_is_open_clip_behind_its_letterbox(
-    checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    checkpoints: Checkpoints, engine: RewardEngine, pixels: list[Pixels]
 ) -> None:
     """open_clip's model, tokenizer and HPSv2's transform; the cosine without a scale."""
     model = open_clip.CLIP(**hps_model_config()).eval()
     model.load_state_dict(torch.load(checkpoints.hps / "HPS.pt", weights_only=True)["state_dict"])
     tokenizer = SimpleTokenizer(str(checkpoints.hps / "bpe.txt.gz"), context_length=CONTEXT)
     with torch.no_grad():
-        images = model.encode_image(torch.stack([hps_letterbox(p) for p in pictures]), normalize=True)
+        images = model.encode_image(torch.stack([hps_letterbox(p) for p in pixels]), normalize=True)
         texts = model.encode_text(tokenizer(list(PROMPTS)), normalize=True)
     expected = (images * texts).sum(-1)
-    torch.testing.assert_close(scores(engine, pictures, "hpsv2"), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores(engine, pixels, "hpsv2"), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("wrong", ["activation", "antialias"])
 def test_the_parity_checks_would_notice(
-    wrong: str, checkpoints: Checkpoints, engine: RewardEngine, pictures: list[Pixels]
+    wrong: str, checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """GELU for QuickGELU, or a resize without antialias, moves a score by far more than the tolerances."""
     if wrong == "activation":
         model = CLIPModel.from_pretrained(checkpoints.clip, text_config={"hidden_act": "gelu"}).eval()
         for block in model.vision_model.encoder.layers:
             block.mlp.activation_fn = torch.nn.GELU()
-        pixels = torch.stack([torchvision_crop(picture) for picture in pictures])
+        pixels = torch.stack([torchvision_crop(image) for image in images])
         with torch.no_grad():
             found = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
         own = engine.evaluators["clip"].tower.embed_images(pixels)
     else:
-        unit = torch.from_numpy(pictures[2]).permute(2, 0, 1)[None].float() / 255
+        unit = torch.from_numpy(images[2]).permute(2, 0, 1)[None].float() / 255
         aliased = F.interpolate(unit, (32, 14), mode="bicubic", antialias=False)
         padded = F.pad(aliased, (9, 9))
         tower, way = engine.evaluators["hpsv2"].tower, engine.evaluators["hpsv2"].preprocessing
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
-        found, own = tower.embed_images((padded - mean) / std), tower.embed_images(way(pictures[2:3]))
+        found, own = tower.embed_images((padded - mean) / std), tower.embed_images(way(images[2:3]))
     assert (found - own).abs().max() > 1e-3

@@ -197,14 +197,14 @@ READERS = ("clip", "pickscore", "hpsv2")
 
 def test_long_captions_differ_by_what_is_read_of_them(long_engine: RewardEngine) -> None:
     """Past 77 tokens another beginning is another score, another end is not, and all are said to be cut."""
-    picture = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     tail = "a small boat, " * 30
     captions = [
         "a harbour at dawn, " + tail,
         "an alley at night, " + tail,
         "a harbour at dawn, " + tail + "!",
     ]
-    one, other_start, other_end = long_engine.score([Pair(caption, picture) for caption in captions])
+    one, other_start, other_end = long_engine.score([Pair(caption, image) for caption in captions])
     assert one.truncated_prompt
     assert other_start.truncated_prompt
     assert other_end.truncated_prompt
@@ -216,9 +216,9 @@ def test_long_captions_differ_by_what_is_read_of_them(long_engine: RewardEngine)
 
 def test_a_caption_that_just_fits_is_whole(long_engine: RewardEngine) -> None:
     """75 tokens of content are read to the last word, and nothing is said to be cut."""
-    picture = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     start = "cat " * 74
-    first, second = long_engine.score([Pair(start + "dog", picture), Pair(start + "boat", picture)])
+    first, second = long_engine.score([Pair(start + "dog", image), Pair(start + "boat", image)])
     assert not first.truncated_prompt
     assert not second.truncated_prompt
     for name in READERS:

@@ -146,7 +146,7 @@ def test_a_process_without_a_stderr_ends_well(stderr: str) -> None:
 
 
 def test_warnings_come_out_of_the_log() -> None:
-    """Never straight to stderr, where they could be held up; Pillow's, about pictures, not at all."""
+    """Never straight to stderr, where they could be held up; Pillow's, about images, not at all."""
     lines: list[str] = []
     with libraries_log_to(open_log(lines.append, "json")):
         for number in range(3):

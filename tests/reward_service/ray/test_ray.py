@@ -93,11 +93,11 @@ class Load:
     """Callers who check every score that they get. They rest in between: a new replica shares the cores."""
 
     def __init__(
-        self, url: str, engine: RewardEngine, pictures: list[Pixels], retry_budget_s: float = WAIT_S
+        self, url: str, engine: RewardEngine, images: list[Pixels], retry_budget_s: float = WAIT_S
     ) -> None:
         self._url, self._retry_budget_s, self._ended = url, retry_budget_s, threading.Event()
-        self._prompts, self._pictures = list(PROMPTS), pictures
-        pairs = [Pair(prompt, image) for prompt, image in zip(PROMPTS, pictures, strict=True)]
+        self._prompts, self._images = list(PROMPTS), images
+        pairs = [Pair(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
         self._expected = [scores.raw for scores in engine.score(pairs, deterministic=True)]
         self._pool = ThreadPoolExecutor(_CALLERS)
         self._calls = [self._pool.submit(self._ask) for _ in range(_CALLERS)]
@@ -124,9 +124,9 @@ class Load:
     def _ask(self) -> None:
         with RewardClient(
             self._url, retry_budget_s=self._retry_budget_s, chunk_pairs=4, pin="first"
-        ) as judge:
+        ) as service:
             while not self._ended.is_set():
-                assert raw(judge.score(self._prompts, self._pictures, deterministic=True)) == self._expected
+                assert raw(service.score(self._prompts, self._images, deterministic=True)) == self._expected
                 self.answered += 1
                 self._ended.wait(0.05)
 
@@ -155,17 +155,17 @@ def scored_by_replica(url: str) -> dict[str, float]:
     return {line.split('"')[1]: float(line.split()[1]) for line in found}
 
 
-def test_every_replica_gives_the_same_scores(app: str, engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_every_replica_gives_the_same_scores(app: str, engine: RewardEngine, images: list[Pixels]) -> None:
     """Both score, as the page of metrics tells, and whoever does, the numbers are the engine's to the bit."""
     before = scored_by_replica(app)
     assert len(before) == 2
-    with Load(app, engine, pictures) as load:
+    with Load(app, engine, images) as load:
         load.wait_for(20)
     after = scored_by_replica(app)
     assert all(after[name] > before[name] for name in before)
     asked = 4 * len(PROMPTS)
-    with RewardClient(app) as judge:
-        judge.score(list(PROMPTS) * 4, pictures * 4)
+    with RewardClient(app) as service:
+        service.score(list(PROMPTS) * 4, images * 4)
     assert sum(scored_by_replica(app).values()) == sum(after.values()) + asked
 
 
@@ -197,13 +197,13 @@ def test_what_cannot_be_deployed_is_told_and_changes_nothing(
 
 
 def test_a_killed_replica_loses_no_request(
-    judges: Callable[..., Cluster], engine: RewardEngine, pictures: list[Pixels]
+    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """kill -9 under load: callers who retry get every score, all right, and two replicas run again."""
     running = judges()
     before = running.pids()
     assert len(before) == 2
-    with Load(running.url, engine, pictures) as load:
+    with Load(running.url, engine, images) as load:
         os.kill(before[0], signal.SIGKILL)
         load.wait_for(20)
         wait_until(lambda: replaced(running, before[:1]), "a new replica")
@@ -211,50 +211,50 @@ def test_a_killed_replica_loses_no_request(
 
 
 def test_another_version_is_deployed_without_losing_a_request(
-    judges: Callable[..., Cluster], engine: RewardEngine, pictures: list[Pixels]
+    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """Replicas are replaced one after the other under load; who asks without retries gets every answer."""
     running = judges()
     before = running.pids()
-    with Load(running.url, engine, pictures, retry_budget_s=0.0) as load:
+    with Load(running.url, engine, images, retry_budget_s=0.0) as load:
         judges(BREAKABLE, SCALING)
         wait_until(lambda: replaced(running, before), "new replicas")
         load.wait_for(20)
 
 
 def test_a_judge_that_fails_is_replaced(
-    judges: Callable[..., Cluster], engine: RewardEngine, pictures: list[Pixels]
+    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """A device that fails for good is told to its caller, its process ends, and others notice nothing."""
     running = judges(BREAKABLE, SCALING)
     before = running.pids()
-    with Load(running.url, engine, pictures) as load:
-        with RewardClient(running.url, retry_budget_s=0.0) as judge, pytest.raises(OverloadedError):
-            judge.score([FATAL], pictures[:1])
+    with Load(running.url, engine, images) as load:
+        with RewardClient(running.url, retry_budget_s=0.0) as service, pytest.raises(OverloadedError):
+            service.score([FATAL], images[:1])
         wait_until(lambda: len(set(before) - set(running.pids())) == 1, "the failed process's end")
         wait_until(lambda: replaced(running, set(before) - set(running.pids())), "a new replica")
         load.wait_for(20)
 
 
 def test_replicas_follow_the_pairs_that_wait(
-    judges: Callable[..., Cluster], engine: RewardEngine, pictures: list[Pixels]
+    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """With nothing to do one replica is left; with more pairs than it should have, a second one comes."""
     running = judges(BREAKABLE, SCALING)
     wait_until(lambda: running.status()["replicas"] == {"RUNNING": 1}, "the end of the second replica")
-    with Load(running.url, engine, pictures):
+    with Load(running.url, engine, images):
         wait_until(lambda: running.status()["replicas"] == {"RUNNING": 2}, "a second replica")
 
 
 def test_what_was_admitted_is_answered_at_the_end(
-    running: Cluster, judges: Callable[..., Cluster], pictures: list[Pixels]
+    running: Cluster, judges: Callable[..., Cluster], images: list[Pixels]
 ) -> None:
     """The application is taken down while a long request is under way, which is answered all the same."""
     if not running.pids():
         judges()
     url, asked = running.url, 1000
-    with RewardClient(url, chunk_pairs=asked, retry_budget_s=0.0) as judge, ThreadPoolExecutor(1) as pool:
-        call = pool.submit(judge.score, ["x"] * asked, pictures[1:2] * asked, deterministic=True)
+    with RewardClient(url, chunk_pairs=asked, retry_budget_s=0.0) as service, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(service.score, ["x"] * asked, images[1:2] * asked, deterministic=True)
         wait_until(lambda: over_http._metric(url, "reward_inflight_bytes") > 0, "its arrival")
         running.delete()
         assert len(call.result().results) == asked

@@ -261,9 +261,9 @@ def test_the_page_shows_what_ray_takes(ray_app: Any) -> None:
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
     service, policy = yaml.safe_load_all(blocks[-1])
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    judge = schema.applications[0].deployments[0]
-    assert judge.name == ray_app.NAME
-    assert judge.autoscaling_config["policy"]["policy_function"].endswith(":PairsPerReplica")
+    reward_client = schema.applications[0].deployments[0]
+    assert reward_client.name == ray_app.NAME
+    assert reward_client.autoscaling_config["policy"]["policy_function"].endswith(":PairsPerReplica")
     assert set(schema.applications[0].args) <= set(ray_app.Arguments.model_fields)
     assert service["spec"]["rayClusterConfig"]["rayVersion"] == importlib.metadata.version("ray")
     assert policy["kind"] == "NetworkPolicy"
@@ -273,10 +273,10 @@ def test_the_page_shows_what_ray_takes(ray_app: Any) -> None:
 
 def test_a_judge_that_failed_is_unhealthy(ray_app: Any, config: ServiceConfig) -> None:
     """Ray is told why, in a line, and replaces it; before, it hears nothing."""
-    from reward_service.scoring.service import Judge
+    from reward_service.scoring.service import ScoringService
 
     replica = object.__new__(ray_app.Replica)
-    replica._closing, replica._judge = ray_app.ExitStack(), Judge(config)
+    replica._closing, replica._judge = ray_app.ExitStack(), ScoringService(config)
     asyncio.run(replica.check_health())
     replica._judge.fail("the device has failed")
     with pytest.raises(RuntimeError, match=r"^the device has failed$"):

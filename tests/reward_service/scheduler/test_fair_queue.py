@@ -356,7 +356,7 @@ def test_a_pause_earns_no_credit() -> None:
 def test_a_small_client_cannot_lift_others_of_its_lane() -> None:
     """Batches that one client begins again and again are not filled with its neighbour for ever.
 
-    Without a limit ``neighbour`` would get 15 pairs with each of ``drip``, ``elsewhere`` next to none.
+    Without a limit `neighbour` would get 15 pairs with each of `drip`, `elsewhere` next to none.
     """
     queue: FairQueue[Plain] = FairQueue(5, 16)
     queue.add(Plain(10_000, "neighbour", "a"))

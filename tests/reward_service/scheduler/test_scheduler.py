@@ -126,7 +126,7 @@ def test_a_light_caller_waits_for_one_batch_at_most() -> None:
 
 
 def test_pairs_are_prepared_once_while_the_device_works() -> None:
-    """What ``run`` gets is what ``prepare`` made, and the next batch's is made before this one is done."""
+    """What `run` gets is what `prepare` made, and the next batch's is made before this one is done."""
     made: Counter[int] = Counter()
     ahead = threading.Event()
 
@@ -235,7 +235,7 @@ class Picture:
 
 
 @pytest.mark.parametrize("end", ["scored", "failed", "cancelled"])
-def test_pictures_are_freed_with_their_answer(end: str) -> None:
+def test_images_are_freed_with_their_answer(end: str) -> None:
     """However a request ends, no ring of references keeps its works until the collector comes round."""
 
     def run(works: Sequence[Picture], lane: Hashable) -> list[int]:
@@ -245,14 +245,14 @@ def test_pictures_are_freed_with_their_answer(end: str) -> None:
 
     with collector_off():
         scheduler: Scheduler[Picture, int] = Scheduler(run, batch_pairs=2, max_queued_pairs=100)
-        picture = Picture()
-        seen = weakref.ref(picture)
-        future = scheduler.submit([picture, picture, picture])
+        image = Picture()
+        seen = weakref.ref(image)
+        future = scheduler.submit([image, image, image])
         if end == "cancelled":
             future.cancel()
         scheduler.close(WAIT_S)
         assert future.done()
-        del picture, future
+        del image, future
         assert seen() is None
 
 

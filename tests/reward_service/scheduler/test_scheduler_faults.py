@@ -53,7 +53,7 @@ def test_only_the_request_at_fault_fails(sizes: list[int], poison: set[int], bat
 
 
 def test_what_cannot_be_prepared_fails_alone() -> None:
-    """An error of ``prepare`` is the pair's own, like one of ``run``."""
+    """An error of `prepare` is the pair's own, like one of `run`."""
 
     def prepare(works: Sequence[int], lane: Hashable) -> Sequence[int]:
         if 3 in works:

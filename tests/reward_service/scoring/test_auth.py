@@ -20,7 +20,7 @@ from reward_service.cli.main import main
 from reward_service.config import Auth, ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.scoring.auth import Client, Keyring, load_keys, new_key, remove_keys
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.settings import ConfigError
 from reward_service.web.app import create_app
 from tests.support.service.serving import judging
@@ -32,14 +32,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(config: ServiceConfig, engine: RewardEngine) -> Iterator[Judge]:
-    with judging(config, engine) as judge:
-        yield judge
+def service(config: ServiceConfig, engine: RewardEngine) -> Iterator[ScoringService]:
+    with judging(config, engine) as service:
+        yield service
 
 
-def locked(judge: Judge, path: Path, **auth: Any) -> FastAPI:
-    judge.config = judge.config.model_copy(update={"auth": Auth(keys=path, **auth)})
-    return create_app(judge.config, judge)
+def locked(service: ScoringService, path: Path, **auth: Any) -> FastAPI:
+    service.config = service.config.model_copy(update={"auth": Auth(keys=path, **auth)})
+    return create_app(service.config, service)
 
 
 def get(app: FastAPI, path: str, key: str | None = None, **headers: str) -> httpx.Response:
@@ -261,10 +261,10 @@ def test_keys_made_at_once_are_all_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("route", ["/v1/evaluators", "/metrics"])
-def test_a_key_is_needed(judge: Judge, path: Path, route: str) -> None:
+def test_a_key_is_needed(service: ScoringService, path: Path, route: str) -> None:
     """Without a key, with a wrong one or another scheme: 401 with a challenge; with it: in."""
     key, _ = new_key(path, "a")
-    app = locked(judge, path)
+    app = locked(service, path)
     for answer in (
         get(app, route),
         get(app, route, "rk_wrong"),
@@ -279,28 +279,28 @@ def test_a_key_is_needed(judge: Judge, path: Path, route: str) -> None:
     assert get(app, route, Authorization=f"bearer {key}").status_code == 200
 
 
-def test_what_needs_no_key(judge: Judge, path: Path) -> None:
+def test_what_needs_no_key(service: ScoringService, path: Path) -> None:
     """Health, documentation and the page are for everybody; metrics where the configuration says so."""
     new_key(path, "a")
-    app = locked(judge, path, open_metrics=True)
+    app = locked(service, path, open_metrics=True)
     routes = ("/health/live", "/health/ready", "/docs", "/openapi.json", "/", "/metrics")
     assert {route: get(app, route).status_code for route in routes} == dict.fromkeys(routes, 200)
     assert get(app, "/v1/evaluators").status_code == 401
 
 
-def test_a_key_may_be_for_metrics_only(judge: Judge, path: Path) -> None:
+def test_a_key_may_be_for_metrics_only(service: ScoringService, path: Path) -> None:
     """A key that may not score is a 403, not a 401: another key would help, a better one not."""
     key, _ = new_key(path, "prometheus", may=["metrics"])
-    app = locked(judge, path)
+    app = locked(service, path)
     assert get(app, "/metrics", key).status_code == 200
     answer = get(app, "/v1/evaluators", key)
     assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
 
 
-def test_everybody_may_be_let_in_beside_keys(judge: Judge, path: Path) -> None:
+def test_everybody_may_be_let_in_beside_keys(service: ScoringService, path: Path) -> None:
     """Where anonymous callers are allowed, no key is fine, and a wrong one is still a mistake."""
     key, _ = new_key(path, "a")
-    app = locked(judge, path, allow_anonymous=True)
+    app = locked(service, path, allow_anonymous=True)
     codes = [get(app, "/v1/evaluators", given).status_code for given in (None, key, "rk_wrong")]
     assert codes == [200, 200, 401]
 

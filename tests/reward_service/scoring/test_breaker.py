@@ -11,7 +11,7 @@ import pytest
 
 from reward_service.config import Watch
 from reward_service.engine.types import FatalDeviceError, OutOfMemoryError, Pair, PairScores, ScoringError
-from reward_service.scoring.breaker import Breaker, Guard
+from reward_service.scoring.breaker import CircuitBreaker, EvaluatorBreakers
 
 ALL = ("aesthetic", "clip", "hpsv2")
 LANE = (ALL, False)
@@ -27,7 +27,7 @@ class Clock:
 
 
 class Engine:
-    """Scores every pair 1; ``broken`` evaluators always fail, ``poison`` prompts fail in one of them."""
+    """Scores every pair 1; `broken` evaluators always fail, `poison` prompts fail in one of them."""
 
     def __init__(self) -> None:
         self.evaluators: dict[str, Any] = {
@@ -77,15 +77,17 @@ def changes() -> list[tuple[str, bool]]:
 
 
 @pytest.fixture
-def guard(engine: Engine, clock: Clock, changes: list[tuple[str, bool]]) -> Guard:
-    guard = Guard(engine, None, SETTINGS, clock, on_change=lambda name, up, _: changes.append((name, up)))
-    assert guard.prove() == []
-    return guard
+def breakers(engine: Engine, clock: Clock, changes: list[tuple[str, bool]]) -> EvaluatorBreakers:
+    breakers = EvaluatorBreakers(
+        engine, None, SETTINGS, clock, on_change=lambda name, up, _: changes.append((name, up))
+    )
+    assert breakers.prove() == []
+    return breakers
 
 
 def test_a_breaker_opens_after_different_pairs_and_closes_when_tried(clock: Clock) -> None:
     """One bad pair, however often it comes, does not open it; several do, for a time that doubles."""
-    breaker = Breaker(3, 10, 35, clock)
+    breaker = CircuitBreaker(3, 10, 35, clock)
     assert not any(breaker.fail("a", "it failed") for _ in range(10))
     assert not breaker.fail("b", "it failed")
     breaker.succeed()
@@ -107,82 +109,84 @@ def test_a_breaker_opens_after_different_pairs_and_closes_when_tried(clock: Cloc
 
 
 def test_a_broken_evaluator_leaves_the_batch_at_once(
-    engine: Engine, guard: Guard, changes: list[tuple[str, bool]]
+    engine: Engine, breakers: EvaluatorBreakers, changes: list[tuple[str, bool]]
 ) -> None:
     """It fails on the canary too, so no pair is sought: everybody gets the rest, with the reason."""
     engine.broken = {"clip"}
-    results = guard([pair(str(number)) for number in range(8)], LANE)
+    results = breakers([pair(str(number)) for number in range(8)], LANE)
     assert [set(result.raw) for result in results] == [{"aesthetic", "hpsv2"}] * 8
     assert all(result.failed == {"clip": "evaluator clip failed"} for result in results)
-    assert guard.down(ALL) == {"clip": 10.0}
-    assert guard.reason("clip") == "evaluator clip failed"
+    assert breakers.down(ALL) == {"clip": 10.0}
+    assert breakers.reason("clip") == "evaluator clip failed"
     assert changes == [("clip", False)]
     engine.calls.clear()
-    assert set(guard([pair("x")], LANE)[0].raw) == {"aesthetic", "hpsv2"}
+    assert set(breakers([pair("x")], LANE)[0].raw) == {"aesthetic", "hpsv2"}
     assert engine.calls == [(["x"], ("aesthetic", "hpsv2"))]
-    assert guard([pair("x")], (("hpsv2",), False))[0].failed == {}
+    assert breakers([pair("x")], (("hpsv2",), False))[0].failed == {}
 
 
-def test_a_bad_pair_is_not_the_evaluators_fault(engine: Engine, guard: Guard) -> None:
+def test_a_bad_pair_is_not_the_evaluators_fault(engine: Engine, breakers: EvaluatorBreakers) -> None:
     """The evaluator scores the canary, so the error is the pair's, and stays so however often it comes."""
     engine.poison = {"clip": "bad"}
     for _ in range(20):
         with pytest.raises(ScoringError):
-            guard([pair("good"), pair("bad")], LANE)
+            breakers([pair("good"), pair("bad")], LANE)
         with pytest.raises(ScoringError):
-            guard([pair("bad")], LANE)
-        assert guard.down(ALL) == {}
-    assert guard([pair("good")], LANE)[0].failed == {}
+            breakers([pair("bad")], LANE)
+        assert breakers.down(ALL) == {}
+    assert breakers([pair("good")], LANE)[0].failed == {}
 
 
-def test_several_different_pairs_are(engine: Engine, guard: Guard) -> None:
+def test_several_different_pairs_are(engine: Engine, breakers: EvaluatorBreakers) -> None:
     """An evaluator that only the canary still gets scores of is out of service after some pairs."""
     for prompt in ("a", "b"):
         engine.poison = {"clip": prompt}
         with pytest.raises(ScoringError):
-            guard([pair(prompt)], LANE)
+            breakers([pair(prompt)], LANE)
     engine.poison = {"clip": "c"}
-    assert set(guard([pair("c")], LANE)[0].failed) == {"clip"}
-    assert set(guard.down(ALL)) == {"clip"}
+    assert set(breakers([pair("c")], LANE)[0].failed) == {"clip"}
+    assert set(breakers.down(ALL)) == {"clip"}
 
 
 def test_an_evaluator_that_works_again_comes_back(
-    engine: Engine, guard: Guard, clock: Clock, changes: list[tuple[str, bool]]
+    engine: Engine, breakers: EvaluatorBreakers, clock: Clock, changes: list[tuple[str, bool]]
 ) -> None:
     """After the pause the canary is tried, alone; if it is scored everybody is, else the pause is longer."""
     engine.broken = {"clip"}
-    guard([pair("x")], LANE)
+    breakers([pair("x")], LANE)
     clock.now += 10
-    assert guard.down(ALL) == {}
-    assert set(guard([pair("x")], LANE)[0].failed) == {"clip"}
-    assert guard.down(ALL) == {"clip": 20.0}
+    assert breakers.down(ALL) == {}
+    assert set(breakers([pair("x")], LANE)[0].failed) == {"clip"}
+    assert breakers.down(ALL) == {"clip": 20.0}
     engine.broken = set()
     clock.now += 19
-    assert set(guard([pair("x")], LANE)[0].failed) == {"clip"}
+    assert set(breakers([pair("x")], LANE)[0].failed) == {"clip"}
     clock.now += 1
-    assert guard([pair("x")], LANE)[0].failed == {}
+    assert breakers([pair("x")], LANE)[0].failed == {}
     assert changes == [("clip", False), ("clip", True)]
 
 
-def test_a_shared_tower_takes_all_its_evaluators_with_it(engine: Engine, guard: Guard) -> None:
+def test_a_shared_tower_takes_all_its_evaluators_with_it(engine: Engine, breakers: EvaluatorBreakers) -> None:
     """With every evaluator out of service there are no scores, but there is an answer."""
     engine.broken = set(ALL)
-    (result,) = guard([pair("x")], LANE)
+    (result,) = breakers([pair("x")], LANE)
     assert (result.raw, set(result.failed)) == ({}, set(ALL))
-    assert set(guard.down(ALL)) == set(ALL)
+    assert set(breakers.down(ALL)) == set(ALL)
 
 
-def test_wrong_numbers_are_fatal(engine: Engine, guard: Guard) -> None:
+def test_wrong_numbers_are_fatal(engine: Engine, breakers: EvaluatorBreakers) -> None:
     """An evaluator that fails on a pair and then scores the canary otherwise cannot be trusted."""
     engine.poison, engine.number = {"clip": "bad"}, 1.5
     with pytest.raises(FatalDeviceError, match=r"clip.* 1\.5.*expected.* 1 "):
-        guard([pair("bad")], LANE)
+        breakers([pair("bad")], LANE)
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("full"), FatalDeviceError("gone")])
-def test_the_devices_faults_are_nobodys(engine: Engine, guard: Guard, error: Exception) -> None:
+def test_the_devices_faults_are_nobodys(
+    engine: Engine, breakers: EvaluatorBreakers, error: Exception
+) -> None:
     """They go on to the scheduler as they are and trip nothing."""
     engine.error = error
     with pytest.raises(type(error)):
-        guard([pair("x")], LANE)
-    assert guard.down(ALL) == {}
+        breakers([pair("x")], LANE)
+    assert breakers.down(ALL) == {}

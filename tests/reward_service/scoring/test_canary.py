@@ -1,4 +1,4 @@
-"""The canary pair tells a judge that computes wrongly from one that doesn't."""
+"""The canary pair tells a reward service that computes wrongly from one that doesn't."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores
 from reward_service.images import Pixels
-from reward_service.scoring.breaker import Guard, Rounds
+from reward_service.scoring.breaker import CanaryLoop, EvaluatorBreakers
 from reward_service.scoring.canary import GoldenScores, canary_pair, identity, load_golden
 from reward_service.settings import ConfigError
 
@@ -56,7 +56,7 @@ def parameters(engine: RewardEngine, name: str) -> dict[str, Tensor]:
 def test_the_pair_is_the_same_everywhere() -> None:
     """Whole numbers only: its hash is the one that the committed golden scores name."""
     assert identity(canary_pair()) == "1e4d36d13004f91d"
-    assert canary_pair().picture.shape == (420, 512, 3)
+    assert canary_pair().image.shape == (420, 512, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -64,9 +64,9 @@ def test_the_miniature_gets_its_committed_scores(
     miniature: ServiceConfig, golden: GoldenScores, dtype: str
 ) -> None:
     """On any machine, within the tolerance; every evaluator's score is known, so none goes unchecked."""
-    guard = Guard(build_engine(miniature.model_copy(update={"dtype": dtype})), golden)
-    assert guard.prove() == []
-    assert guard.unproven() == []
+    breakers = EvaluatorBreakers(build_engine(miniature.model_copy(update={"dtype": dtype})), golden)
+    assert breakers.prove() == []
+    assert breakers.unproven() == []
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_wrong_weight_is_noticed(
     with torch.no_grad():
         tensor = parameters(engine, evaluator)[parameter]
         (tensor if change else tensor[0]).mul_(change)
-    lines = Guard(engine, golden).prove()
+    lines = EvaluatorBreakers(engine, golden).prove()
     assert {line.split()[1] for line in lines} == named
     assert all("expected its golden score" in line and "within" in line for line in lines)
 
@@ -92,12 +92,12 @@ def test_a_wrong_weight_is_noticed(
 def test_resizing_without_antialias_is_noticed(
     engine: RewardEngine, golden: GoldenScores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The silent mistake of many reimplementations, in both ways of preparing pictures."""
+    """The silent mistake of many reimplementations, in both ways of preparing images."""
     interpolate = F.interpolate
 
-    def coarse(self: preprocess.Preprocessing, picture: Pixels) -> Tensor:
-        unit = torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div(255)
-        height, width = self._resized(picture)
+    def coarse(self: preprocess.Preprocessing, image: Pixels) -> Tensor:
+        unit = torch.from_numpy(image.copy()).permute(2, 0, 1).float().div(255)
+        height, width = self._resized(image)
         size = self.size_px
         small = interpolate(unit[None], [height, width], mode="bicubic", align_corners=False)[0]
         top, left = self._offset(height - size), self._offset(width - size)
@@ -109,20 +109,20 @@ def test_resizing_without_antialias_is_noticed(
         "interpolate",
         lambda *args, **options: interpolate(*args, **options | {"antialias": False}),
     )
-    lines = Guard(engine, golden).prove()
+    lines = EvaluatorBreakers(engine, golden).prove()
     assert {line.split()[1] for line in lines} == {"aesthetic", "clip", "pickscore", "hpsv2"}
 
 
 def test_without_golden_scores_the_first_ones_count(engine: RewardEngine) -> None:
     """What was right at the start and has changed is noticed, in the text tower too."""
-    guard = Guard(engine)
-    assert guard.prove() == []
-    assert guard.unproven() == list(engine.evaluators)
+    breakers = EvaluatorBreakers(engine)
+    assert breakers.prove() == []
+    assert breakers.unproven() == list(engine.evaluators)
     lane = (tuple(engine.evaluators), True)
-    assert guard.mismatches(guard([guard.canary], lane)[0].raw) == []
+    assert breakers.mismatches(breakers([breakers.canary], lane)[0].raw) == []
     with torch.no_grad():
         parameters(engine, "pickscore")["transformer.resblocks.0.mlp.c_fc.weight"].mul_(1.5)
-    (line,) = guard.mismatches(guard([guard.canary], lane)[0].raw)
+    (line,) = breakers.mismatches(breakers([breakers.canary], lane)[0].raw)
     assert line.startswith("evaluator pickscore")
     assert "its score at the start" in line
 
@@ -130,9 +130,9 @@ def test_without_golden_scores_the_first_ones_count(engine: RewardEngine) -> Non
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 2.0])
 def test_no_number_is_close_enough(engine: RewardEngine, wrong: float) -> None:
     """A number that is none doesn't pass for its golden score."""
-    guard = Guard(engine)
-    guard.prove()
-    (line,) = guard.mismatches({"clip": wrong})
+    breakers = EvaluatorBreakers(engine)
+    breakers.prove()
+    (line,) = breakers.mismatches({"clip": wrong})
     assert "evaluator clip" in line
 
 
@@ -178,7 +178,9 @@ def test_an_unusable_file_is_one_line(tmp_path: Path, text: str | None, words: s
     assert "reward-service canary --write" in str(caught.value)
 
 
-def rounds(guard: Guard, answer: Callable[[Pair], PairScores], found: list[str]) -> threading.Event:
+def canary_loop(
+    breakers: EvaluatorBreakers, answer: Callable[[Pair], PairScores], found: list[str]
+) -> threading.Event:
     """Rounds in quick succession; the event is set at their third."""
     third, count = threading.Event(), iter(range(10**6))
 
@@ -192,7 +194,7 @@ def rounds(guard: Guard, answer: Callable[[Pair], PairScores], found: list[str])
             third.set()
         return future
 
-    walk = Rounds(guard, submit, 0.01, lambda line: (found.append(line), third.set()))
+    walk = CanaryLoop(breakers, submit, 0.01, lambda line: (found.append(line), third.set()))
     assert third.wait(WAIT_S)
     walk.stop()
     return third
@@ -200,19 +202,19 @@ def rounds(guard: Guard, answer: Callable[[Pair], PairScores], found: list[str])
 
 def test_rounds_tell_of_a_change_and_of_nothing_else(engine: RewardEngine) -> None:
     """A full queue or an evaluator out of service is no mismatch; another number is, and is told once."""
-    guard = Guard(engine)
-    guard.prove()
-    raw = engine.score([guard.canary], deterministic=True)[0].raw
+    breakers = EvaluatorBreakers(engine)
+    breakers.prove()
+    raw = engine.score([breakers.canary], deterministic=True)[0].raw
     found: list[str] = []
 
     def full(_: Pair) -> PairScores:
         raise RuntimeError("the queue is full")
 
-    rounds(guard, full, found)
-    rounds(guard, lambda _: PairScores(raw, truncated_prompt=False), found)
-    rounds(guard, lambda _: PairScores({}, truncated_prompt=False, failed={"clip": "down"}), found)
+    canary_loop(breakers, full, found)
+    canary_loop(breakers, lambda _: PairScores(raw, truncated_prompt=False), found)
+    canary_loop(breakers, lambda _: PairScores({}, truncated_prompt=False, failed={"clip": "down"}), found)
     assert found == []
     changed: dict[str, Any] = raw | {"clip": raw["clip"] + 0.1}
-    rounds(guard, lambda _: PairScores(changed, truncated_prompt=False), found)
+    canary_loop(breakers, lambda _: PairScores(changed, truncated_prompt=False), found)
     assert len(found) == 1
     assert found[0].startswith("evaluator clip")

@@ -1,4 +1,4 @@
-"""Forms: prompts and pictures as curl sends them are the same request as JSON's."""
+"""Forms: prompts and images as curl sends them are the same request as JSON's."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def form(*parts: Part, end: bytes = b"--xx--\r\n") -> bytes:
 
 @pytest.fixture(scope="module")
 def app(config: ServiceConfig, engine: RewardEngine) -> Iterator[FastAPI]:
-    with judging(config, engine) as judge:
-        yield create_app(config, judge)
+    with judging(config, engine) as service:
+        yield create_app(config, service)
 
 
 def post(app: FastAPI | str, **how: Any) -> httpx.Response:
@@ -45,9 +45,9 @@ def post(app: FastAPI | str, **how: Any) -> httpx.Response:
     return asyncio.run(ask())
 
 
-def test_a_form_scores_as_json_does(app: FastAPI, pictures: list[Pixels]) -> None:
+def test_a_form_scores_as_json_does(app: FastAPI, images: list[Pixels]) -> None:
     """Files with names and types, as curl sends them, get the numbers of the same pairs in JSON."""
-    files = [png(picture) for picture in pictures[:2]]
+    files = [png(image) for image in images[:2]]
     prompts = ["a red square", 'ünïcode; "quotes"']
     sent = [("image", (f"{number}.png", file, "image/png")) for number, file in enumerate(files)]
     fields = {"prompt": prompts, "evaluators": "clip, pickscore", "weights": '{"clip": 2}'}
@@ -62,20 +62,20 @@ def test_a_form_scores_as_json_does(app: FastAPI, pictures: list[Pixels]) -> Non
     assert answer.json()["results"] == same.json()["results"]
 
 
-def test_one_prompt_is_for_all_pictures() -> None:
-    """One prompt and three pictures are three pairs."""
+def test_one_prompt_is_for_all_images() -> None:
+    """One prompt and three images are three pairs."""
     request = decode_form(form(("prompt", b"x"), *[("image", b"%d" % n) for n in range(3)]), BOUNDARY)
     assert request == ScoreRequest([Item("x", Picture(b"%d" % n)) for n in range(3)])
 
 
 def test_pairs_are_in_order_wherever_they_stand() -> None:
-    """The first prompt goes with the first picture, however the fields are mixed."""
+    """The first prompt goes with the first image, however the fields are mixed."""
     parts = [("prompt", b"a"), ("image", b"1"), ("image", b"2"), ("deterministic", b"true"), ("prompt", b"b")]
     request = decode_form(form(*parts), BOUNDARY)
     assert request == ScoreRequest([Item("a", Picture(b"1")), Item("b", Picture(b"2"))], deterministic=True)
 
 
-def test_a_picture_may_hold_anything() -> None:
+def test_an_image_may_hold_anything() -> None:
     """Bytes that look like a boundary, line ends and zeros come through unchanged."""
     data = b"\r\n--x\r\n--xy--\r\n\0\r\r\n-"
     request = decode_form(form(("prompt", b"a"), ("image", data)), BOUNDARY)
@@ -85,7 +85,7 @@ def test_a_picture_may_hold_anything() -> None:
 PAIR: tuple[Part, Part] = (("prompt", b"x"), ("image", b"y"))
 UNFIT: dict[str, tuple[bytes, str]] = {
     "no parts": (form(), "empty_batch"),
-    "no picture": (form(("prompt", b"secret")), "empty_batch"),
+    "no image": (form(("prompt", b"secret")), "empty_batch"),
     "no prompt": (form(("image", b"secret")), "invalid_request"),
     "two for three": (form(*[("prompt", b"secret")] * 2, *[("image", b"y")] * 3), "invalid_request"),
     "unknown field": (form(*PAIR, ("secret", b"1")), "invalid_request"),
@@ -97,7 +97,7 @@ UNFIT: dict[str, tuple[bytes, str]] = {
     "normalization": (form(*PAIR, ("normalization", b"secret!")), "invalid_request"),
     "not UTF-8": (form(("prompt", b"\xff"), ("image", b"y")), "invalid_request"),
     "empty prompt": (form(("prompt", b""), ("image", b"y")), "invalid_request"),
-    "no image": (form(*PAIR), "not_an_image"),
+    "not an image": (form(*PAIR), "not_an_image"),
     "too many": (form(*[("image", b"y")] * (2 * MAX_PAIRS + 6)), "too_many_pairs"),
     "one too many": (form(("prompt", b"x"), *[("image", b"y")] * (MAX_PAIRS + 1)), "too_many_pairs"),
     "cut off": (form(*PAIR, end=b""), "malformed_body"),

@@ -23,7 +23,7 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.types import Pair
 from reward_service.images import Pixels
 from reward_service.protocol import JSON, MSGPACK, PROBLEM
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.web.app import create_app
 from tests.support.service.serving import asking
 
@@ -31,25 +31,25 @@ Answer = httpx.Response
 READY_S = 20.0
 
 
-def wait_for(judge: Judge, status: str) -> None:
+def wait_for(service: ScoringService, status: str) -> None:
     deadline = time.monotonic() + READY_S
-    while judge.health.status != status:
-        assert time.monotonic() < deadline, judge.health
+    while service.health.status != status:
+        assert time.monotonic() < deadline, service.health
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
-def judge(config: ServiceConfig, engine: RewardEngine) -> Iterator[Judge]:
-    judge = Judge(config, build=lambda _: engine)
-    judge.start()
-    wait_for(judge, "ready")
-    yield judge
-    judge.close()
+def service(config: ServiceConfig, engine: RewardEngine) -> Iterator[ScoringService]:
+    service = ScoringService(config, build=lambda _: engine)
+    service.start()
+    wait_for(service, "ready")
+    yield service
+    service.close()
 
 
 @pytest.fixture(scope="module")
-def app(config: ServiceConfig, judge: Judge) -> FastAPI:
-    return create_app(config, judge)
+def app(config: ServiceConfig, service: ScoringService) -> FastAPI:
+    return create_app(config, service)
 
 
 def talk(app: FastAPI | str, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
@@ -80,17 +80,17 @@ def jpeg(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, images: list[Pixels]) -> None:
     """Raw numbers come unchanged from the engine, in order, with z, unit and a reward between 0 and 1."""
     prompts = ["a red square", "a circle"]
     items = [
-        {"prompt": prompt, "image": {"data": png(picture)}}
-        for prompt, picture in zip(prompts, pictures[1:3], strict=True)
+        {"prompt": prompt, "image": {"data": png(image)}}
+        for prompt, image in zip(prompts, images[1:3], strict=True)
     ]
     answer = post(app, {"items": items})
     assert answer.status_code == 200
     body = answer.json()
-    expected = engine.score([Pair(p, i) for p, i in zip(prompts, pictures[1:3], strict=True)])
+    expected = engine.score([Pair(p, i) for p, i in zip(prompts, images[1:3], strict=True)])
     for result, scores in zip(body["results"], expected, strict=True):
         assert {name: score["raw"] for name, score in result["scores"].items()} == pytest.approx(
             scores.raw, abs=1e-4
@@ -102,9 +102,9 @@ def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, pictures
     assert len({identity["fingerprint"] for identity in body["evaluators"].values()}) == 4
 
 
-def test_json_and_msgpack_are_one_schema(app: FastAPI, pictures: list[Pixels]) -> None:
+def test_json_and_msgpack_are_one_schema(app: FastAPI, images: list[Pixels]) -> None:
     """The same pair in base64 PNG, raw bytes and msgpack gets the same numbers."""
-    pixels = pictures[0]
+    pixels = images[0]
     raw = {"data": pixels.tobytes(), "format": "raw", "shape": list(pixels.shape)}
     packed = msgspec.msgpack.encode({"items": [{"prompt": "x", "image": raw}]})
     answers = [
@@ -141,29 +141,29 @@ def test_the_form_of_the_answer_is_the_callers_wish(app: FastAPI, accept: str, k
 def test_pairs_dropped_before_they_were_queued_are_counted(
     config: ServiceConfig, engine: RewardEngine, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While their pictures were being decoded: by their reason, as those that wait in the queue are."""
-    judge = Judge(config, build=lambda _: engine)
-    judge.start()
-    wait_for(judge, "ready")
-    app, body = create_app(config, judge), json.dumps({"items": [item] * 3}).encode()
+    """While their images were being decoded: by their reason, as those that wait in the queue are."""
+    service = ScoringService(config, build=lambda _: engine)
+    service.start()
+    wait_for(service, "ready")
+    app, body = create_app(config, service), json.dumps({"items": [item] * 3}).encode()
 
     async def never(*_: Any) -> Any:
         await asyncio.sleep(READY_S)
 
-    monkeypatch.setattr(judge, "_decoded", never)
+    monkeypatch.setattr(service, "_decoded", never)
 
     async def leave(client: httpx.AsyncClient) -> None:
         asking = asyncio.ensure_future(client.post("/score", content=body, headers={"Content-Type": JSON}))
-        while judge.admission.used["pairs"] < 3:
+        while service.admission.used["pairs"] < 3:
             await asyncio.sleep(0.01)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
 
     talk(app, leave)
-    assert b"reward_cancelled_pairs_total 3.0" in judge.metrics.render()
+    assert b"reward_cancelled_pairs_total 3.0" in service.metrics.render()
     assert post(app, body, **{"X-Deadline-Ms": "100"}).status_code == 504
-    assert b"reward_expired_pairs_total 3.0" in judge.metrics.render()
-    judge.close()
+    assert b"reward_expired_pairs_total 3.0" in service.metrics.render()
+    service.close()
 
 
 def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item: dict[str, Any]) -> None:
@@ -178,11 +178,11 @@ def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item
 
 
 def test_the_order_of_evaluators_does_not_part_callers(
-    app: FastAPI, judge: Judge, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    app: FastAPI, service: ScoringService, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who names the same evaluators in another order can share a batch, and is answered in that order."""
-    assert judge._bench is not None
-    queue, lanes = judge._bench.queue, []
+    assert service._backend is not None
+    queue, lanes = service._backend.queue, []
     submit = queue.submit
 
     def noted(works: Any, lane: Any, **options: Any) -> Any:
@@ -196,9 +196,9 @@ def test_the_order_of_evaluators_does_not_part_callers(
     assert lanes[0] == lanes[1] == (("clip", "hpsv2"), False)
 
 
-def test_what_was_lost_is_reported(app: FastAPI, pictures: list[Pixels]) -> None:
+def test_what_was_lost_is_reported(app: FastAPI, images: list[Pixels]) -> None:
     """A JPEG is marked lossy and a prompt beyond the context truncated."""
-    data = base64.b64encode(jpeg(pictures[4])).decode()
+    data = base64.b64encode(jpeg(images[4])).decode()
     result = post(app, {"items": [{"prompt": "word " * 40, "image": {"data": data}}]}).json()["results"][0]
     assert result["lossy_input"]
     assert result["truncated_prompt"]
@@ -227,7 +227,7 @@ BAD = {
         422,
         "invalid_request",
     ),
-    "unknown key": (b'{"items": [{"prompt": "x", "picture": 1}]}', 422, "invalid_request"),
+    "unknown key": (b'{"items": [{"prompt": "x", "image": 1}]}', 422, "invalid_request"),
     "null": (b"null", 422, "invalid_request"),
     "deep": (b'{"items": ' + b"[" * 100_000, 422, "invalid_request"),
 }
@@ -303,13 +303,13 @@ def test_addresses_and_methods(app: FastAPI) -> None:
 
 
 def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]) -> None:
-    """Bodies, batches and pictures beyond the limits are refused, with and without Content-Length."""
+    """Bodies, batches and images beyond the limits are refused, with and without Content-Length."""
     limits = Limits(max_body_bytes=20_000, max_pairs=2, max_image_pixels=2000)
     small = config.model_copy(update={"limits": limits})
-    judge = Judge(small, build=lambda _: engine)
-    judge.start()
-    wait_for(judge, "ready")
-    app = create_app(small, judge)
+    service = ScoringService(small, build=lambda _: engine)
+    service.start()
+    wait_for(service, "ready")
+    app = create_app(small, service)
 
     async def in_pieces() -> Any:
         for _ in range(30):
@@ -330,27 +330,27 @@ def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict
         (422, "image_too_large"),
     ]
     assert post(app, {"items": [item] * 2}).status_code == 200
-    judge.close()
+    service.close()
 
 
 def test_what_was_admitted_is_finished_while_stopping(
     config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]
 ) -> None:
     """A request whose body was on its way when the end was asked for is answered; a later one is not."""
-    judge = Judge(config, build=lambda _: engine)
-    judge.start()
-    wait_for(judge, "ready")
-    app = create_app(config, judge)
+    service = ScoringService(config, build=lambda _: engine)
+    service.start()
+    wait_for(service, "ready")
+    app = create_app(config, service)
 
     async def body() -> Any:
-        judge.stop_accepting()
+        service.stop_accepting()
         yield json.dumps({"items": [item]}).encode()
 
     headers = {"Content-Type": JSON}
     under_way = talk(app, lambda client: client.post("/score", content=body(), headers=headers))
     late = post(app, {"items": [item]})
     assert (under_way.status_code, late.status_code) == (200, 503)
-    judge.close()
+    service.close()
 
 
 def test_a_body_that_never_comes_is_answered_at_the_end(app: FastAPI) -> None:
@@ -374,9 +374,9 @@ def test_life_while_loading_and_after_failure(config: ServiceConfig, item: dict[
         release.wait()
         raise RuntimeError("no\nweights")
 
-    judge = Judge(config, build=build, on_failure=said.append)
-    app = create_app(config, judge)
-    judge.start()
+    service = ScoringService(config, build=build, on_failure=said.append)
+    app = create_app(config, service)
+    service.start()
     live, ready = (
         talk(app, lambda client, path=path: client.get(path)) for path in ("/health/live", "/health/ready")
     )
@@ -385,7 +385,7 @@ def test_life_while_loading_and_after_failure(config: ServiceConfig, item: dict[
     assert (early.status_code, early.json()["retryable"]) == (503, True)
     assert int(early.headers["retry-after"]) >= 1
     release.set()
-    wait_for(judge, "failed")
+    wait_for(service, "failed")
     assert talk(app, lambda client: client.get("/health/ready")).json()["detail"] == "no weights"
     assert said == ["no weights"]
 
@@ -402,10 +402,10 @@ def test_a_pair_that_cannot_be_scored_fails_alone(
         return real(pairs, *rest, **options)
 
     monkeypatch.setattr(engine, "score", poisoned)
-    judge = Judge(config, build=lambda _: engine)
-    judge.start()
-    wait_for(judge, "ready")
-    app = create_app(config, judge)
+    service = ScoringService(config, build=lambda _: engine)
+    service.start()
+    wait_for(service, "ready")
+    app = create_app(config, service)
 
     async def together(client: httpx.AsyncClient) -> list[Answer]:
         bodies = [{"items": [item]}, {"items": [item, {**item, "prompt": "poison"}]}, {"items": [item] * 3}]
@@ -415,7 +415,7 @@ def test_a_pair_that_cannot_be_scored_fails_alone(
     assert (good.status_code, also_good.status_code) == (200, 200)
     assert (bad.status_code, bad.json()["code"]) == (500, "scoring_failed")
     assert bad.json()["errors"][0]["index"] == 1
-    judge.close()
+    service.close()
 
 
 def test_request_ids_are_kept_if_plain(app: FastAPI, item: dict[str, Any]) -> None:
@@ -453,10 +453,10 @@ def test_whatever_goes_wrong_while_loading_is_told(
     def fail(*_: Any) -> None:
         raise LookupError("no such thing")
 
-    monkeypatch.setattr("reward_service.scoring.service.tell_loaded", fail)
+    monkeypatch.setattr("reward_service.scoring.service.record_loaded", fail)
     failures: list[str] = []
-    judge = Judge(config, build=lambda _: engine, on_failure=failures.append)
-    judge.start()
-    wait_for(judge, "failed")
-    assert failures == [judge.health.detail] == ["no such thing"]
-    judge.close()
+    service = ScoringService(config, build=lambda _: engine, on_failure=failures.append)
+    service.start()
+    wait_for(service, "failed")
+    assert failures == [service.health.detail] == ["no such thing"]
+    service.close()

@@ -66,8 +66,8 @@ class Counted:
 def test_the_address_may_have_a_path(path: str, asked: str) -> None:
     """As behind a proxy; a slash at its end changes nothing."""
     service = Counted()
-    with listening(service) as url, RewardClient(url + path) as judge:
-        judge.score(*PAIR)
+    with listening(service) as url, RewardClient(url + path) as reward_client:
+        reward_client.score(*PAIR)
     assert service.paths == [asked]
 
 
@@ -109,8 +109,8 @@ def test_no_proxy_stands_between_loopback_addresses(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setenv("HTTP_PROXY", proxy)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with listening(Counted()) as url, RewardClient(url) as judge:
-        assert len(judge.score(*PAIR).results) == 1
+    with listening(Counted()) as url, RewardClient(url) as service:
+        assert len(service.score(*PAIR).results) == 1
     if proxy.startswith("socks"):
         with pytest.raises(InputError, match="proxy cannot be used"):
             RewardClient("http://judge.invalid")
@@ -119,12 +119,12 @@ def test_no_proxy_stands_between_loopback_addresses(monkeypatch: pytest.MonkeyPa
 def test_a_fork_makes_its_own_connections() -> None:
     """The child neither writes to the parent's socket nor waits for its locks; both go on."""
     service = Counted()
-    with listening(service) as url, RewardClient(url) as judge:
-        judge.score(*PAIR)
+    with listening(service) as url, RewardClient(url) as reward_client:
+        reward_client.score(*PAIR)
         if (child := os.fork()) == 0:
-            os._exit(0 if len(judge.score(*PAIR).results) == 1 else 1)
+            os._exit(0 if len(reward_client.score(*PAIR).results) == 1 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert len(judge.score(*PAIR).results) == 1
+        assert len(reward_client.score(*PAIR).results) == 1
     assert len(service.paths) == 3
 
 
@@ -234,12 +234,12 @@ def scoring_as(*prints: str) -> Any:
 )
 def test_a_pinned_scorer_that_changes_is_an_error(pin: Any) -> None:
     """Between calls too, and it stays one: numbers of two scorers never come from one client."""
-    judge = client(scoring_as("f", "f", "g"), pin=pin)
+    service = client(scoring_as("f", "f", "g"), pin=pin)
     for _ in range(2):
-        judge.score(*PAIR)
+        service.score(*PAIR)
     for _ in range(2):
         with pytest.raises(IdentityChangedError, match="clip has another fingerprint"):
-            judge.score(*PAIR)
+            service.score(*PAIR)
 
 
 def test_a_calibration_or_an_evaluator_more_is_a_change_too() -> None:
@@ -269,10 +269,10 @@ def test_the_identity_can_be_asked_kept_and_pinned() -> None:
 
     async def run() -> None:
         transport = httpx.MockTransport(scoring_as("g"))
-        async with AsyncRewardClient(URL, transport=transport, pin=identity) as judge:
-            assert (await judge.identity())["clip"].fingerprint == "g"
+        async with AsyncRewardClient(URL, transport=transport, pin=identity) as service:
+            assert (await service.identity())["clip"].fingerprint == "g"
             with pytest.raises(IdentityChangedError):
-                await judge.score(*PAIR)
+                await service.score(*PAIR)
 
     asyncio.run(run())
 
@@ -298,8 +298,8 @@ def test_a_partial_answer_comes_only_where_it_was_asked_for(evaluators: Any) -> 
 
 def test_a_batch_is_marked_if_any_request_of_it_was_partial() -> None:
     """Whoever looks at the whole batch sees that some pair lacks a score."""
-    judge = client(partial, chunk_pairs=1, in_flight=1, pin="first")
-    response: ScoreResponse = judge.score(["whole", "x"], [PIXELS] * 2, allow_partial=True)
+    service = client(partial, chunk_pairs=1, in_flight=1, pin="first")
+    response: ScoreResponse = service.score(["whole", "x"], [PIXELS] * 2, allow_partial=True)
     assert response.failed == {"hpsv2": "evaluator_down"}
     assert [result.reward is None for result in response.results] == [False, True]
 
@@ -320,9 +320,9 @@ def test_waiting_asynchronously() -> None:
         return state
 
     async def run() -> None:
-        async with AsyncRewardClient(URL, transport=httpx.MockTransport(handler)) as judge:
-            await judge.wait_until_ready(20)
-            assert await judge.ready()
+        async with AsyncRewardClient(URL, transport=httpx.MockTransport(handler)) as service:
+            await service.wait_until_ready(20)
+            assert await service.ready()
 
     asyncio.run(run())
 
@@ -332,9 +332,9 @@ def test_nobody_there() -> None:
     with listening(Counted()) as url:
         pass
     with (
-        RewardClient(url, retry_budget_s=0.3) as judge,
+        RewardClient(url, retry_budget_s=0.3) as service,
         pytest.raises(UnreachableError, match=rf"{url} .*start it with"),
     ):
-        judge.score(*PAIR)
+        service.score(*PAIR)
     with pytest.raises(OverloadedError):
         client(lambda _: problem(503), retry_budget_s=0).evaluators()

@@ -13,7 +13,7 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.scoring.auth import new_key
 from tests.support.service.serving import serving
 
-# All of them but positive_data_acceptance: no schema can say which bytes are a picture.
+# All of them but positive_data_acceptance: no schema can say which bytes are an image.
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",

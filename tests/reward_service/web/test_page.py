@@ -20,7 +20,7 @@ from reward_service.config import Auth, ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.scoring.auth import new_key
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.web.app import PAGE
 from tests.support.service.browser import CHROMIUM, Tab, browser
 from tests.support.service.serving import listening, png, serving
@@ -59,9 +59,9 @@ def page(tab: Tab, port: int) -> Iterator[Tab]:
 
 
 @pytest.fixture
-def files(tmp_path: Path, pictures: list[Pixels]) -> list[Path]:
+def files(tmp_path: Path, images: list[Pixels]) -> list[Path]:
     paths = [tmp_path / name for name in ('it\'s "one".png', "two, too.jpg", "three.webp")]
-    for path, pixels in zip(paths, pictures[1:], strict=False):
+    for path, pixels in zip(paths, images[1:], strict=False):
         Image.fromarray(pixels).save(path)
     return paths
 
@@ -78,16 +78,16 @@ def visit(tab: Tab, port: int) -> None:
 
 
 def give(tab: Tab, files: list[Path], *prompts: str) -> None:
-    """Choose pictures and type their prompts."""
+    """Choose images and type their prompts."""
     tab.choose("#files", *files)
     tab.wait(f"document.querySelectorAll('.card').length >= {len(files)}")
     for number, prompt in enumerate(prompts, 1):
         tab.type(f".card:nth-child({number}) textarea", prompt)
 
 
-def press_score(tab: Tab, pictures: int) -> None:
+def press_score(tab: Tab, images: int) -> None:
     tab.run("document.getElementById('score').click()")
-    tab.wait(f"document.querySelectorAll('.scores').length === {pictures}")
+    tab.wait(f"document.querySelectorAll('.scores').length === {images}")
 
 
 def text(tab: Tab, selector: str) -> str:
@@ -111,7 +111,7 @@ def shown(tab: Tab) -> list[dict[str, Any]]:
 
 
 def numbers(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """An answer's numbers as :func:`shown` has the page's."""
+    """An answer's numbers as `shown` has the page's."""
     return [
         {
             "reward": result["reward"],
@@ -207,7 +207,7 @@ class TestInABrowser:
         notes = [text(page, f".card:nth-child({number})") for number in (1, 2, 3)]
         assert ["Lossy file" in note for note in notes] == [False, True, True]
         assert ["prompt was too long" in note for note in notes] == [False, False, True]
-        assert "3 pictures scored" in text(page, "#said")
+        assert "3 images scored" in text(page, "#said")
         assert page.complaints == []
         page.run("document.getElementById('copy').click()")
         page.wait("document.getElementById('copied').innerText === 'Copied.'")
@@ -219,8 +219,8 @@ class TestInABrowser:
                 ),
             )
 
-    def test_two_pictures_are_compared(self, page: Tab, port: int, files: list[Path]) -> None:
-        """For each evaluator the page names the picture with the higher score; the choice can be swapped."""
+    def test_two_images_are_compared(self, page: Tab, port: int, files: list[Path]) -> None:
+        """For each evaluator the page names the image with the higher score; the choice can be swapped."""
         give(page, files[:2], "a red square")
         page.type(".card:nth-child(2) textarea", "a red square")
         press_score(page, 2)
@@ -258,12 +258,12 @@ class TestInABrowser:
         assert not (named.parent / "owned").exists()
         assert page.complaints == []
 
-    def test_pictures_may_be_pasted_and_dropped(
-        self, page: Tab, port: int, pictures: list[Pixels], tmp_path: Path
+    def test_images_may_be_pasted_and_dropped(
+        self, page: Tab, port: int, images: list[Pixels], tmp_path: Path
     ) -> None:
         """Bitmaps from the clipboard and dropped files are sent byte by byte, under names of their own."""
         path = tmp_path / "given.png"
-        path.write_bytes(png(pictures[2]))
+        path.write_bytes(png(images[2]))
         page.run(f"""(() => {{
           const bytes = new Uint8Array({list(path.read_bytes())});
           const file = () => new File([bytes], "image.png", {{type: "image/png"}});
@@ -289,9 +289,9 @@ class TestInABrowser:
         agree(shown(page), numbers(ask(port, [path] * 3, ["a circle"])))
 
     def test_problems_are_told_in_words(self, page: Tab, files: list[Path]) -> None:
-        """The picture at fault is named and marked, with code and request; without it the rest is scored."""
+        """The image at fault is named and marked, with code and request; without it the rest is scored."""
         bad = files[0].with_name("bad.png")
-        bad.write_bytes(b"this is no picture")
+        bad.write_bytes(b"this is no image")
         give(page, [files[0], bad], "a", "b")
         page.run("document.getElementById('score').click()")
         page.wait("document.querySelector('#problem strong')")
@@ -301,7 +301,7 @@ class TestInABrowser:
         assert "PNG, JPEG or WebP" in text(page, ".card:nth-child(2)")
         page.run("document.querySelectorAll('.card button')[1].click()")
         assert text(page, "#problem") == ""
-        assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Remove picture 1")
+        assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Remove image 1")
         press_score(page, 1)
 
     def test_what_is_out_of_service_is_marked(self, page: Tab, files: list[Path]) -> None:
@@ -406,7 +406,7 @@ class TestInABrowser:
             return engine
 
         try:
-            with listening(config, Judge(config, build=build)) as (_, port):
+            with listening(config, ScoringService(config, build=build)) as (_, port):
                 visit(tab, port)
                 tab.wait("document.getElementById('state').innerText.startsWith('loading: ')")
                 give(tab, files[:1], "a red square")

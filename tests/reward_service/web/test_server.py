@@ -41,8 +41,8 @@ def running(config: ServiceConfig, engine: RewardEngine) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def body(pictures: list[Pixels]) -> bytes:
-    image = {"data": base64.b64encode(png(pictures[0])).decode()}
+def body(images: list[Pixels]) -> bytes:
+    image = {"data": base64.b64encode(png(images[0])).decode()}
     return json.dumps({"items": [{"prompt": "a red square", "image": image}]}).encode()
 
 
@@ -85,7 +85,7 @@ def still_serves(running: Running, body: bytes) -> bool:
 
 
 def admission(running: Running) -> Admission:
-    return running[0].config.app.state.judge.admission  # type: ignore[union-attr,no-any-return]
+    return running[0].config.app.state.service.admission  # type: ignore[union-attr,no-any-return]
 
 
 def nothing_left(running: Running) -> bool:
@@ -260,8 +260,8 @@ def test_work_of_callers_who_left_is_dropped(
         sent = named(body, prompt)
         callers[prompt].sendall(head(len(sent)) + sent)
         wait_until(lambda: "runs" in seen, "a batch")
-    admission = running[0].config.app.state.judge.admission  # type: ignore[union-attr]
-    queue = running[0].config.app.state.judge._bench.queue  # type: ignore[union-attr]
+    admission = running[0].config.app.state.service.admission  # type: ignore[union-attr]
+    queue = running[0].config.app.state.service._backend.queue  # type: ignore[union-attr]
     wait_until(lambda: queue.queued_pairs == 2, "two in the queue")
     callers["runs"].close()
     callers["waits"].close()

@@ -22,7 +22,7 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores
 from reward_service.observability.metrics import Metrics
-from reward_service.scoring.service import Judge, open_bench
+from reward_service.scoring.service import ScoringService, open_backend
 
 READY_S, END_S = 90.0, 30.0
 # What breaks and when is the prompt's to say.
@@ -82,8 +82,8 @@ def wait_for(url: str, status: int) -> None:
 
 
 def ask(url: str, prompt: str, **options: Any) -> httpx.Response:
-    picture = {"data": "AAAA", "format": "raw", "shape": [1, 1, 3]}
-    body = {"items": [{"prompt": prompt, "image": picture}], **options}
+    image = {"data": "AAAA", "format": "raw", "shape": [1, 1, 3]}
+    body = {"items": [{"prompt": prompt, "image": image}], **options}
     return httpx.post(f"{url}/score", json=body, timeout=END_S)
 
 
@@ -129,12 +129,12 @@ def test_an_evaluator_that_is_down_and_a_full_disk_cost_what_they_must() -> None
         assert process.wait(END_S) == 0
 
 
-def start(config: ServiceConfig, engine: RewardEngine) -> tuple[Judge, threading.Event]:
-    """A judge, and the event of its failure."""
+def start(config: ServiceConfig, engine: RewardEngine) -> tuple[ScoringService, threading.Event]:
+    """A reward service, and the event of its failure."""
     failed = threading.Event()
-    judge = Judge(config, build=lambda _: engine, on_failure=lambda _: failed.set())
-    judge.start()
-    return judge, failed
+    service = ScoringService(config, build=lambda _: engine, on_failure=lambda _: failed.set())
+    service.start()
+    return service, failed
 
 
 def test_golden_scores_that_do_not_come_out_end_the_start(
@@ -147,14 +147,14 @@ def test_golden_scores_that_do_not_come_out_end_the_start(
         entry["raw"] += 0.25 if entry["evaluator"] == "hpsv2" else 0.0
     path = tmp_path / "canary.json"
     path.write_text(json.dumps(golden))
-    judge, failed = start(miniature.model_copy(update={"canary": path}), engine)
+    service, failed = start(miniature.model_copy(update={"canary": path}), engine)
     assert failed.wait(END_S)
-    assert judge.health.status == "failed"
+    assert service.health.status == "failed"
     expected = (
         r"evaluator hpsv2 scores the canary pair 0\.427.*, expected its golden score 0\.677.* within 1e-05"
     )
-    assert re.fullmatch(expected, judge.health.detail)
-    judge.close()
+    assert re.fullmatch(expected, service.health.detail)
+    service.close()
 
 
 def test_a_score_that_changes_while_it_runs_is_noticed(
@@ -162,22 +162,22 @@ def test_a_score_that_changes_while_it_runs_is_noticed(
 ) -> None:
     """Within a round of the canary, without anybody's asking; then nothing more is scored."""
     watch = miniature.watch.model_copy(update={"canary_every_s": 0.05})
-    judge, failed = start(miniature.model_copy(update={"watch": watch}), engine)
+    service, failed = start(miniature.model_copy(update={"watch": watch}), engine)
     deadline = time.monotonic() + END_S
-    while judge.health.status == "loading" and time.monotonic() < deadline:
+    while service.health.status == "loading" and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (judge.health.status, failed.wait(0.3)) == ("ready", False)
+    assert (service.health.status, failed.wait(0.3)) == ("ready", False)
     engine.evaluators["pickscore"].tower.logit_scale *= 1.1
     assert failed.wait(END_S)
-    assert judge.health.status == "failed"
-    assert judge.health.detail.startswith("evaluator pickscore scores the canary pair")
-    judge.close()
+    assert service.health.status == "failed"
+    assert service.health.detail.startswith("evaluator pickscore scores the canary pair")
+    service.close()
 
 
 def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engine: RewardEngine) -> None:
-    """Its pictures are tower inputs before the device is free, and are not prepared once more."""
+    """Its images are tower inputs before the device is free, and are not prepared once more."""
     miniature = miniature.model_copy(update={"prepare_ahead": True})
-    bench = open_bench(miniature, engine, Metrics(), print, print)
+    backend = open_backend(miniature, engine, Metrics(), print, print)
     score, free, prepared = engine._batch, threading.Event(), threading.Event()
     ready: list[bool] = []
 
@@ -193,14 +193,14 @@ def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engi
         return found
 
     engine._batch, engine.prepare = held, watched  # type: ignore[method-assign]
-    lane, picture = (tuple(engine.evaluators), False), np.zeros((64, 64, 3), np.uint8)
-    first = bench.queue.submit([Pair("first", picture)], lane)
-    while bench.queue.queued_pairs:
+    lane, image = (tuple(engine.evaluators), False), np.zeros((64, 64, 3), np.uint8)
+    first = backend.queue.submit([Pair("first", image)], lane)
+    while backend.queue.queued_pairs:
         time.sleep(0.001)
-    second = bench.queue.submit([Pair("second", picture)], lane)
+    second = backend.queue.submit([Pair("second", image)], lane)
     assert prepared.wait(READY_S)
     assert not first.done()
     free.set()
     assert second.result(READY_S).results[0].raw.keys() == engine.evaluators.keys()
     assert ready == [True, True]
-    assert bench.close(END_S)
+    assert backend.close(END_S)

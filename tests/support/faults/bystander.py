@@ -45,7 +45,7 @@ class Truth:
         return cls(pairs, [scored.raw for scored in engine.score(pairs)])
 
     def mistakes(self, rows: Sequence[int], response: ScoreResponse) -> list[str]:
-        """One line for each score of the pairs at ``rows`` that is missing or not the engine's own."""
+        """One line for each score of the pairs at `rows` that is missing or not the engine's own."""
         wrong = [] if len(response.results) == len(rows) else ["another number of results than of pairs"]
         for row, result in zip(rows, response.results, strict=False):
             for name, own in self.raw[row].items():
@@ -74,7 +74,7 @@ class Bystander(threading.Thread):
     def _ask(self, rows: Sequence[int]) -> None:
         pairs = [self._truth.pairs[row] for row in rows]
         try:
-            response = self._judge.score([it.prompt for it in pairs], [it.picture for it in pairs])
+            response = self._judge.score([it.prompt for it in pairs], [it.image for it in pairs])
         except Exception as error:  # noqa: BLE001 - whatever it is, this caller noticed something
             self.wrong.append(repr(error))
             return

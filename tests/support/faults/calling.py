@@ -21,8 +21,8 @@ Told = tuple[int, str]
 OK: Told = (200, "")
 
 
-def picture(form: str = "PNG", sides: tuple[int, int] = (24, 20), **options: Any) -> bytes:
-    """A small picture file with something in it."""
+def sample_image(form: str = "PNG", sides: tuple[int, int] = (24, 20), **options: Any) -> bytes:
+    """A small image file with something in it."""
     pixels = np.random.default_rng(1).integers(0, 256, (*sides, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, **options)
@@ -30,13 +30,13 @@ def picture(form: str = "PNG", sides: tuple[int, int] = (24, 20), **options: Any
 
 
 def encoded(data: bytes) -> dict[str, Any]:
-    """A picture of a JSON request."""
+    """An image of a JSON request."""
     return {"data": base64.b64encode(data).decode()}
 
 
 def request_of(*prompts: str, image: dict[str, Any] | None = None, **options: Any) -> bytes:
     """A JSON request."""
-    shown = image or encoded(picture())
+    shown = image or encoded(sample_image())
     return json.dumps({"items": [{"prompt": it, "image": shown} for it in prompts], **options}).encode()
 
 
@@ -66,13 +66,13 @@ def connect(url: str) -> socket.socket:
 
 
 def head(length: object, more: str = "", version: str = "1.1", method: str = "POST") -> bytes:
-    """A request's head; ``length`` None leaves Content-Length out."""
+    """A request's head; `length` None leaves Content-Length out."""
     lines = f"{method} /v1/score HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n{more}"
     return (lines + ("" if length is None else f"Content-Length: {length}\r\n") + "\r\n").encode()
 
 
 def heard(caller: socket.socket, method: str = "POST") -> Told:
-    """The next answer on a bare connection, as :func:`told` has it."""
+    """The next answer on a bare connection, as `told` has it."""
     answer = HTTPResponse(caller, method=method)
     answer.begin()
     body = answer.read()

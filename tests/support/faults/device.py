@@ -20,8 +20,8 @@ HELD_S = 30.0
 class FaultyDevice:
     """Scores as the engine does, except for what is switched on and for the prompts below.
 
-    ``poison`` raises, ``nan`` gives no number, ``hang`` never returns, ``fatal`` breaks the device.
-    ``memory_pairs``: more at a time do not fit. ``broken``: evaluators that fail whatever they are given.
+    `poison` raises, `nan` gives no number, `hang` never returns, `fatal` breaks the device.
+    `memory_pairs`: more at a time do not fit. `broken`: evaluators that fail whatever they are given.
     """
 
     def __init__(self, engine: RewardEngine) -> None:

@@ -1,4 +1,4 @@
-"""Valid bodies and pictures, and what a bit of damage makes of them. Deterministic for a seed."""
+"""Valid bodies and images, and what a bit of damage makes of them. Deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from reward_service.protocol import JSON, MSGPACK
-from tests.support.faults.calling import picture
+from tests.support.faults.calling import sample_image
 
 FORM = "multipart/form-data; boundary=frontier"
 _INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, ord('"'), ord("["), ord("{"), ord(","), ord("\\"), ord("-"))
@@ -80,11 +80,11 @@ def _shuffle(data: bytearray, rng: random.Random) -> None:
 _WOUNDS = (_flip, _flip, _set, _number, _cut, _remove, _double, _insert, _shuffle)
 
 
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """One or more of every format and kind, small."""
     grey = np.random.default_rng(5).integers(0, 256, (9, 14), np.uint8)
-    kept = [picture("PNG"), picture("JPEG"), picture("JPEG", progressive=True, quality=95)]
-    kept += [picture("WEBP"), picture("WEBP", lossless=True), picture("PNG", compress_level=0)]
+    kept = [sample_image("PNG"), sample_image("JPEG"), sample_image("JPEG", progressive=True, quality=95)]
+    kept += [sample_image("WEBP"), sample_image("WEBP", lossless=True), sample_image("PNG", compress_level=0)]
     return [*kept, *_of_other_modes(grey)]
 
 
@@ -103,7 +103,7 @@ def _of_other_modes(grey: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> li
 
 
 def bodies(files: Sequence[bytes]) -> list[Body]:
-    """Valid requests of each content type, with these pictures and with raw ones."""
+    """Valid requests of each content type, with these images and with raw ones."""
     rng = np.random.default_rng(6)
     raw = rng.integers(0, 256, (4, 5, 3), np.uint8).tobytes()
     options = {"normalization": "z", "weights": {"clip": 1.0, "hpsv2": 0.5}, "evaluators": ["clip", "hpsv2"]}
@@ -127,7 +127,7 @@ def _form(file: bytes) -> bytes:
 
 
 def request_with(file: bytes, kind: str) -> Body:
-    """A whole request around a picture that is wounded itself: what a wounded body seldom lets through."""
+    """A whole request around an image that is wounded itself: what a wounded body seldom lets through."""
     if kind == MSGPACK:
         return kind, msgspec.msgpack.encode({"items": [{"prompt": "x", "image": {"data": file}}]})
     if kind == JSON:
@@ -137,9 +137,9 @@ def request_with(file: bytes, kind: str) -> Body:
 
 
 def mutants(seed: int) -> Callable[[], Body]:
-    """Makes one damaged request after another: half with a wounded body, half with a wounded picture."""
+    """Makes one damaged request after another: half with a wounded body, half with a wounded image."""
     rng = random.Random(seed)
-    files = pictures()
+    files = images()
     valid = bodies(files)
 
     def one() -> Body:

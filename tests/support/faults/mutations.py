@@ -3,7 +3,7 @@
     python -m tests.support.faults.mutations --count 200000 --seed 0 [--out benchmarks/results/mutations.md]
 
 Most go to the intake, which is where bytes are parsed and decoded; one in twenty goes through the whole
-application and one in a hundred through a socket as well, where a picture that still decodes is scored by the
+application and one in a hundred through a socket as well, where an image that still decodes is scored by the
 miniature's engine. Exit status 1 if anything failed.
 """
 
@@ -26,7 +26,7 @@ import httpx
 from reward_service.config import ServiceConfig, load_config
 from reward_service.engine.loading import build_engine
 from reward_service.protocol import CODES, ProblemError
-from reward_service.scoring.requests import Intake
+from reward_service.scoring.requests import RequestParser
 from tests.support.faults.mutants import Body, mutants
 from tests.support.service.serving import serving
 
@@ -69,7 +69,7 @@ def resident_mb() -> float:
 
 async def attack(config: ServiceConfig, url: str, application: object, count: int, seed: int) -> Findings:
     """Send so many mutants."""
-    found, make, intake = Findings(), mutants(seed), Intake(config)
+    found, make, parser = Findings(), mutants(seed), RequestParser(config)
     begun = time.monotonic()
     inside = httpx.ASGITransport(app=application, raise_app_exceptions=False)  # type: ignore[arg-type]
     async with (
@@ -84,7 +84,7 @@ async def attack(config: ServiceConfig, url: str, application: object, count: in
             if number == int(_WARM_UP * count):
                 found.warm_mb = resident_mb()
             body = make()
-            found.note("intake", *_taken_in(intake, body), body)
+            found.note("intake", *_taken_in(parser, body), body)
             for way, every in (("application", EVERY_APPLICATION), ("socket", EVERY_SOCKET)):
                 if number % every == 0:
                     await _ask(found, way, ways[way], body)
@@ -102,9 +102,9 @@ async def _ask(
     found.note(way, status, code, body)
 
 
-def _taken_in(intake: Intake, body: Body) -> tuple[int, str]:
+def _taken_in(parser: RequestParser, body: Body) -> tuple[int, str]:
     try:
-        intake(body[1], body[0])
+        parser(body[1], body[0])
     except ProblemError as error:
         return int(error.status), error.code
     except Exception as error:  # noqa: BLE001 - it is what is looked for
@@ -139,7 +139,7 @@ def report(found: Findings, count: int, seed: int) -> str:
         "# Damaged requests",
         "",
         f"`{command}`: {count:,} mutations of valid JSON, msgpack and multipart",
-        "bodies and of PNG, JPEG, WebP and raw pictures in them, to the intake; some of them to the whole",
+        "bodies and of PNG, JPEG, WebP and raw images in them, to the intake; some of them to the whole",
         f"application and through a socket too. Python {platform.python_version()}, {found.seconds:.0f} s.",
         "",
         f"Verdict: {verdict}; no crash. Resident memory: {found.warm_mb:.1f} MB after the first fifth,",

@@ -1,6 +1,6 @@
-"""``reward-service`` on a device that breaks by the prompt.
+"""`reward-service` on a device that breaks by the prompt.
 
-Run it as ``python -m tests.support.faults.program serve …``.
+Run it as `python -m tests.support.faults.program serve …`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from reward_service import cli
-from reward_service.scoring import service as judge
+from reward_service.scoring import service as service
 from tests.support.faults.device import faulty_engine
 
 if __name__ == "__main__":
-    judge._build_engine = faulty_engine
+    service._build_engine = faulty_engine
     cli.main(sys.argv[1:])

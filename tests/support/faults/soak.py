@@ -38,7 +38,7 @@ from reward_service.engine.types import Pair
 from reward_service.images import decode
 from reward_service.protocol import JSON, MSGPACK, decode_response
 from tests.support.faults.bystander import Truth
-from tests.support.faults.calling import picture
+from tests.support.faults.calling import sample_image
 from tests.support.faults.mutants import FORM
 
 CALLERS, CAPACITY_S, LATEST = 8, 5.0, 2000
@@ -59,7 +59,7 @@ class Errand:
 
 @dataclass
 class Findings:
-    """What a run showed. ``windows``: seconds since the start, resident MB, pairs/s, p50 and p99 in ms."""
+    """What a run showed. `windows`: seconds since the start, resident MB, pairs/s, p50 and p99 in ms."""
 
     minutes: float
     load: float
@@ -111,7 +111,7 @@ def known() -> tuple[list[Pair], list[Errand]]:
             ("curator", JSON, "PNG", 6), ("notebook", JSON, "JPEG", 1), ("form", FORM, "WEBP", 1),
             ("notebook", MSGPACK, "PNG", 1), ("evaluation", MSGPACK, "JPEG", 12),
         ):  # fmt: skip
-            files = [picture(form, (32 + 3 * place, 48 + number)) for place in range(count)]
+            files = [sample_image(form, (32 + 3 * place, 48 + number)) for place in range(count)]
             add(client, kind, [(Pair(f"{form} {number}", decode(file).rgb), file) for file in files])
     return pairs, errands
 
@@ -123,7 +123,7 @@ def _body(kind: str, made: Sequence[tuple[Pair, bytes | None]]) -> bytes:
         assert file is not None
         return start % (b"prompt", pair.prompt.encode()) + start % (b"image", file) + b"--frontier--\r\n"
     images = [
-        {"data": pair.picture.tobytes(), "format": "raw", "shape": pair.picture.shape}
+        {"data": pair.image.tobytes(), "format": "raw", "shape": pair.image.shape}
         if file is None
         else {"data": file}
         for pair, file in made

@@ -20,7 +20,7 @@ PATIENCE_S = 30.0
 
 
 class Tab:
-    """One page. ``requests`` are the addresses it asked for; ``complaints`` what it said on its console."""
+    """One page. `requests` are the addresses it asked for; `complaints` what it said on its console."""
 
     def __init__(self, address: str) -> None:
         self._socket = websocket.create_connection(address, timeout=PATIENCE_S, suppress_origin=True)
@@ -89,8 +89,8 @@ class Tab:
             mobile=width < 600,
         )
 
-    def picture(self, path: Path) -> None:
-        """Save a picture of the whole page."""
+    def image(self, path: Path) -> None:
+        """Save an image of the whole page."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 

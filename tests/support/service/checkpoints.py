@@ -22,7 +22,7 @@ SCALES = {"aesthetic": (5.0, 1.0), "clip": (0.0, 0.1), "pickscore": (0.0, 5.0), 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where everything lies; ``config`` names it all."""
+    """Where everything lies; `config` names it all."""
 
     folder: Path
     config: Path
@@ -60,7 +60,7 @@ def write_checkpoints(folder: Path) -> Checkpoints:
 
 
 def service_section() -> dict[str, object]:
-    """The ``service:`` section over these checkpoints, paths relative to the file."""
+    """The `service:` section over these checkpoints, paths relative to the file."""
     clip = {"layout": "huggingface", "origin": {"folder": "clip"}, "weights": {"file": "model.safetensors"}}
     hps = {"layout": "open_clip", "origin": {"folder": "hps"}, "weights": {"file": "HPS.pt"}}
     head = {"origin": {"folder": "aesthetic"}, "weights": {"file": "head.pth"}}

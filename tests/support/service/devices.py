@@ -15,7 +15,7 @@ Numbers = Scheduler[int, int]
 
 
 class Device:
-    """Doubles numbers; refuses those in ``poison`` and more than ``memory`` at once; can be held busy."""
+    """Doubles numbers; refuses those in `poison` and more than `memory` at once; can be held busy."""
 
     def __init__(self, poison: Sequence[int] = (), memory: int = 1000) -> None:
         self.poison, self.memory = set(poison), memory

@@ -31,7 +31,7 @@ PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
 
 def response_to(request: ScoreRequest, fingerprint: str = "f", raw: float | None = None) -> ScoreResponse:
-    """One evaluator whose raw score is the sum of the raw picture's bytes."""
+    """One evaluator whose raw score is the sum of the raw image's bytes."""
     results = []
     for index, item in enumerate(request.items):
         score = EvaluatorScore(float(sum(item.image.data)) if raw is None else raw, 0.0, 0.5)

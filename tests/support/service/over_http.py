@@ -1,4 +1,4 @@
-"""What any server of the application has to pass: tests that need its address, as the fixture ``app``.
+"""What any server of the application has to pass: tests that need its address, as the fixture `app`.
 
 Those of the application in this process are taken as they are; the others are about what a server or a proxy
 could change: long bodies, pieces, connections, headers, callers who leave.
@@ -28,11 +28,11 @@ from tests.reward_service.web import test_app
 JSON = {"Content-Type": "application/json"}
 
 
-def test_the_client_gets_the_engines_scores(app: str, engine: RewardEngine, pictures: list[Pixels]) -> None:
+def test_the_client_gets_the_engines_scores(app: str, engine: RewardEngine, pixels: list[Pixels]) -> None:
     """A batch in many requests, raw pixels in msgpack: each pair's deterministic numbers, bit by bit."""
-    prompts, images = list(PROMPTS) * 4, pictures * 4
-    with RewardClient(app, chunk_pairs=3) as judge:
-        answer = judge.score(prompts, images, deterministic=True)
+    prompts, images = list(PROMPTS) * 4, pixels * 4
+    with RewardClient(app, chunk_pairs=3) as service:
+        answer = service.score(prompts, images, deterministic=True)
     pairs = [Pair(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     expected = engine.score(pairs, deterministic=True)
     for result, scores in zip(answer.results, expected, strict=True):
@@ -40,10 +40,10 @@ def test_the_client_gets_the_engines_scores(app: str, engine: RewardEngine, pict
 
 
 def test_a_long_body_arrives_whole(app: str, engine: RewardEngine) -> None:
-    """A picture of 12 MB of raw pixels, which no proxy's buffer holds at once."""
+    """An image of 12 MB of raw pixels, which no proxy's buffer holds at once."""
     large = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)
-    with RewardClient(app) as judge:
-        answer = judge.score(["a red square"], [large], deterministic=True)
+    with RewardClient(app) as service:
+        answer = service.score(["a red square"], [large], deterministic=True)
     expected = engine.score([Pair("a red square", large)], deterministic=True)[0].raw
     assert {name: score.raw for name, score in answer.results[0].scores.items()} == expected
 
@@ -111,14 +111,14 @@ def test_connections_are_kept(app: str) -> None:
     assert len({id(stream) for stream in used}) == 1
 
 
-def test_a_rejection_is_told(app: str, pictures: list[Pixels]) -> None:
+def test_a_rejection_is_told(app: str, images: list[Pixels]) -> None:
     """The service's own problem comes through to the client."""
-    with RewardClient(app) as judge, pytest.raises(RejectedError, match="422 unknown_evaluator"):
-        judge.score(["x"], pictures[:1], evaluators=["beauty"])
+    with RewardClient(app) as service, pytest.raises(RejectedError, match="422 unknown_evaluator"):
+        service.score(["x"], images[:1], evaluators=["beauty"])
 
 
 def tests() -> Iterator[tuple[str, Callable[..., None]]]:
-    """Names and functions, for a module with a fixture ``app`` to take as its own."""
+    """Names and functions, for a module with a fixture `app` to take as its own."""
     here = globals()
     yield from ((name, test) for name, test in here.items() if name.startswith("test_") and callable(test))
     for module, names in _PORTABLE.items():

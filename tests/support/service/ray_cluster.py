@@ -2,7 +2,7 @@
 
 Nothing of Ray's threads, settings and warnings gets into the tests' process, and all ends with that one.
 
-Run as a program: ``python -m tests.support.service.ray_cluster FOLDER``.
+Run as a program: `python -m tests.support.service.ray_cluster FOLDER`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cluster:
             time.sleep(0.1)
 
     def status(self) -> dict[str, Any]:
-        """``status`` and ``message`` of the application, ``replicas`` by their state."""
+        """`status` and `message` of the application, `replicas` by their state."""
         found: dict[str, Any] = self._order("status")
         return found
 

@@ -10,7 +10,7 @@ from reward_service import ray_app
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.engine.types import FatalDeviceError
-from reward_service.scoring import service as judge
+from reward_service.scoring import service as service
 
 FATAL = "break the device"
 
@@ -19,7 +19,7 @@ class Breakable(ray_app.Replica):
     """A replica whose device fails for good at one prompt."""
 
     def __init__(self, config: str, overrides: list[str]) -> None:
-        judge._build_engine = _breakable
+        service._build_engine = _breakable
         super().__init__(config, overrides)
 
 

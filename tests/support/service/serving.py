@@ -1,4 +1,4 @@
-"""A judge and its server for tests: in this process, on a free port, with the tests' small engine."""
+"""A reward service and its server for tests: in this process, on a free port, with the tests' small engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.observability.logs import open_log
-from reward_service.scoring.service import Judge
+from reward_service.scoring.service import ScoringService
 from reward_service.web.app import create_app
 from reward_service.web.server import Server, options
 
@@ -42,32 +42,32 @@ def wait_until(true: Any, what: object = "it") -> None:
 
 
 @contextmanager
-def judging(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iterator[Judge]:
-    """A judge that is ready."""
-    judge = Judge(config, build=lambda _: engine, **options)
-    judge.start()
-    wait_until(lambda: judge.health.status == "ready", judge.health)
+def judging(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iterator[ScoringService]:
+    """A reward service that is ready."""
+    service = ScoringService(config, build=lambda _: engine, **options)
+    service.start()
+    wait_until(lambda: service.health.status == "ready", service.health)
     try:
-        yield judge
+        yield service
     finally:
-        judge.close()
+        service.close()
 
 
 @contextmanager
 def serving(config: ServiceConfig, engine: RewardEngine) -> Iterator[tuple[Server, int]]:
     """A server that listens and is ready, and its port."""
-    judge = Judge(config, build=lambda _: engine)
-    with listening(config, judge) as (server, port):
-        wait_until(lambda: judge.health.status == "ready", judge.health)
+    service = ScoringService(config, build=lambda _: engine)
+    with listening(config, service) as (server, port):
+        wait_until(lambda: service.health.status == "ready", service.health)
         yield server, port
 
 
 @contextmanager
-def listening(config: ServiceConfig, judge: Judge) -> Iterator[tuple[Server, int]]:
+def listening(config: ServiceConfig, service: ScoringService) -> Iterator[tuple[Server, int]]:
     """A server that listens, and its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         log = open_log(lambda _: None, "json")
-        server = Server(options(create_app(config, judge), config), lambda: None, judge, log)
+        server = Server(options(create_app(config, service), config), lambda: None, service, log)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,4 +1,4 @@
-"""`python -m tests.support.trainer.job` is `reward-trainer` with a judge inside."""
+"""`python -m tests.support.trainer.job` is `reward-trainer` with a reward service inside."""
 
 from contextlib import nullcontext
 from unittest import mock

@@ -125,7 +125,7 @@ def check_checkpoints(config: TrainerConfig, path: Path, reference: Path) -> int
         same = Checkpoints(reference / "checkpoints", config.checkpoints)
         expected = {decode(read)[0].done: read for read in map(read_stored, same.paths())}[snapshot.done]
         if stored.tensors != expected.tensors and not _equal(snapshot.tensors, decode(expected)[0].tensors):
-            raise AssertionError(f"iteration {snapshot.done}: another learner than the uninterrupted run's")
+            raise AssertionError(f"iteration {snapshot.done}: another trainer than the uninterrupted run's")
     return len(broken)
 
 

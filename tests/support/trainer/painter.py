@@ -26,13 +26,13 @@ PLANTED = {
 
 
 def coloured(count: int, size_px: int, generator: torch.Generator) -> torch.Tensor:
-    """Random pictures, one colour each."""
+    """Random images, one colour each."""
     colour = torch.rand(count, 3, 1, 1, generator=generator) * 1.6 - 0.8
     return colour.expand(-1, -1, size_px, size_px)
 
 
 def build_painter(folder: Path) -> None:
-    """A tiny Karlo that can paint: a decoder fitted for seconds to one-coloured 4x4 pictures, 8x8 in the end.
+    """A tiny Karlo that can paint: a decoder fitted for seconds to one-coloured 4x4 images, 8x8 in the end.
 
     A random decoder paints noise that saturates everywhere; there is nothing to improve in it.
     """

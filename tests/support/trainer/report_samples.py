@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.config import TrainerConfig
 from trainer.evaluation.comparison import Measurement, compare
-from trainer.evaluation.guard import judge_guard, measure_drift
+from trainer.evaluation.guard import check_guard, measure_drift
 from trainer.runs.folder import RunFolder
 
 EVALUATORS = ("aesthetic", "clip", "hpsv2")
@@ -49,10 +49,10 @@ def measured(prompts: Sequence[str], gain: float, seed: int, size_px: int = 8) -
     rng = np.random.default_rng(0)
     shape = (len(prompts), 2)
     base = rng.normal(size=(*shape, len(EVALUATORS)))
-    pictures = rng.integers(0, 200, (*shape, size_px, size_px, 3), dtype=np.uint8)
+    images = rng.integers(0, 200, (*shape, size_px, size_px, 3), dtype=np.uint8)
     noise = np.random.default_rng(seed).normal(scale=0.2, size=base.shape) if gain else 0.0
     z = base + gain * np.array([1.0, 1.0, 0.5]) + noise
-    lighter = np.clip(pictures + 40 * gain, 0, 255).astype(np.uint8)
+    lighter = np.clip(images + 40 * gain, 0, 255).astype(np.uint8)
     return Measurement(tuple(prompts), lighter, 5 + z * np.array([0.5, 0.1, 0.02]), z)
 
 
@@ -109,8 +109,8 @@ def examined(
     config: TrainerConfig, base: Measurement, tuned: Measurement, key: str | None = None
 ) -> dict[str, Any]:
     """What evaluation.json holds; under `key` only the rows, as metrics.jsonl has them."""
-    comparison = compare(base, tuned, EVALUATORS, config.judged_by, config.evaluation)
-    guard = judge_guard(base, tuned, EVALUATORS, config, None, 4)
+    comparison = compare(base, tuned, EVALUATORS, config.reward_evaluators, config.evaluation)
+    guard = check_guard(base, tuned, EVALUATORS, config, None, 4)
     watched = {"guard": guard.to_dict(), "drift": measure_drift(base, tuned, config.evaluation).to_dict()}
     return ({key: comparison.rows() | {"seconds": 1.0}} if key else comparison.to_dict()) | watched
 

@@ -91,7 +91,7 @@ def essence(run: Path) -> dict[str, object]:
     files = ("lora/README.md", "evaluation.json", "before_after.png")
     return {
         "done": snapshot.done,
-        "learner": snapshot.learner,
+        "learner": snapshot.training,
         "tensors": _bytes(snapshot.tensors),
         "metrics": metrics(run),
         # Not its bytes: safetensors writes the metadata in any order.

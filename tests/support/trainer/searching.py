@@ -17,7 +17,7 @@ from tests.trainer.conftest import SAMPLING, FakeScorer
 from trainer.config import TrainerConfig, load_trainer_config
 from trainer.experiments.experiment import Experiment
 from trainer.experiments.search import search
-from trainer.rl.rewards import Pictures, Scorer, Scores
+from trainer.rl.rewards import Images, Scorer, Scores
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ring on a hill", "cross by the sea", "star over a town")
@@ -79,9 +79,9 @@ class SlowScorer(FakeScorer):
         super().__init__()
         self._delay_s = delay_s
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         time.sleep(self._delay_s)
-        return super().score(prompts, pictures)
+        return super().score(prompts, images)
 
 
 if __name__ == "__main__":

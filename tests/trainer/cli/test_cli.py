@@ -119,7 +119,7 @@ def test_an_absent_service_is_named_before_anything_expensive(
 def test_a_run_leaves_its_results_and_generate_draws_with_them(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """LoRA, grids, metrics and comparison are there, and the LoRA draws other pictures than the base."""
+    """LoRA, grids, metrics and comparison are there, and the LoRA draws other images than the base."""
     from trainer.runs.folder import RunFolder
     from trainer.runs.train import train_run
 

@@ -14,8 +14,8 @@ from PIL import Image
 from tests.trainer.conftest import FakeScorer
 from trainer.config import LORA_FILE, TrainerConfig, load_trainer_config
 from trainer.rl.train import train_fold
-from trainer.runs.setup import open_studio
-from trainer.runtime.rng import PictureKey
+from trainer.runs.setup import load_sampler
+from trainer.runtime.rng import ImageKey
 
 REPOSITORY = Path(__file__).parents[3]
 PROMPT = "a large striped red ring on blue"
@@ -23,8 +23,8 @@ OTHER = "a small blue cross on white"
 
 
 @dataclass(frozen=True)
-class OneStream(PictureKey):
-    """A picture all of whose stages draw from one generator, one after the other, as the pipeline's do."""
+class OneStream(ImageKey):
+    """An image all of whose stages draw from one generator, one after the other, as the pipeline's do."""
 
     generators: tuple[torch.Generator, ...] = ()
 
@@ -54,15 +54,15 @@ def lora(config: TrainerConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The LoRA of a run."""
     folder = tmp_path_factory.mktemp("run") / "lora"
     folder.mkdir()
-    studio = open_studio(config)
-    studio.policy.add_lora(config.lora, seed=0)
-    train_fold(studio, FakeScorer(), [PROMPT, OTHER], config)
-    studio.policy.save_lora(folder)
+    sampler = load_sampler(config)
+    sampler.policy.add_lora(config.lora, seed=0)
+    train_fold(sampler, FakeScorer(), [PROMPT, OTHER], config)
+    sampler.policy.save_lora(folder)
     assert (folder / LORA_FILE).exists()
     return folder
 
 
-def readme_lines(lora: Path, picture: Path) -> str:
+def readme_lines(lora: Path, image: Path) -> str:
     """The README's block, its three paths turned to where things are here."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (lines,) = [
@@ -72,7 +72,7 @@ def readme_lines(lora: Path, picture: Path) -> str:
     places = {
         "miniature/models/karlo": REPOSITORY / "miniature" / "models" / "karlo",
         "runs/miniature/lora": lora,
-        "ring.png": picture,
+        "ring.png": image,
     }
     for written, here in places.items():
         assert lines.count(written) == 1
@@ -81,7 +81,7 @@ def readme_lines(lora: Path, picture: Path) -> str:
 
 
 def piped(pipeline: Any, config: TrainerConfig, prompts: Sequence[str]) -> np.ndarray:
-    """Pictures (N, H, W, 3) of the pipeline, with the configuration's settings and one generator each."""
+    """Images (N, H, W, 3) of the pipeline, with the configuration's settings and one generator each."""
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(
         list(prompts),
@@ -97,29 +97,29 @@ def piped(pipeline: Any, config: TrainerConfig, prompts: Sequence[str]) -> np.nd
 
 
 def ours(config: TrainerConfig, lora: Path | None, prompts: Sequence[str]) -> np.ndarray:
-    """The same pictures, drawn as `reward-trainer generate` draws.
+    """The same images, drawn as `reward-trainer generate` draws.
 
     The studio is new each time: one that remembers the prior's embeddings takes no random numbers for them.
     """
-    studio = open_studio(config)
+    sampler = load_sampler(config)
     if lora is not None:
-        studio.policy.load_lora(lora)
+        sampler.policy.load_lora(lora)
     generators = tuple(torch.Generator().manual_seed(i) for i in range(len(prompts)))
     keys = [OneStream(0, 0, -1, prompt, i, generators) for i, prompt in enumerate(prompts)]
-    return studio.draw(keys).pictures.astype(int)
+    return sampler.draw(keys).images.astype(int)
 
 
 def test_the_readme_loads_a_lora_into_plain_diffusers(
     config: TrainerConfig, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pictures are those of `generate` with the same generators, and not those of the base."""
+    """Its images are those of `generate` with the same generators, and not those of the base."""
     monkeypatch.setattr(
         diffusers.pipelines, "unclip", None, raising=False
     )  # as before, after the lines set it
     names: dict[str, Any] = {}
     exec(readme_lines(lora, tmp_path / "ring.png"), names)  # noqa: S102
-    with Image.open(tmp_path / "ring.png") as picture:
-        assert picture.size == (32, 32)
+    with Image.open(tmp_path / "ring.png") as image:
+        assert image.size == (32, 32)
 
     prompts = [PROMPT, OTHER]
     base, tuned = ours(config, None, prompts), ours(config, lora, prompts)

@@ -150,7 +150,7 @@ def test_tokens_are_counted_as_by_karlos_tokenizer() -> None:
 
 
 def test_clips_vocabulary_is_at_hand() -> None:
-    """As the judge's installation brings it: OpenAI's own counts."""
+    """As the service's installation brings it: OpenAI's own counts."""
     counter = TokenCounter.of_open_clip()
     assert counter is not None
     assert counter.count("a photo of a cat") == 7

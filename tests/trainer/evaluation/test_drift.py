@@ -1,4 +1,4 @@
-"""What pictures show: diversity within a prompt, colours, and what is said of them."""
+"""What images show: diversity within a prompt, colours, and what is said of them."""
 
 import json
 import tracemalloc
@@ -13,16 +13,14 @@ from trainer.evaluation.guard import Drift, diversity, lab, looks, measure_drift
 CONFIG = EvaluationConfig(resamples=500)
 
 
-def shown(pictures: np.ndarray) -> Measurement:
-    """A measurement of pictures (P, G, H, W, 3)."""
-    scores = np.zeros((*pictures.shape[:2], 1))
-    return Measurement(
-        tuple(f"p{i}" for i in range(len(pictures))), pictures.astype(np.uint8), scores, scores
-    )
+def shown(images: np.ndarray) -> Measurement:
+    """A measurement of images (P, G, H, W, 3)."""
+    scores = np.zeros((*images.shape[:2], 1))
+    return Measurement(tuple(f"p{i}" for i in range(len(images))), images.astype(np.uint8), scores, scores)
 
 
 def drawn(prompts: int = 12, images: int = 4, size: int = 16, seed: int = 0) -> np.ndarray:
-    """Noisy pictures of a colour for each prompt, each image a little different from the others."""
+    """Noisy images of a colour for each prompt, each image a little different from the others."""
     rng = np.random.default_rng(seed)
     prompt = rng.uniform(80, 170, (prompts, 1, 1, 1, 3))
     image = rng.normal(0, 12, (prompts, images, 1, 1, 3))
@@ -33,7 +31,7 @@ def drifted(before: np.ndarray, after: np.ndarray) -> Drift:
     return measure_drift(shown(before), shown(after), CONFIG)
 
 
-def test_pictures_that_stay_show_nothing() -> None:
+def test_images_that_stay_show_nothing() -> None:
     """No row moves and nothing is said."""
     drift = drifted(drawn(), drawn())
     assert drift.diversity is not None
@@ -42,18 +40,18 @@ def test_pictures_that_stay_show_nothing() -> None:
     assert drift.sentences() == []
 
 
-def test_a_collapse_to_one_picture_has_no_diversity() -> None:
+def test_a_collapse_to_one_image_has_no_diversity() -> None:
     """Every seed draws the same: diversity 0, and people read it."""
     before = drawn()
     drift = drifted(before, before[:, :1].repeat(4, axis=1))
     assert drift.diversity is not None
     assert drift.diversity.after == 0
     assert drift.diversity.verdict == "falls"
-    assert "Warning: pictures of one prompt have become 100% more alike" in drift.sentences()[0]
+    assert "Warning: images of one prompt have become 100% more alike" in drift.sentences()[0]
 
 
 def test_a_partial_collapse_is_given_in_percent() -> None:
-    """Pictures half way towards the first one of their prompt are half as different."""
+    """Images half way towards the first one of their prompt are half as different."""
     before = drawn(size=32)
     drift = drifted(before, (before + before[:, :1]) / 2)
     said = drift.sentences()[0]
@@ -64,13 +62,13 @@ def test_a_partial_collapse_is_given_in_percent() -> None:
 
 
 def test_diversity_is_the_pairs_rms_difference() -> None:
-    """Black and white are 1 apart; three pictures of which two are alike make 2/3."""
+    """Black and white are 1 apart; three images of which two are alike make 2/3."""
     black, white = np.zeros((4, 4, 3)), np.ones((4, 4, 3))
     assert diversity(np.stack([black, white])) == 1
     assert diversity(np.stack([black, black, white])) == pytest.approx(2 / 3)
 
 
-def test_of_single_pictures_diversity_is_null() -> None:
+def test_of_single_images_diversity_is_null() -> None:
     """Nothing is known of it, and nothing is said; the colours still are."""
     drift = drifted(drawn(images=1), drawn(images=1) + 20)
     assert drift.diversity is None
@@ -102,7 +100,7 @@ def test_a_shift_of_colour_is_said_with_its_direction(shift: tuple[int, ...], wo
 
 
 def test_a_shift_that_nobody_sees_is_a_number_only() -> None:
-    """One grey level in every picture is significant and invisible."""
+    """One grey level in every image is significant and invisible."""
     drift = drifted(np.round(drawn()), np.round(drawn()) + 1)
     assert drift.looks[0].verdict == "rises"
     assert drift.sentences() == []
@@ -124,9 +122,9 @@ def test_colours_are_the_textbook_s() -> None:
 
 def test_looks_are_means_over_pixels() -> None:
     """Half black, half pure red: mean saturation a half, and the contrast between the two."""
-    picture = np.zeros((1, 2, 2, 3))
-    picture[0, 0, :, 0] = 1
-    lightness, *_, saturation, contrast = looks(picture)
+    image = np.zeros((1, 2, 2, 3))
+    image[0, 0, :, 0] = 1
+    lightness, *_, saturation, contrast = looks(image)
     assert saturation == 0.5
     assert lightness == contrast == pytest.approx(53.24 / 2, abs=0.1)
 
@@ -135,23 +133,23 @@ def test_looks_are_means_over_pixels() -> None:
     ("height", "width", "rows", "columns"),
     [(8, 8, 8, 8), (64, 64, 64, 64), (256, 256, 64, 64), (100, 70, 50, 35), (300, 1, 60, 1), (1, 1, 1, 1)],
 )
-def test_pictures_are_reduced_to_at_most_64_pixels(height: int, width: int, rows: int, columns: int) -> None:
-    """Whatever their shape; a flat picture keeps its value."""
+def test_images_are_reduced_to_at_most_64_pixels(height: int, width: int, rows: int, columns: int) -> None:
+    """Whatever their shape; a flat image keeps its value."""
     small = reduced(np.full((2, height, width, 3), 51, np.uint8))
     assert small.shape == (2, rows, columns, 3)
     np.testing.assert_allclose(small, 0.2)
 
 
-def test_400_pictures_of_256_pixels_take_little_memory() -> None:
-    """What is computed beside the pictures themselves stays below an eighth of them."""
-    pictures = np.zeros((100, 4, 256, 256, 3), np.uint8)
-    pictures[:, 1:, ::2] = 200
-    both = shown(pictures), shown(pictures)
+def test_400_images_of_256_pixels_take_little_memory() -> None:
+    """What is computed beside the images themselves stays below an eighth of them."""
+    images = np.zeros((100, 4, 256, 256, 3), np.uint8)
+    images[:, 1:, ::2] = 200
+    both = shown(images), shown(images)
     tracemalloc.start()
     measure_drift(*both, CONFIG)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < pictures.nbytes / 8
+    assert peak < images.nbytes / 8
 
 
 def test_prompts_of_a_group_are_resampled_together() -> None:

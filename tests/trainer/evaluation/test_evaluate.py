@@ -19,7 +19,7 @@ from trainer.evaluation.evaluate import (
     table,
 )
 from trainer.rl.rewards import ScoringError
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 from trainer.runtime.errors import EvaluationError
 
 NAMES = ("aesthetic", "clip")
@@ -29,8 +29,8 @@ CONFIG = EvaluationConfig(resamples=2000, images_per_prompt=2, micro_batch=3)
 
 def measured(z: np.ndarray) -> Measurement:
     prompts, images, _ = z.shape
-    pictures = np.zeros((prompts, images, 4, 4, 3), dtype=np.uint8)
-    return Measurement(tuple(f"p{i}" for i in range(prompts)), pictures, z / 10, z)
+    pixels = np.zeros((prompts, images, 4, 4, 3), dtype=np.uint8)
+    return Measurement(tuple(f"p{i}" for i in range(prompts)), pixels, z / 10, z)
 
 
 def compared(gain: tuple[float, float], noise: float = 0.3) -> Comparison:
@@ -87,26 +87,26 @@ def test_the_table_fits_80_columns_and_names_everything() -> None:
     assert "…" not in text
 
 
-def test_base_and_tuned_draw_from_the_same_streams(studio: Studio) -> None:
-    """With an adapter that changes nothing the two measurements are equal, picture by picture."""
-    studio.policy.add_lora(LoraSettings(rank=2), seed=0)
-    tuned = measure(studio, FakeScorer(), PROMPTS, CONFIG, "tuned")
-    with studio.policy.base():
-        base = measure(studio, FakeScorer(), PROMPTS, CONFIG, "base")
-    np.testing.assert_array_equal(tuned.pictures, base.pictures)
-    assert tuned.pictures.shape[:2] == tuned.z.shape[:2] == (4, 2)
-    expected = FakeScorer().score(["x"] * 2, tuned.pictures[3])
+def test_base_and_tuned_draw_from_the_same_streams(sampler: ImageSampler) -> None:
+    """With an adapter that changes nothing the two measurements are equal, image by image."""
+    sampler.policy.add_lora(LoraSettings(rank=2), seed=0)
+    tuned = measure(sampler, FakeScorer(), PROMPTS, CONFIG, "tuned")
+    with sampler.policy.base():
+        base = measure(sampler, FakeScorer(), PROMPTS, CONFIG, "base")
+    np.testing.assert_array_equal(tuned.images, base.images)
+    assert tuned.images.shape[:2] == tuned.z.shape[:2] == (4, 2)
+    expected = FakeScorer().score(["x"] * 2, tuned.images[3])
     np.testing.assert_array_equal(tuned.raw[3], expected.raw)
 
 
-def test_a_failed_score_ends_the_evaluation(studio: Studio) -> None:
+def test_a_failed_score_ends_the_evaluation(sampler: ImageSampler) -> None:
     """A comparison with holes is none."""
 
     def fault(prompts: object) -> None:
         raise ScoringError("no answer", retryable=True)
 
     with pytest.raises(EvaluationError, match="no answer"):
-        measure(studio, FakeScorer(fault), PROMPTS, CONFIG, "base")
+        measure(sampler, FakeScorer(fault), PROMPTS, CONFIG, "base")
 
 
 def test_one_prompt_gives_numbers_without_an_interval() -> None:
@@ -179,7 +179,7 @@ def test_groups_of_prompts_are_shown_and_make_the_interval_honest() -> None:
     assert grouped.high - grouped.low > 1.5 * (alone.high - alone.low)
     console = Console(width=80, file=io.StringIO())
     console.print(table(compare(*both, NAMES, WEIGHTS, CONFIG, groups)))
-    assert "40 held-out prompts in 8 groups × 2 pictures" in console.file.getvalue()
+    assert "40 held-out prompts in 8 groups × 2 images" in console.file.getvalue()
 
 
 def test_other_prompts_are_not_compared() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.coverage import measured
 from trainer.config import ConfigError, EvaluationConfig, TrainerConfig
-from trainer.evaluation.guard import GuardVerdict, judge_guard, rotation, with_guard
+from trainer.evaluation.guard import GuardVerdict, check_guard, rotation, with_guard
 from trainer.evaluation.intervals import Floats
 
 NAMES = ("dark", "red")
@@ -33,7 +33,7 @@ def judged(dark: float, red: float, looks: int = 10, spread: float = 0.5, **guar
     noise = rng.normal(0, spread, (24, 1, 2))
     gained = base + np.array([dark, red]) + noise - noise.mean(axis=0)
     config = configured(evaluator="dark", **guard)
-    return judge_guard(measured(base), measured(gained), NAMES, config, None, looks)
+    return check_guard(measured(base), measured(gained), NAMES, config, None, looks)
 
 
 def test_a_hack_trips_it_and_is_said() -> None:
@@ -93,7 +93,7 @@ def stopped(share: bool, runs: int = 300, looks: int = 8, prompts: int = 24) -> 
         base = rng.normal(size=(prompts, 2, 2))
         for wandered in walks(rng, looks, prompts):
             gained = base + np.stack([wandered, np.ones(prompts)], axis=-1)[:, None]
-            verdict = judge_guard(
+            verdict = check_guard(
                 measured(base), measured(gained), NAMES, config, None, looks if share else 1
             )
             if verdict.tripped:
@@ -114,21 +114,21 @@ def test_near_duplicates_do_not_trip_it_alone() -> None:
     gained = base + np.stack([fallen, np.ones(24)], axis=-1)[:, None]
     both = measured(base), measured(gained)
     config = configured(evaluator="dark")
-    assert judge_guard(*both, NAMES, config, None, 3).tripped
-    assert not judge_guard(*both, NAMES, config, [0] * 16 + list(range(1, 9)), 3).tripped
+    assert check_guard(*both, NAMES, config, None, 3).tripped
+    assert not check_guard(*both, NAMES, config, [0] * 16 + list(range(1, 9)), 3).tripped
 
 
 def test_a_guard_that_the_service_does_not_have_is_refused_in_one_line() -> None:
     """The message names the setting and what there is."""
     both = measured(np.zeros((3, 2, 2)))
     with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: .* blue; it has dark, red"):
-        judge_guard(both, both, NAMES, configured(evaluator="blue"), None, 1)
+        check_guard(both, both, NAMES, configured(evaluator="blue"), None, 1)
 
 
 def test_one_prompt_trips_nothing() -> None:
     """A trial run on one prompt is no evidence, and its JSON stays readable."""
     base = np.zeros((1, 2, 2))
-    verdict = judge_guard(
+    verdict = check_guard(
         measured(base), measured(base + np.array([-1.0, 1.0])), NAMES, configured(evaluator="dark"), None, 0
     )
     assert not verdict.tripped
@@ -162,11 +162,13 @@ def test_without_rotation_the_configuration_stays_as_it_is() -> None:
         assert with_guard(config, 3) is config
 
 
-@pytest.mark.parametrize("judged_by", [None, {"clip": 1.0}])
-def test_rotation_needs_two_evaluators_to_be_left_with_one(judged_by: dict[str, float] | None) -> None:
+@pytest.mark.parametrize("reward_evaluators", [None, {"clip": 1.0}])
+def test_rotation_needs_two_evaluators_to_be_left_with_one(
+    reward_evaluators: dict[str, float] | None,
+) -> None:
     """Otherwise nothing would be trained on, or reported."""
-    weights = {"clip": 1.0} if judged_by is None else {"clip": 1.0, "red": 1.0}
+    weights = {"clip": 1.0} if reward_evaluators is None else {"clip": 1.0, "red": 1.0}
     config = configured(weights, evaluator="rotate")
-    evaluation = config.evaluation.model_copy(update={"weights": judged_by})
+    evaluation = config.evaluation.model_copy(update={"weights": reward_evaluators})
     with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: rotate .* only clip has a weight"):
         with_guard(config.model_copy(update={"evaluation": evaluation}), 0)

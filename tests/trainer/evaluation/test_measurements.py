@@ -14,12 +14,12 @@ PROMPTS = ("a red ring", "ein grüner Stern", "")
 @pytest.fixture
 def measurement() -> Measurement:
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (3, 2, 4, 6, 3), dtype=np.uint8)
-    return Measurement(PROMPTS, pictures, rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 2, 4)))
+    images = rng.integers(0, 256, (3, 2, 4, 6, 3), dtype=np.uint8)
+    return Measurement(PROMPTS, images, rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 2, 4)))
 
 
 def test_what_is_saved_is_loaded_to_the_bit(measurement: Measurement, tmp_path: Path) -> None:
-    """Pictures and scores; the prompts are those it is asked for. Nothing else is left in the folder."""
+    """Images and scores; the prompts are those it is asked for. Nothing else is left in the folder."""
     measurement.save(tmp_path / "base.npz")
     again = Measurement.load(tmp_path / "base.npz", list(PROMPTS))
     assert again.prompts == PROMPTS
@@ -56,9 +56,9 @@ def contents(measurement: Measurement, tmp_path: Path) -> dict[str, bytes]:
     flipped[len(whole) // 2] ^= 0xFF
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    np.savez(tmp_path / "objects.npz", pictures=np.array([None]), raw=np.zeros(1), z=np.zeros(1))
-    np.savez(tmp_path / "flat.npz", pictures=np.zeros(3), raw=np.zeros(3), z=np.zeros(3))
-    np.savez(tmp_path / "scalar.npz", pictures=np.zeros(()), raw=np.zeros(()), z=np.zeros(()))
+    np.savez(tmp_path / "objects.npz", images=np.array([None]), raw=np.zeros(1), z=np.zeros(1))
+    np.savez(tmp_path / "flat.npz", images=np.zeros(3), raw=np.zeros(3), z=np.zeros(3))
+    np.savez(tmp_path / "scalar.npz", images=np.zeros(()), raw=np.zeros(()), z=np.zeros(()))
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     return (
         {"empty": b"", "text": b"hello", "cut": whole[:-30], "half": whole[: len(whole) // 2]}

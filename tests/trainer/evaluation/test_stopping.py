@@ -97,7 +97,7 @@ def test_a_single_prompt_goes_by_its_difference() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_is_refused(value: float) -> None:
-    """It would compare as no improvement, and stop a fold for a fault of the judge."""
+    """It would compare as no improvement, and stop a fold for a fault of the service."""
     with pytest.raises(ValueError, match="finite"):
         EarlyStopping(2, 0.5).heed(0, np.array([0.0, value]))
 

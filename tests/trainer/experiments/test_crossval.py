@@ -16,7 +16,7 @@ from trainer.config import LORA_FILE, ConfigError, TrainerConfig, with_values
 from trainer.data.splits import Split
 from trainer.experiments.crossval import cross_validate
 from trainer.experiments.experiment import Experiment
-from trainer.rl.rewards import Pictures, Scores
+from trainer.rl.rewards import Images, Scores
 from trainer.runs.checkpoints import decode, read_stored
 from trainer.runs.folder import RunFolder
 from trainer.runs.train import train_run
@@ -81,9 +81,9 @@ class Listening(FakeScorer):
         super().__init__(fault)
         self.asked: list[frozenset[str]] = []
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         self.asked.append(frozenset(prompts))
-        return super().score(prompts, pictures)
+        return super().score(prompts, images)
 
 
 def test_every_prompt_is_validated_once_and_the_test_is_seen_last(config: TrainerConfig) -> None:
@@ -202,8 +202,8 @@ class Overfitting(FakeScorer):
         super().__init__()
         self._held_out, self._most = frozenset(held_out), most
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-        scores = super().score(prompts, pictures)
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
+        scores = super().score(prompts, images)
         held_out = np.array([prompt in self._held_out for prompt in prompts])
         red = scores.raw[:, 1]
         raw = scores.raw.copy()
@@ -251,11 +251,11 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
 def test_a_guard_that_falls_while_the_composite_rises_ends_the_run(
     config: TrainerConfig, painter_folder: Path, tmp_path: Path
 ) -> None:
-    """Red pictures are not dark: trained on red alone, with "dark" on guard, no final fit comes of it."""
+    """Red images are not dark: trained on red alone, with "dark" on guard, no final fit comes of it."""
 
     class Opposed(FakeScorer):
-        def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-            red = super().score(prompts, pictures).raw[:, 1]
+        def score(self, prompts: Sequence[str], images: Images) -> Scores:
+            red = super().score(prompts, images).raw[:, 1]
             raw = np.stack([-red, red], axis=1)
             return Scores(raw, 10 * raw)
 
@@ -276,8 +276,8 @@ def test_an_honest_run_does_not_trip_its_guard(
     """An evaluator that rises with what is trained on guards in peace."""
 
     class Allied(FakeScorer):
-        def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-            red = super().score(prompts, pictures).raw[:, 1]
+        def score(self, prompts: Sequence[str], images: Images) -> Scores:
+            red = super().score(prompts, images).raw[:, 1]
             raw = np.stack([red, red], axis=1)
             return Scores(raw, 10 * raw)
 

@@ -70,7 +70,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def test_kills_anywhere_change_no_number(tmp_path: Path, karlo_folder: Path) -> None:
-    """The same command goes on each time, with a judge anew each time, and ends with the same numbers."""
+    """The same command goes on each time, with a reward service anew each time, and ends with the same numbers."""
     logs = tmp_path / "killed.log", tmp_path / "whole.log"
     killed, whole = (command(tmp_path, karlo_folder, tmp_path / name / "run") for name in ("killed", "whole"))
     run = tmp_path / "killed" / "run"

@@ -17,7 +17,7 @@ from trainer.experiments.experiment import Experiment
 from trainer.experiments.ranking import choose
 from trainer.experiments.search import search_winner
 from trainer.experiments.workers import Job
-from trainer.rl.rewards import Pictures, Scores, ScoringError
+from trainer.rl.rewards import Images, Scores, ScoringError
 from trainer.runs.folder import METRICS_FILE
 from trainer.runtime.errors import DivergenceError, EvaluationError, RolloutError
 
@@ -36,45 +36,45 @@ def experiment_of(config: TrainerConfig) -> Path:
 
 
 class Recorder(FakeScorer):
-    """Remembers whose pictures it has seen."""
+    """Remembers whose images it has seen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         self.seen |= set(prompts)
-        return super().score(prompts, pictures)
+        return super().score(prompts, images)
 
 
 class Flattering(FakeScorer):
-    """From its n-th answer on it likes everything better, by so much a picture in the order it sees them."""
+    """From its n-th answer on it likes everything better, by so much an image in the order it sees them."""
 
     def __init__(self, noise: float) -> None:
         super().__init__()
         self._rng, self._noise = np.random.default_rng(0), noise
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
-        raw, z = super().score(prompts, pictures)
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
+        raw, z = super().score(prompts, images)
         return Scores(raw, z + self._noise * self._rng.random(z.shape))
 
 
 def test_a_search_tries_everything_once_and_goes_on_with_more_trials(make: Make) -> None:
     """Six trials are three and then three more; the test prompts are never drawn; the null gains nothing."""
-    judge = Recorder()
-    first = searched(make(search={"trials": 2, "pruner": "none"}), judge)
-    more = searched(make(search={"trials": 3, "pruner": "none"}), judge)
+    service = Recorder()
+    first = searched(make(search={"trials": 2, "pruner": "none"}), service)
+    more = searched(make(search={"trials": 3, "pruner": "none"}), service)
     assert [row["number"] for row in more["trials"]] == [0, 1, 2, 3]
     assert more["trials"][:3] == first["trials"]
     null = more["trials"][0]
     assert (null["null"], null["params"], null["value"], null["iterations"]) == (True, {}, 0.0, 0)
     assert all(row["state"] == "complete" and row["iterations"] == 2 for row in more["trials"][1:])
     assert len({row["params"]["update.learning_rate"] for row in more["trials"][1:]}) == 3
-    assert judge.seen <= set(POOL)
-    assert not judge.seen & set(TEST)
-    before = judge.calls
-    assert searched(make(search={"trials": 3, "pruner": "none"}), judge) == more
-    assert judge.calls == before  # all is finished: nothing is drawn again
+    assert service.seen <= set(POOL)
+    assert not service.seen & set(TEST)
+    before = service.calls
+    assert searched(make(search={"trials": 3, "pruner": "none"}), service) == more
+    assert service.calls == before  # all is finished: nothing is drawn again
 
 
 def test_the_winner_is_measured_again_and_its_settings_are_handed_on(make: Make) -> None:
@@ -148,10 +148,10 @@ def test_only_a_complete_honest_trial_that_gains_something_wins(
 
 
 def test_without_a_winner_the_experiment_keeps_its_settings(make: Make) -> None:
-    """A judge that likes everything alike leaves nothing to win."""
+    """A reward service that likes everything alike leaves nothing to win."""
 
     class Indifferent(FakeScorer):
-        def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+        def score(self, prompts: Sequence[str], images: Images) -> Scores:
             return Scores(*(np.zeros((len(prompts), 2)) for _ in range(2)))
 
     config = make(search={"trials": 1})
@@ -252,21 +252,21 @@ def test_a_space_that_cannot_be_tried_is_refused_before_anything_is_trained(
     """One line that names the key of the space."""
     config = make(search={})
     rules = config.search.model_copy(update={"space": type(config.search)(space=space).space})
-    judge = FakeScorer()
+    service = FakeScorer()
     with pytest.raises(ConfigError, match=said) as refused:
-        searched_without_file(config.model_copy(update={"search": rules}), judge)
+        searched_without_file(config.model_copy(update={"search": rules}), service)
     assert "\n" not in str(refused.value)
-    assert judge.calls == 0
+    assert service.calls == 0
 
 
-def searched_without_file(config: TrainerConfig, judge: FakeScorer) -> None:
+def searched_without_file(config: TrainerConfig, service: FakeScorer) -> None:
     """As `searched`, where no search.json is to come of it."""
     from trainer.experiments.search import search
 
-    search(Experiment.open(config), config, judge, Console(quiet=True))
+    search(Experiment.open(config), config, service, Console(quiet=True))
 
 
-def test_relations_keep_the_scale_of_the_adapter_and_the_pictures_of_an_iteration(make: Make) -> None:
+def test_relations_keep_the_scale_of_the_adapter_and_the_images_of_an_iteration(make: Make) -> None:
     """alpha is a multiple of the trial's own rank; prompts times images is the same in every trial."""
     space = {
         "lora.rank": {"choices": [1, 2, 4]},
@@ -297,7 +297,7 @@ def test_a_trial_that_was_trained_but_not_told_is_told(make: Make) -> None:
     found = searched(config)
     folder = experiment_of(config)
     (folder / "search/study.db").unlink()
-    judge = FakeScorer()
-    assert searched(config, judge) == found
-    assert judge.calls == 0
+    service = FakeScorer()
+    assert searched(config, service) == found
+    assert service.calls == 0
     assert (folder / "search/trials/0001" / METRICS_FILE).exists()

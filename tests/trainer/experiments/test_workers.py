@@ -58,7 +58,7 @@ def test_a_job_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_child_is_told_to_stop_when_its_parent_is_killed(tmp_path: Path) -> None:
-    """However the parent went: a judge or a fold that nobody waits for does not go on."""
+    """However the parent went: a reward service or a fold that nobody waits for does not go on."""
     (tmp_path / "child.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "def leave(*_):\n"

@@ -280,8 +280,8 @@ def wanted(tmp_path, name="a", **more):
 
 def test_a_job_is_locked_and_its_key_is_a_file(tmp_path):
     """No root, no capability, no writable file system; the key is in no place that `docker inspect` shows."""
-    judge, job = scorer(), FakeContainer("job")
-    client = FakeEngine([judge], job)
+    service, job = scorer(), FakeContainer("job")
+    client = FakeEngine([service], job)
     submit(client, wanted(tmp_path))
     options = client.options
     assert options["user"].partition(":")[0] not in ("", "0")
@@ -296,29 +296,29 @@ def test_a_job_is_locked_and_its_key_is_a_file(tmp_path):
     assert f"{key}:/run/secrets/reward_key:ro" in options["volumes"]
     assert options["network"] == "lab_default"
     assert "lab_models:/models:rw" in options["volumes"]
-    assert [words[2:4] for words in judge.ran] == [["remove", "job-a"], ["new", "job-a"]]
+    assert [words[2:4] for words in service.ran] == [["remove", "job-a"], ["new", "job-a"]]
     assert job.started == 1
 
 
 def test_a_job_that_does_not_start_leaves_nothing(tmp_path):
     """Its container, its key at the scorer, its key file and its empty folder are gone."""
-    judge = scorer()
+    service = scorer()
     job = FakeContainer("job", fails=APIError("500", explanation="could not select device driver"))
     with pytest.raises(APIError):
-        submit(FakeEngine([judge], job), wanted(tmp_path))
+        submit(FakeEngine([service], job), wanted(tmp_path))
     assert job.removed
-    assert judge.ran[-1][:4] == ["reward-service", "keys", "remove", "job-a"]
+    assert service.ran[-1][:4] == ["reward-service", "keys", "remove", "job-a"]
     assert not (tmp_path / ".jobs/a").exists()
     assert not (tmp_path / "a").exists()
 
 
 def test_whoever_comes_second_leaves_the_first_alone(tmp_path):
     """Two of one name at a time: the engine takes one of them; its key and its folder stay."""
-    judge = scorer()
-    submit(FakeEngine([judge], FakeContainer("job")), wanted(tmp_path))
+    service = scorer()
+    submit(FakeEngine([service], FakeContainer("job")), wanted(tmp_path))
     with pytest.raises(APIError):
-        submit(FakeEngine([judge]), wanted(tmp_path))
-    assert [words[2] for words in judge.ran] == ["remove", "new"]
+        submit(FakeEngine([service]), wanted(tmp_path))
+    assert [words[2] for words in service.ran] == ["remove", "new"]
     assert (tmp_path / ".jobs/a/key").exists()
     assert (tmp_path / "a").exists()
 
@@ -442,14 +442,14 @@ RUNS = {**ENDED, "Status": "running", "Running": True}
         (ENDED, {**ENDED, "ExitCode": 137}, []),
     ],
 )
-def test_a_scorer_that_is_down_while_jobs_wait_for_it(job, judge, said):
+def test_a_scorer_that_is_down_while_jobs_wait_for_it(job, service, said):
     """`docker kill` is mended, an orderly stop is told of; nobody misses the scorer of jobs that ended."""
-    judge = FakeContainer("lab_reward_1", {KEYS: "/keys/keys.yaml"}, state=dict(judge))
-    job = FakeContainer("job", {JOB: "a", SCORER: judge.name}, state=job)
-    client, lines = FakeEngine([judge]), []
+    service = FakeContainer("lab_reward_1", {KEYS: "/keys/keys.yaml"}, state=dict(service))
+    job = FakeContainer("job", {JOB: "a", SCORER: service.name}, state=job)
+    client, lines = FakeEngine([service]), []
     client.containers.list = lambda *, filters, **more: [
         it
-        for it in ([job] if filters["label"].endswith("role=job") else [judge])
+        for it in ([job] if filters["label"].endswith("role=job") else [service])
         if it is job or it.started or it.attrs["State"]["Status"] == "running"
     ]
     mend(client, lines.append)
@@ -470,6 +470,6 @@ def test_a_scorer_on_the_default_bridge_cannot_be_found_by_name():
 def test_only_a_scorer_ended_by_force_is_started_again(status, code, out_of_memory, started):
     """An orderly stop is somebody's wish, and what does not fit into memory would not fit again."""
     state = {"Status": status, "ExitCode": code, "OOMKilled": out_of_memory}
-    judge = FakeContainer("s", state=state)
-    assert revive(FakeEngine([judge]), "s") is bool(started)
-    assert judge.started == started
+    service = FakeContainer("s", state=state)
+    assert revive(FakeEngine([service]), "s") is bool(started)
+    assert service.started == started

@@ -13,8 +13,8 @@ from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.plan.meta import draft
 from trainer.plan.plan import Plan, make_plan
 from trainer.rl.rollout import DropCount, collect, group_keys
-from trainer.rl.train import improve, new_learner
-from trainer.runs.setup import open_studio, quiet_libraries
+from trainer.rl.train import improve, new_training_state
+from trainer.runs.setup import load_sampler, quiet_libraries
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 KARLO, MINIATURE = CONFIGS / "karlo.yaml", CONFIGS / "miniature.yaml"
@@ -56,12 +56,12 @@ def test_an_adapter_has_its_known_size(rank: int, millions: float) -> None:
     assert {weight.dtype for weight in weights} == {torch.float32}
 
 
-def test_a_picture_costs_what_is_known_of_it(published: Plan) -> None:
+def test_an_image_costs_what_is_known_of_it(published: Plan) -> None:
     """8.2 TFLOP in the prior, 30.4 in the decoder and 59.5 in super-resolution, at 25, 25 and 7 steps."""
-    pictures, embeddings = published.counts["pictures"], published.counts["image embeddings"]
+    images, embeddings = published.counts["pictures"], published.counts["image embeddings"]
     assert published.flops["prior"] / embeddings / 1e12 == pytest.approx(8.2, abs=0.1)
-    assert published.flops["decoder"] / pictures / 1e12 == pytest.approx(30.4, abs=0.1)
-    assert published.flops["super-resolution"] / pictures / 1e12 == pytest.approx(59.5, abs=0.1)
+    assert published.flops["decoder"] / images / 1e12 == pytest.approx(30.4, abs=0.1)
+    assert published.flops["super-resolution"] / images / 1e12 == pytest.approx(59.5, abs=0.1)
 
 
 def test_what_saves_memory_saves_it_in_the_plan(published: Plan) -> None:
@@ -104,13 +104,13 @@ def test_the_estimate_is_near_what_an_iteration_takes(
     values["update"] |= {"gradient_checkpointing": checkpointing, "micro_batch": 32}
     config = TrainerConfig.model_validate(values)
     plan = make_plan(config, 2)
-    studio = open_studio(config)
-    studio.policy.add_lora(config.lora, seed=0)
-    learner = new_learner(studio.policy, config, 2)
+    sampler = load_sampler(config)
+    sampler.policy.add_lora(config.lora, seed=0)
+    training = new_training_state(sampler.policy, config, 2)
     keys = group_keys(("a", "b"), 32, seed=0, fold=0, iteration=0)
-    drawn = peak(lambda: studio.draw(keys, config.rollout.share))
-    rollout = collect(studio, FakeScorer(), keys, config.rollout, 64, DropCount(0.05))
-    updated = peak(lambda: improve(learner, rollout, FakeScorer.evaluators, config, fold=0, iteration=0))
+    drawn = peak(lambda: sampler.draw(keys, config.rollout.share))
+    rollout = collect(sampler, FakeScorer(), keys, config.rollout, 64, DropCount(0.05))
+    updated = peak(lambda: improve(training, rollout, FakeScorer.evaluators, config, fold=0, iteration=0))
     stages = {stage: size for stage, size in plan.activations_bytes.items() if stage != "update"}
     kept = plan.kept_bytes
     expected = {

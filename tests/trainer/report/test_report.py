@@ -87,7 +87,7 @@ def read(path: Path) -> Page:
 
 
 def check_page(page: Page) -> None:
-    """What holds of every page: it fetches nothing, runs nothing, says no "nan", and names its pictures."""
+    """What holds of every page: it fetches nothing, runs nothing, says no "nan", and names its images."""
     assert all(it.startswith(("#", "data:")) for it in page.targets)
     assert page.tags["script"] == 0
     assert not page.handlers
@@ -112,7 +112,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_reported_whole(run: Path) -> None:
-    """The page of a finished run has its verdict, rows, guard, drift, curves, pictures and configuration."""
+    """The page of a finished run has its verdict, rows, guard, drift, curves, images and configuration."""
     page = read(write_report(run))
     check_page(page)
     gain = json.loads((run / "evaluation.json").read_text())["rows"]["composite"]
@@ -123,9 +123,9 @@ def test_a_run_is_reported_whole(run: Path) -> None:
     for kind in ("Best", "Median", "Worst", "Not selected"):
         assert kind in page.text
     assert "finished, 6 iterations" in page.text
-    assert "1 group of pictures were dropped" in page.text
+    assert "1 group of images were dropped" in page.text
     assert "learning_rate: 0.001" in page.text
-    assert page.tags["img"] == 4 * 4 * 2 * 2  # kinds, prompts, before and after, pictures
+    assert page.tags["img"] == 4 * 4 * 2 * 2  # kinds, prompts, before and after, images
     assert page.tags["svg"] >= 10
 
 
@@ -194,8 +194,8 @@ def test_a_password_in_an_address_is_not_shown(tmp_path: Path) -> None:
     assert masked(7) == 7
 
 
-def test_large_pictures_are_reduced(tmp_path: Path) -> None:
-    """Karlo's 256-pixel pictures, even of noise, stay within the page's 15 MB; small ones lose nothing."""
+def test_large_images_are_reduced(tmp_path: Path) -> None:
+    """Karlo's 256-pixel images, even of noise, stay within the page's 15 MB; small ones lose nothing."""
     rng = np.random.default_rng(0)
     of_noise = [data_uri(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(2)]
     assert max(map(len, of_noise)) * 16 * 8 < 15e6
@@ -282,7 +282,7 @@ def test_one_damaged_file_costs_its_part_only(run: Path, name: str) -> None:
     assert "Configuration" in page.text
 
 
-def test_scores_that_are_no_numbers_are_left_out_of_the_pictures(run: Path) -> None:
+def test_scores_that_are_no_numbers_are_left_out_of_the_images(run: Path) -> None:
     """A prompt with a score that is not finite is not shown; the others are."""
     with np.load(run / "tuned.npz") as arrays:
         held = dict(arrays)
@@ -372,7 +372,7 @@ def test_a_search_with_odd_trials_is_shown(experiment: Path, tmp_path: Path) -> 
 
 
 def test_runs_alike_are_set_against_each_other(tmp_path: Path) -> None:
-    """The same judge and prompts: one table, the paired difference, the settings and pictures of both."""
+    """The same service and prompts: one table, the paired difference, the settings and images of both."""
     runs = [
         make_run(tmp_path / "weak", gain=0.1),
         make_run(tmp_path / "strong", gain=0.6, update={"learning_rate": 0.01}),
@@ -401,12 +401,12 @@ def test_runs_measured_otherwise_are_shown_apart(tmp_path: Path, what: str) -> N
     page = read(write_comparison([first, second], tmp_path / "compare.html"))
     check_page(page)
     assert "Not to be compared" in page.text
-    assert {"streams": "how pictures are drawn"}.get(what, what) in page.text
+    assert {"streams": "how images are drawn"}.get(what, what) in page.text
     assert "is better than" not in page.text
 
 
 def test_a_judge_that_is_not_known_is_like_no_other(tmp_path: Path) -> None:
-    """Two runs without scorer.json are not taken to have had the same judge."""
+    """Two runs without scorer.json are not taken to have had the same service."""
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     for run in runs:
         (run / "scorer.json").unlink()

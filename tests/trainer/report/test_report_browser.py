@@ -29,7 +29,7 @@ addEventListener("load", () => {
       fetched: frame.contentWindow.performance.getEntriesByType("resource").map(it => it.name)
         .filter(it => !it.startsWith("data:")),
       broken: [...inner.images].filter(it => !it.complete || !it.naturalWidth).length,
-      pictures: inner.images.length, sections: inner.querySelectorAll("section").length,
+      images: inner.images.length, sections: inner.querySelectorAll("section").length,
       small: [...inner.querySelectorAll("figure svg text")]
         .filter(it => it.getBoundingClientRect().height < 7).length,
     };

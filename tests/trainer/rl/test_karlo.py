@@ -20,10 +20,10 @@ def generators(count: int) -> list[torch.Generator]:
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 8.0])
 @pytest.mark.parametrize("count", [1, 5])
-def test_with_the_adapter_off_pictures_equal_the_pipeline(
+def test_with_the_adapter_off_images_equal_the_pipeline(
     karlo: Karlo, count: int, guidance: float, lora: bool
 ) -> None:
-    """The learner's base policy is the published model: same generators, same pictures, within 1e-5."""
+    """The trainer's base policy is the published model: same generators, same images, within 1e-5."""
     prompts = [*PROMPTS, "one more"][:count]
     pipeline = UnCLIPPipeline(**karlo.parts())
     pipeline.set_progress_bar_config(disable=True)
@@ -53,7 +53,7 @@ def test_with_the_adapter_off_pictures_equal_the_pipeline(
     images = super_resolve(karlo, small, streams, sampling.super_res_steps) * 0.5 + 0.5
 
     difference = np.abs(images.permute(0, 2, 3, 1).numpy() - expected).max()
-    assert expected.std() > 0.05  # not a blank picture
+    assert expected.std() > 0.05  # not a blank image
     assert difference < 1e-5
 
 

@@ -46,8 +46,8 @@ def test_scaling_one_reward_changes_nothing(seed: int, factor: float, reward: in
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1000), st.permutations(range(24)))
-def test_the_order_of_the_pictures_changes_nothing(seed: int, order: list[int]) -> None:
-    """A picture's advantage is its own, wherever in the batch it stands and whatever its group is called."""
+def test_the_order_of_the_images_changes_nothing(seed: int, order: list[int]) -> None:
+    """An image's advantage is its own, wherever in the batch it stands and whatever its group is called."""
     rewards, names = some_rewards(seed), torch.tensor([7, 3, 11, 5])
     shuffled = group_advantages(
         rewards[order], names[GROUP[order]], WEIGHTS, no_deviations(3), momentum=0.9, clip=5.0
@@ -62,7 +62,7 @@ def test_the_order_of_the_pictures_changes_nothing(seed: int, order: list[int]) 
 def test_advantages_are_bounded_centred_and_ordered_as_the_reward(
     seed: int, clip: float, sizes: list[int]
 ) -> None:
-    """For one reward and groups of any size: within +-clip, and the better picture of a group never less."""
+    """For one reward and groups of any size: within +-clip, and the better image of a group never less."""
     group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(len(group), 1, generator=generator, dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_all_groups_without_variance_leave_everything_as_it_was() -> None:
 
 
 def test_advantages_are_clipped() -> None:
-    """One extraordinary picture cannot dominate an update."""
+    """One extraordinary image cannot dominate an update."""
     rewards = torch.zeros(24, 3, dtype=torch.float64)
     rewards[0] = 100.0
     advantages = advantages_of(rewards, clip=1.5).advantages

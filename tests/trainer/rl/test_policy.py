@@ -12,7 +12,7 @@ from trainer.config import ConfigError, LoraSettings, ModelSource
 from trainer.rl.diffusion import log_ratio, mean_log_prob
 from trainer.rl.karlo import Condition, Karlo, decoder_condition, encode_text, load_karlo
 from trainer.rl.policy import DecoderPolicy, MovingAverage, Trajectory
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 
 
 def condition_of(karlo: Karlo, count: int = 4, guided: bool = True) -> Condition:
@@ -186,17 +186,17 @@ def test_the_moving_average_lags_and_gives_back_what_was_there(karlo: Karlo) -> 
     assert torch.equal(policy.lora[name], last)
 
 
-def test_the_batch_size_changes_no_picture(studio: Studio) -> None:
-    """Every picture depends on its own streams alone."""
+def test_the_batch_size_changes_no_image(sampler: ImageSampler) -> None:
+    """Every image depends on its own streams alone."""
     from trainer.rl.rollout import group_keys
 
     keys = group_keys(PROMPTS, 2, seed=1, fold=0, iteration=0)
-    whole = studio.draw(keys)
+    whole = sampler.draw(keys)
     for size in (1, 3):
-        other = Studio(studio._karlo, studio.policy, SAMPLING)
+        other = ImageSampler(sampler._karlo, sampler.policy, SAMPLING)
         for start in range(0, len(keys), size):
             part = other.draw(keys[start : start + size])
             latents = whole.trajectory.latents[start : start + size]
             torch.testing.assert_close(part.trajectory.latents, latents, atol=1e-4, rtol=1e-4)
-            difference = part.pictures.astype(int) - whole.pictures[start : start + size].astype(int)
+            difference = part.images.astype(int) - whole.images[start : start + size].astype(int)
             assert abs(difference).max() <= 1

@@ -11,13 +11,13 @@ from trainer.config import ConfigError, ModelSource, TrainerConfig, load_trainer
 from trainer.rl.karlo import Karlo, keep_few_activations, load_karlo
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rollout import DropCount, collect, group_keys
-from trainer.rl.sampler import Studio
-from trainer.rl.train import improve, new_learner
-from trainer.runs.setup import open_studio
-from trainer.runtime.rng import PictureKey
+from trainer.rl.sampler import ImageSampler
+from trainer.rl.train import improve, new_training_state
+from trainer.runs.setup import load_sampler
+from trainer.runtime.rng import ImageKey
 
 HALF = torch.bfloat16
-KEYS = [PictureKey(0, 0, 0, prompt, 0) for prompt in PROMPTS]
+KEYS = [ImageKey(0, 0, 0, prompt, 0) for prompt in PROMPTS]
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def half(karlo_folder: Path) -> Karlo:
     return load_karlo(ModelSource(path=karlo_folder), dtype=HALF)
 
 
-def gradients(policy: DecoderPolicy, studio: Studio) -> list[Tensor]:
+def gradients(policy: DecoderPolicy, sampler: ImageSampler) -> list[Tensor]:
     """Of some function of a replay, by parameter of the adapter."""
-    drawing = studio.draw(KEYS)
+    drawing = sampler.draw(KEYS)
     x_t = drawing.trajectory.latents[:, 2]
     move = policy.replay(x_t, torch.full((len(KEYS),), 2), drawing.condition)
     (move.mean.square().sum() + move.sigma.sum()).backward()
@@ -41,12 +41,12 @@ def gradients(policy: DecoderPolicy, studio: Studio) -> list[Tensor]:
 def test_only_the_networks_are_half(half: Karlo) -> None:
     """LoRA, its gradients, trajectories and what lies between the stages stay float32."""
     policy = make_policy(half, lora=True)
-    studio = Studio(half, policy, SAMPLING)
-    drawing = studio.draw(KEYS)
+    sampler = ImageSampler(half, policy, SAMPLING)
+    drawing = sampler.draw(KEYS)
     assert {parameter.dtype for parameter in half.prior.parameters()} == {HALF}
     assert half.decoder.dtype == HALF
     assert {weight.dtype for weight in policy.lora.values()} == {torch.float32}
-    assert {gradient.dtype for gradient in gradients(policy, studio)} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients(policy, sampler)} == {torch.float32}
     for field in drawing.trajectory:
         assert field.dtype == torch.float32
     mean = drawing.trajectory.means
@@ -54,21 +54,23 @@ def test_only_the_networks_are_half(half: Karlo) -> None:
 
 
 def test_half_precision_draws_nearly_the_same(half: Karlo, karlo: Karlo) -> None:
-    """The noise is drawn in float32 whatever the networks' precision: same seeds, pictures nearly alike."""
-    drawn = [Studio(it, make_policy(it), SAMPLING).draw(KEYS).trajectory.latents for it in (half, karlo)]
+    """The noise is drawn in float32 whatever the networks' precision: same seeds, images nearly alike."""
+    drawn = [
+        ImageSampler(it, make_policy(it), SAMPLING).draw(KEYS).trajectory.latents for it in (half, karlo)
+    ]
     assert torch.equal(drawn[0][:, 0], drawn[1][:, 0])
     assert (drawn[0] - drawn[1]).abs().mean() < 0.02
 
 
 def test_the_half_adapter_off_is_the_base_bit_for_bit(half: Karlo, karlo_folder: Path) -> None:
     """A float32 adapter on a bfloat16 decoder leaves no trace when it is off."""
-    before = Studio(half, make_policy(half), SAMPLING).draw(KEYS).trajectory.latents
+    before = ImageSampler(half, make_policy(half), SAMPLING).draw(KEYS).trajectory.latents
     policy = make_policy(half, lora=True)
-    studio = Studio(half, policy, SAMPLING)
+    sampler = ImageSampler(half, policy, SAMPLING)
     with policy.base():
-        off = studio.draw(KEYS).trajectory.latents
+        off = sampler.draw(KEYS).trajectory.latents
     assert torch.equal(off, before)
-    assert not torch.equal(studio.draw(KEYS).trajectory.latents, before)
+    assert not torch.equal(sampler.draw(KEYS).trajectory.latents, before)
 
 
 def test_a_lora_keeps_all_its_digits_through_a_half_decoder(
@@ -95,16 +97,16 @@ def test_the_first_ratio_is_one_in_half_precision(
             precision="bfloat16",
             update={"micro_batch": 3, "accumulate": accumulate, "recompute_old": recompute},
         )
-        studio = open_studio(config)
-        studio.policy.add_lora(config.lora, seed=0)
-        learner = new_learner(studio.policy, config, 2)
+        sampler = load_sampler(config)
+        sampler.policy.add_lora(config.lora, seed=0)
+        training = new_training_state(sampler.policy, config, 2)
         keys = group_keys(PROMPTS[:2], 4, seed=0, fold=0, iteration=0)
-        rollout = collect(studio, FakeScorer(), keys, config.rollout, 8, DropCount(0.05))
+        rollout = collect(sampler, FakeScorer(), keys, config.rollout, 8, DropCount(0.05))
         # As real kernels do in batches of other shapes; those of the tiny model round alike.
         means = rollout.trajectory.means
         trajectory = rollout.trajectory._replace(means=means + 0.004 * means.abs().amax() * means.sign())
         rollout = rollout._replace(trajectory=trajectory)
-        records[recompute] = improve(learner, rollout, FakeScorer.evaluators, config, fold=0, iteration=0)
+        records[recompute] = improve(training, rollout, FakeScorer.evaluators, config, fold=0, iteration=0)
     assert records[None]["first_ratio"] == 1.0
     assert abs(float(str(records[False]["first_ratio"])) - 1) > 0.01
     assert records[None]["updates"] == (1 if accumulate == 8 else records[False]["updates"])
@@ -127,14 +129,14 @@ def test_fp16_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_checkpointing_changes_no_gradient(karlo_folder: Path, dtype: torch.dtype) -> None:
-    """Nor a picture: activations that are computed again are the same activations."""
+    """Nor an image: activations that are computed again are the same activations."""
     found = []
     for few in (False, True):
         karlo = load_karlo(ModelSource(path=karlo_folder), dtype=dtype)
         if few:
             keep_few_activations(karlo.decoder)
         policy = make_policy(karlo, lora=True)
-        found.append(gradients(policy, Studio(karlo, policy, SAMPLING)))
+        found.append(gradients(policy, ImageSampler(karlo, policy, SAMPLING)))
     for plain, again in zip(*found, strict=True):
         assert plain.abs().max() > 0
         assert torch.equal(plain, again)
@@ -143,7 +145,7 @@ def test_checkpointing_changes_no_gradient(karlo_folder: Path, dtype: torch.dtyp
 def test_checkpointing_keeps_fewer_activations(karlo: Karlo) -> None:
     """What autograd saves outside the blocks is a small part of what it saves without checkpoints."""
     policy = make_policy(karlo, lora=True)
-    condition = Studio(karlo, policy, SAMPLING).draw(KEYS).condition
+    condition = ImageSampler(karlo, policy, SAMPLING).draw(KEYS).condition
     x_t, step = torch.randn(len(KEYS), 3, 8, 8), torch.full((len(KEYS),), 2)
 
     def kept() -> int:
@@ -163,9 +165,9 @@ def test_checkpointing_keeps_fewer_activations(karlo: Karlo) -> None:
     assert kept() < before / 2
 
 
-def test_what_rests_leaves_a_device_and_comes_back(studio: Studio) -> None:
+def test_what_rests_leaves_a_device_and_comes_back(sampler: ImageSampler) -> None:
     """Offloaded networks are on the CPU while the update runs, and draw the same as before afterwards."""
-    karlo = studio._karlo
+    karlo = sampler._karlo
     moved: list[tuple[str, str]] = []
     networks = ("text_encoder", "text_proj", "prior", "super_res_first", "super_res_last")
     fake = _Elsewhere(karlo, moved, networks)
@@ -194,12 +196,12 @@ class _Recorder:
 
 
 def test_offloading_changes_nothing(karlo_folder: Path) -> None:
-    """The pictures after a rest are those without one."""
+    """The images after a rest are those without one."""
     found = []
     for offload in ("none", "idle"):
         karlo = load_karlo(ModelSource(path=karlo_folder))
-        studio = Studio(karlo, make_policy(karlo), SAMPLING, offload=offload)
-        with studio.resting():
+        sampler = ImageSampler(karlo, make_policy(karlo), SAMPLING, offload=offload)
+        with sampler.resting():
             pass
-        found.append(studio.draw(KEYS).pictures)
+        found.append(sampler.draw(KEYS).images)
     assert (found[0] == found[1]).all()

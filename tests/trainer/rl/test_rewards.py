@@ -1,4 +1,4 @@
-"""The learner's view of the service, over the real client and a fake wire."""
+"""The trainer's view of the service, over the real client and a fake wire."""
 
 import httpx
 import msgspec
@@ -17,7 +17,7 @@ from reward_service.protocol import (
 )
 from trainer.rl.rewards import ScoringError, ServiceScorer, composite
 
-PICTURES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+IMAGES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 
 def service(fingerprint: str = "f", status: int = 200, names: tuple[str, ...] = ("hpsv2", "clip")):
@@ -60,7 +60,7 @@ def test_columns_follow_the_evaluators() -> None:
     """Raw and z of each evaluator stay in its own column, sorted by name."""
     scorer = service()
     assert scorer.evaluators == ("clip", "hpsv2")
-    scores = scorer.score(["a", "b"], PICTURES)
+    scores = scorer.score(["a", "b"], IMAGES)
     assert scores.raw.tolist() == [[4, 5], [5, 6]]
     assert scores.z.tolist() == [[-4, -5], [-5, -6]]
 
@@ -68,7 +68,7 @@ def test_columns_follow_the_evaluators() -> None:
 def test_a_changed_judge_is_an_error() -> None:
     """Scores of two versions of an evaluator are never mixed in a run."""
     with pytest.raises(ScoringError, match="no longer those the run began with") as caught:
-        service(fingerprint="other").score(["a", "b"], PICTURES)
+        service(fingerprint="other").score(["a", "b"], IMAGES)
     assert not caught.value.retryable
 
 
@@ -76,7 +76,7 @@ def test_a_changed_judge_is_an_error() -> None:
 def test_failures_are_errors_that_say_whether_to_ask_again(status: int, retryable: bool) -> None:
     """A service that stumbles is asked again, one that refuses is not."""
     with pytest.raises(ScoringError) as caught:
-        service(status=status).score(["a", "b"], PICTURES)
+        service(status=status).score(["a", "b"], IMAGES)
     assert caught.value.retryable is retryable
 
 
@@ -119,16 +119,16 @@ def test_what_the_client_has_waited_for_is_not_waited_for_again(
     """The client's retry budget is all: a repetition by the rollout would multiply it. Who says that nobody
     answers, or that the key is wrong, says it for the next micro-batch too."""
     with pytest.raises(ScoringError) as caught:
-        scorer_after([answer], budget_s=0).score(["a"], PICTURES[:1])
+        scorer_after([answer], budget_s=0).score(["a"], IMAGES[:1])
     assert not caught.value.retryable
     assert caught.value.outage is outage
     assert "\n" not in str(caught.value)
 
 
 def test_another_judge_is_an_outage() -> None:
-    """No further picture is worth asking for once an evaluator has changed."""
+    """No further image is worth asking for once an evaluator has changed."""
     with pytest.raises(ScoringError) as caught:
-        service(fingerprint="other").score(["a", "b"], PICTURES)
+        service(fingerprint="other").score(["a", "b"], IMAGES)
     assert caught.value.outage
 
 
@@ -142,14 +142,14 @@ def test_a_service_that_comes_back_within_the_budget_is_not_noticed() -> None:
     scorer = scorer_after(
         [httpx.ReadError("reset"), httpx.ConnectError("refused"), httpx.Response(503), scores]
     )
-    assert scorer.score(["a"], PICTURES[:1]).z.tolist() == [[1.0]]
+    assert scorer.score(["a"], IMAGES[:1]).z.tolist() == [[1.0]]
     assert len(scorer.asked) == 4  # type: ignore[attr-defined]
 
 
 def test_a_missing_evaluator_is_an_error() -> None:
     """No column is ever filled in."""
     with pytest.raises(ScoringError, match="hpsv2"):
-        service(names=("clip",)).score(["a", "b"], PICTURES)
+        service(names=("clip",)).score(["a", "b"], IMAGES)
 
 
 def test_composite_is_a_weighted_mean() -> None:

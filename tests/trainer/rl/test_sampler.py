@@ -1,4 +1,4 @@
-"""One random stream per picture and stage: what is drawn together with a picture does not change it."""
+"""One random stream per image and stage: what is drawn together with an image does not change it."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.trainer.conftest import PROMPTS, SAMPLING, make_policy
 from trainer.config import Sharing
 from trainer.rl.karlo import Karlo
 from trainer.rl.rollout import group_keys
-from trainer.rl.sampler import NOTHING_SHARED, Drawing, Studio
+from trainer.rl.sampler import NOTHING_SHARED, ImageSampler, SampledImages
 from trainer.runtime.distributed import Processes
 from trainer.runtime.rng import Stage
 
@@ -27,7 +27,7 @@ Noise = dict[int, list[torch.Tensor]]
 
 @contextmanager
 def noise_heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Noise]:
-    """Every random number that a picture's generators give, by the generator's seed, in order."""
+    """Every random number that an image's generators give, by the generator's seed, in order."""
     heard: Noise = defaultdict(list)
     original = trainer.rl.karlo.randn_tensor
 
@@ -43,24 +43,24 @@ def noise_heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Noise]:
         yield heard
 
 
-def drawn(karlo: Karlo, batch: int, sharing: Sharing, world: int = 1) -> list[Drawing]:
-    """The pictures of all keys in batches, by a job of so many processes, none of which remembers others'."""
+def drawn(karlo: Karlo, batch: int, sharing: Sharing, world: int = 1) -> list[SampledImages]:
+    """The images of all keys in batches, by a job of so many processes, none of which remembers others'."""
     drawings = []
     for rank in range(world):
-        studio = Studio(karlo, make_policy(karlo), SAMPLING)
+        sampler = ImageSampler(karlo, make_policy(karlo), SAMPLING)
         process = Processes()
         process.rank, process.world = rank, world
         own = process.share(KEYS)
-        drawings += [studio.draw(own[start : start + batch], sharing) for start in range(0, len(own), batch)]
+        drawings += [sampler.draw(own[start : start + batch], sharing) for start in range(0, len(own), batch)]
     return drawings
 
 
 @pytest.mark.parametrize("sharing", [NOTHING_SHARED, SHARED])
 @pytest.mark.parametrize(("batch", "world"), [(1, 1), (5, 1), (4, 3)])
-def test_random_numbers_depend_on_the_picture_alone(
+def test_random_numbers_depend_on_the_image_alone(
     karlo: Karlo, sharing: Sharing, batch: int, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every stage, bit for bit, whatever is drawn beside a picture and by how many processes."""
+    """In every stage, bit for bit, whatever is drawn beside an image and by how many processes."""
     with noise_heard(monkeypatch) as together:
         drawn(karlo, len(KEYS), sharing)
     with noise_heard(monkeypatch) as apart:
@@ -84,43 +84,43 @@ def _distinct(noise: list[torch.Tensor]) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("batch", "world"), [(1, 1), (5, 1), (4, 3)])
-def test_pictures_do_not_depend_on_the_micro_batch_or_on_the_processes(
+def test_images_do_not_depend_on_the_micro_batch_or_on_the_processes(
     karlo: Karlo, batch: int, world: int
 ) -> None:
-    """The same pictures but for float32 rounding: at most one grey level in a thousandth of the values."""
+    """The same images but for float32 rounding: at most one grey level in a thousandth of the values."""
     whole, parts = drawn(karlo, len(KEYS), SHARED), drawn(karlo, batch, SHARED, world)
     assert len(parts) > len(whole) == 1
-    pictures = np.concatenate([part.pictures for part in parts]).astype(int)
-    difference = np.abs(pictures - whole[0].pictures)
-    assert whole[0].pictures.std() > 10  # not blank
+    images = np.concatenate([part.images for part in parts]).astype(int)
+    difference = np.abs(images - whole[0].images)
+    assert whole[0].images.std() > 10  # not blank
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
     latents = torch.cat([part.trajectory.latents for part in parts])
     torch.testing.assert_close(latents, whole[0].trajectory.latents, rtol=0, atol=1e-4)
 
 
-def test_a_decoder_picture_is_the_one_that_super_resolution_starts_from(studio: Studio) -> None:
-    """Stage "decoder" gives the small picture of the same trajectory, and runs no super-resolution."""
-    small, large = studio.draw(KEYS, SHARED, "decoder"), studio.draw(KEYS, SHARED)
+def test_a_decoder_image_is_the_one_that_super_resolution_starts_from(sampler: ImageSampler) -> None:
+    """Stage "decoder" gives the small image of the same trajectory, and runs no super-resolution."""
+    small, large = sampler.draw(KEYS, SHARED, "decoder"), sampler.draw(KEYS, SHARED)
     assert torch.equal(small.trajectory.latents, large.trajectory.latents)
-    assert small.pictures.shape == (12, 8, 8, 3)
-    assert large.pictures.shape == (12, 16, 16, 3)
+    assert small.images.shape == (12, 8, 8, 3)
+    assert large.images.shape == (12, 16, 16, 3)
     expected = (small.trajectory.latents[:, -1].clamp(-1, 1) * 127.5 + 127.5).round()
-    np.testing.assert_allclose(small.pictures, expected.permute(0, 2, 3, 1).numpy(), atol=1)
+    np.testing.assert_allclose(small.images, expected.permute(0, 2, 3, 1).numpy(), atol=1)
 
 
 def test_training_at_the_decoder_stage_never_touches_super_resolution(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch
+    sampler: ImageSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With reward_stage=decoder the scorer sees small pictures; evaluation still sees the final ones."""
+    """With reward_stage=decoder the scorer sees small images; evaluation still sees the final ones."""
     from tests.trainer.conftest import FakeScorer
     from trainer.config import EvaluationConfig, RolloutConfig
     from trainer.evaluation.evaluate import measure
     from trainer.rl.rollout import DropCount, collect
 
-    measured = measure(studio, FakeScorer(), PROMPTS[:1], EvaluationConfig(images_per_prompt=1), "base")
-    assert measured.pictures.shape[2:] == (16, 16, 3)
-    monkeypatch.setattr(Studio, "enlarge", None)
+    measured = measure(sampler, FakeScorer(), PROMPTS[:1], EvaluationConfig(images_per_prompt=1), "base")
+    assert measured.images.shape[2:] == (16, 16, 3)
+    monkeypatch.setattr(ImageSampler, "enlarge", None)
     config = RolloutConfig(images_per_prompt=3, reward_stage="decoder")
-    rollout = collect(studio, FakeScorer(), KEYS, config, 6, DropCount(0.05))
-    assert rollout.pictures.shape[1:] == (8, 8, 3)
+    rollout = collect(sampler, FakeScorer(), KEYS, config, 6, DropCount(0.05))
+    assert rollout.images.shape[1:] == (8, 8, 3)

@@ -10,17 +10,25 @@ from tests.trainer.conftest import PROMPTS, FakeScorer
 from trainer.config import RolloutConfig
 from trainer.rl import rollout as judging
 from trainer.rl.rewards import ScoringError
-from trainer.rl.rollout import DropCount, Judged, Judging, collect, draw_and_score, group_keys, micro_batches
-from trainer.rl.sampler import NOTHING_SHARED, Drawing, Studio
+from trainer.rl.rollout import (
+    DropCount,
+    Judged,
+    Judging,
+    collect,
+    group_keys,
+    micro_batches,
+    sample_and_score,
+)
+from trainer.rl.sampler import NOTHING_SHARED, ImageSampler, SampledImages
 from trainer.runtime.errors import RolloutError
 
 KEYS = group_keys(PROMPTS, 2, seed=0, fold=0, iteration=0)
 PATIENT = RolloutConfig(score_attempts=2, in_flight=2)
 
 
-def judged(studio: Studio, scorer: FakeScorer, on_drawn=int) -> Judged[Drawing]:
-    return draw_and_score(
-        studio,
+def judged(sampler: ImageSampler, scorer: FakeScorer, on_drawn=int) -> Judged[SampledImages]:
+    return sample_and_score(
+        sampler,
         scorer,
         [KEYS[start:stop] for start, stop in micro_batches(len(KEYS), 2)],
         NOTHING_SHARED,
@@ -36,7 +44,9 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "score"]
 
 
-def test_waiting_is_hidden_while_something_is_drawn_and_exposed_when_nothing_is_left(studio: Studio) -> None:
+def test_waiting_is_hidden_while_something_is_drawn_and_exposed_when_nothing_is_left(
+    sampler: ImageSampler,
+) -> None:
     """The two parts are the time in which scores were under way, and a last slow score is exposed."""
     asked = []
 
@@ -44,14 +54,14 @@ def test_waiting_is_hidden_while_something_is_drawn_and_exposed_when_nothing_is_
         asked.append(prompts)
         time.sleep(0.3 if len(asked) == 4 else 0.0)
 
-    times = judged(studio, FakeScorer(slow_at_last)).times
+    times = judged(sampler, FakeScorer(slow_at_last)).times
     assert len(asked) == 4
     assert 0.25 < times.exposed_wait_s <= times.score_s
     assert times.hidden_wait_s == pytest.approx(times.score_s - times.exposed_wait_s)
     assert times.score_s < times.draw_s + times.exposed_wait_s + 0.1
 
 
-def test_whoever_is_told_to_stop_waits_for_no_score(studio: Studio) -> None:
+def test_whoever_is_told_to_stop_waits_for_no_score(sampler: ImageSampler) -> None:
     """Ctrl-C while a request hangs leaves at once; no thread keeps the program from ending."""
     hang = threading.Event()
 
@@ -64,7 +74,7 @@ def test_whoever_is_told_to_stop_waits_for_no_score(studio: Studio) -> None:
 
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        judged(studio, FakeScorer(lambda _: hang.wait(60)), interrupted_after_asking)
+        judged(sampler, FakeScorer(lambda _: hang.wait(60)), interrupted_after_asking)
     assert time.perf_counter() - start < 20
     assert threads()
     assert all(thread.daemon for thread in threads())
@@ -92,7 +102,7 @@ def test_a_pause_before_asking_again_ends_when_nobody_waits(monkeypatch: pytest.
     assert scorer.calls == 1
 
 
-def test_an_outage_ends_the_iteration_instead_of_waiting_for_every_micro_batch(studio: Studio) -> None:
+def test_an_outage_ends_the_iteration_instead_of_waiting_for_every_micro_batch(sampler: ImageSampler) -> None:
     """Nobody answers: the rest is not drawn, each further request would wait as long."""
 
     def nobody(_: Sequence[str]) -> None:
@@ -104,11 +114,11 @@ def test_an_outage_ends_the_iteration_instead_of_waiting_for_every_micro_batch(s
     drawn: list[int] = []
     config = RolloutConfig(images_per_prompt=2, in_flight=1)
     with pytest.raises(RolloutError, match="no answer"):
-        collect(studio, FakeScorer(nobody), keys, config, 1, DropCount(0.05), drawn.append)
+        collect(sampler, FakeScorer(nobody), keys, config, 1, DropCount(0.05), drawn.append)
     assert sum(drawn) <= 2
 
 
-def test_after_an_outage_what_was_scored_before_is_kept(studio: Studio) -> None:
+def test_after_an_outage_what_was_scored_before_is_kept(sampler: ImageSampler) -> None:
     """Groups with all their scores are learned from; the others are counted as lost."""
     requests = []
 
@@ -118,7 +128,7 @@ def test_after_an_outage_what_was_scored_before_is_kept(studio: Studio) -> None:
             raise ScoringError("no answer", retryable=False, outage=True)
 
     config = RolloutConfig(images_per_prompt=2, in_flight=1)
-    rollout = collect(studio, FakeScorer(then_nobody), KEYS, config, 2, DropCount(0.05))
+    rollout = collect(sampler, FakeScorer(then_nobody), KEYS, config, 2, DropCount(0.05))
     assert rollout.keys == KEYS[:4]
     assert rollout.dropped_groups == 2
 
@@ -138,7 +148,7 @@ def test_after_an_outage_what_was_scored_before_is_kept(studio: Studio) -> None:
 def test_the_last_micro_batch_is_cut_in_halves(
     count: int, size: int, smallest: int | None, sizes: list[int]
 ) -> None:
-    """Every picture is drawn once, and little is left to score at the end."""
+    """Every image is drawn once, and little is left to score at the end."""
     bounds = micro_batches(count, size, smallest)
     assert [stop - start for start, stop in bounds] == sizes
     assert [row for start, stop in bounds for row in range(start, stop)] == list(range(count))

@@ -16,8 +16,8 @@ from trainer.rl.karlo import load_karlo
 from trainer.rl.replay import replay_loss, select_transitions
 from trainer.rl.rewards import Scorer
 from trainer.rl.rollout import DropCount, collect, group_keys
-from trainer.rl.sampler import Studio
-from trainer.rl.train import new_learner, prompt_batches, stratified_steps, train_fold, update
+from trainer.rl.sampler import ImageSampler
+from trainer.rl.train import new_training_state, prompt_batches, stratified_steps, train_fold, update
 
 
 def with_changes(config: TrainerConfig, **changes: Any) -> TrainerConfig:
@@ -32,22 +32,24 @@ def with_changes(config: TrainerConfig, **changes: Any) -> TrainerConfig:
     return TrainerConfig.model_validate(values)
 
 
-def trained(folder: Path, config: TrainerConfig, scorer: Scorer | None = None) -> tuple[Studio, list[Any]]:
+def trained(
+    folder: Path, config: TrainerConfig, scorer: Scorer | None = None
+) -> tuple[ImageSampler, list[Any]]:
     karlo = load_karlo(ModelSource(path=folder))
-    studio = Studio(karlo, make_policy(karlo), SAMPLING)
-    studio.policy.add_lora(config.lora, seed=config.seed)
+    sampler = ImageSampler(karlo, make_policy(karlo), SAMPLING)
+    sampler.policy.add_lora(config.lora, seed=config.seed)
     records: list[Any] = []
-    train_fold(studio, scorer or FakeScorer(), PROMPTS, config, log=records.append)
-    return studio, records
+    train_fold(sampler, scorer or FakeScorer(), PROMPTS, config, log=records.append)
+    return sampler, records
 
 
 def redness_gained(folder: Path, config: TrainerConfig) -> float:
     """Held-out redness of the tuned policy over the base's, same streams, in within-prompt deviations."""
-    studio, records = trained(folder, config)
+    sampler, records = trained(folder, config)
     evaluation = EvaluationConfig(images_per_prompt=16)
-    tuned = measure(studio, FakeScorer(), ["held out", "another"], evaluation, "tuned").z[..., 1]
-    with studio.policy.base():
-        base = measure(studio, FakeScorer(), ["held out", "another"], evaluation, "base").z[..., 1]
+    tuned = measure(sampler, FakeScorer(), ["held out", "another"], evaluation, "tuned").z[..., 1]
+    with sampler.policy.base():
+        base = measure(sampler, FakeScorer(), ["held out", "another"], evaluation, "base").z[..., 1]
     return float((tuned - base).mean() / records[0]["deviation"]["red"])
 
 
@@ -57,7 +59,7 @@ def test_a_planted_reward_rises_and_the_shuffled_null_does_not(
 ) -> None:
     """Redness is learned in ten iterations; with scores shuffled across images it is not.
 
-    A run is the unit: each drifts somewhere, and all its pictures with it. Four seeds, in pairs.
+    A run is the unit: each drifts somewhere, and all its images with it. Four seeds, in pairs.
     """
     config = with_changes(trainer_config, **PLANTED)
     null_config = with_changes(config, ablation__shuffle_rewards=True)
@@ -100,8 +102,8 @@ def test_evaluators_of_weight_zero_do_not_teach(karlo_folder: Path, trainer_conf
     """Only weighted evaluators move the policy: changing another's scores changes no weight."""
 
     class Inverted(FakeScorer):
-        def score(self, prompts, pictures):
-            scores = super().score(prompts, pictures)
+        def score(self, prompts, images):
+            scores = super().score(prompts, images)
             return type(scores)(scores.raw * [-1, 1], scores.z * [-1, 1])
 
     config = with_changes(trainer_config, iterations=1)
@@ -112,35 +114,35 @@ def test_evaluators_of_weight_zero_do_not_teach(karlo_folder: Path, trainer_conf
 
 
 @pytest.fixture
-def learning(studio: Studio, trainer_config: TrainerConfig):
-    """A learner with its adapter and the transitions of one small rollout."""
-    studio.policy.add_lora(LoraSettings(rank=2), seed=0)
-    learner = new_learner(studio.policy, trainer_config, 2)
+def learning(sampler: ImageSampler, trainer_config: TrainerConfig):
+    """A trainer with its adapter and the transitions of one small rollout."""
+    sampler.policy.add_lora(LoraSettings(rank=2), seed=0)
+    training = new_training_state(sampler.policy, trainer_config, 2)
     keys = group_keys(PROMPTS[:2], 4, seed=0, fold=0, iteration=0)
-    rollout = collect(studio, FakeScorer(), keys, trainer_config.rollout, 8, DropCount(0.05))
+    rollout = collect(sampler, FakeScorer(), keys, trainer_config.rollout, 8, DropCount(0.05))
     steps = stratified_steps(8, trainer_config, torch.Generator().manual_seed(0))
     advantages = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    return learner, select_transitions(rollout, torch.arange(8), steps, advantages)
+    return training, select_transitions(rollout, torch.arange(8), steps, advantages)
 
 
 def test_accumulated_micro_batches_take_the_step_of_the_whole(
     learning, trainer_config: TrainerConfig
 ) -> None:
     """Memory decides the micro-batch, not the result: four of four equal one of sixteen, uneven ones too."""
-    learner, transitions = learning
+    training, transitions = learning
     assert len(transitions.step) == 16
-    start = {name: weight.detach().clone() for name, weight in learner.policy.lora.items()}
+    start = {name: weight.detach().clone() for name, weight in training.policy.lora.items()}
     found = []
     for size, accumulate in ((16, 1), (4, 4), (6, 3)):
-        for name, weight in learner.policy.lora.items():
+        for name, weight in training.policy.lora.items():
             weight.data.copy_(start[name])
-        learner.optimizer = torch.optim.SGD(list(learner.policy.lora.values()), lr=1e-3)
+        training.optimizer = torch.optim.SGD(list(training.policy.lora.values()), lr=1e-3)
         config = with_changes(
             trainer_config, update__micro_batch=size, update__accumulate=accumulate, update__max_grad_norm=1e9
         )
-        record = update(learner, transitions, config, torch.Generator().manual_seed(0))
+        record = update(training, transitions, config, torch.Generator().manual_seed(0))
         assert record["updates"] == 1
-        found.append(torch.cat([(w.detach() - start[n]).flatten() for n, w in learner.policy.lora.items()]))
+        found.append(torch.cat([(w.detach() - start[n]).flatten() for n, w in training.policy.lora.items()]))
     assert found[0].abs().max() > 0
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
@@ -149,29 +151,29 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole(
 def test_an_iteration_without_differences_changes_nothing(
     karlo_folder: Path, trainer_config: TrainerConfig
 ) -> None:
-    """Where every picture gets the same reward there is nothing to learn, and the run goes on."""
+    """Where every image gets the same reward there is nothing to learn, and the run goes on."""
 
     class Indifferent(FakeScorer):
-        def score(self, prompts, pictures):
-            scores = super().score(prompts, pictures)
+        def score(self, prompts, images):
+            scores = super().score(prompts, images)
             return type(scores)(0 * scores.raw, 0 * scores.z)
 
-    studio, records = trained(karlo_folder, with_changes(trainer_config, iterations=2), Indifferent())
+    sampler, records = trained(karlo_folder, with_changes(trainer_config, iterations=2), Indifferent())
     assert [record["updates"] for record in records] == [0, 0]
     assert [record["zero_variance_groups"] for record in records] == [2, 2]
-    assert all(not w.any() for name, w in studio.policy.lora.items() if "lora_B" in name)
+    assert all(not w.any() for name, w in sampler.policy.lora.items() if "lora_B" in name)
 
 
 def test_the_kl_penalty_pulls_towards_the_base(learning, trainer_config: TrainerConfig) -> None:
     """Away from the base the penalty adds to the loss; at the base it adds nothing."""
-    learner, transitions = learning
+    training, transitions = learning
     config = with_changes(trainer_config, objective__kl_to_base=1.0)
-    at_base = replay_loss(learner.policy, transitions, config)[0]
-    torch.testing.assert_close(at_base, replay_loss(learner.policy, transitions, trainer_config)[0])
-    for weight in learner.policy.lora.values():
+    at_base = replay_loss(training.policy, transitions, config)[0]
+    torch.testing.assert_close(at_base, replay_loss(training.policy, transitions, trainer_config)[0])
+    for weight in training.policy.lora.values():
         weight.data += 0.05
-    away, _ = replay_loss(learner.policy, transitions, config)
-    plain, _ = replay_loss(learner.policy, transitions, trainer_config)
+    away, _ = replay_loss(training.policy, transitions, config)
+    plain, _ = replay_loss(training.policy, transitions, trainer_config)
     assert away > plain
 
 

@@ -16,7 +16,7 @@ from trainer.config import TrainerConfig, UpdateConfig
 from trainer.rl.karlo import Condition, Karlo
 from trainer.rl.policy import DecoderPolicy, MovingAverage
 from trainer.rl.replay import Transitions, replay_loss
-from trainer.rl.train import Learner, optimizer_step, scheduled_rate, stratified_steps
+from trainer.rl.train import TrainingState, optimizer_step, scheduled_rate, stratified_steps
 from trainer.runtime.errors import DivergenceError
 
 PAIRS = 6  # transitions of the small problem below
@@ -210,8 +210,8 @@ def test_the_optimizer_takes_the_scheduled_rate(karlo_folder: Any, trainer_confi
     assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
 
     class Indifferent(FakeScorer):
-        def score(self, prompts, pictures):
-            scores = super().score(prompts, pictures)
+        def score(self, prompts, images):
+            scores = super().score(prompts, images)
             return type(scores)(0 * scores.raw, 0 * scores.z)
 
     start, _ = trained(karlo_folder, with_changes(config, iterations=1), Indifferent())
@@ -225,11 +225,11 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(karlo: Karlo)
     policy, _ = problem(karlo)
     before = {name: weight.detach().clone() for name, weight in policy.lora.items()}
     config = UpdateConfig()
-    learner = Learner(policy, MovingAverage(policy, 0.9), None, None, None)  # type: ignore[arg-type]
+    training = TrainingState(policy, MovingAverage(policy, 0.9), None, None, None)  # type: ignore[arg-type]
     for weight in policy.lora.values():
         weight.grad = torch.full_like(weight, torch.nan)
     with pytest.raises(DivergenceError, match=r"lower update\.learning_rate"):
-        optimizer_step(learner, config)
+        optimizer_step(training, config)
     assert all(torch.equal(before[name], weight) for name, weight in policy.lora.items())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer.config import CheckpointsConfig
-from trainer.rl.train import Learner
+from trainer.rl.train import TrainingState
 from trainer.runs import folder as storage
 from trainer.runs.checkpoints import Checkpoints, Snapshot, decode
 
@@ -41,7 +41,7 @@ def test_what_is_read_is_what_was_written(checkpoints: Checkpoints) -> None:
     assert stored is not None
     read, origin = decode(stored)
     assert torch.equal(read.tensors["lora/a"], torch.full((100,), 3.0))
-    assert (read.done, read.learner, read.stopper, read.composite) == (3, {"updates": 3}, {"bad": 1}, 0.5)
+    assert (read.done, read.training, read.stopper, read.composite) == (3, {"updates": 3}, {"bad": 1}, 0.5)
     assert origin["config"] == {"seed": 7}
     assert "torch" in origin["versions"]
 
@@ -132,8 +132,8 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_nothing_that_changes_is_forgotten() -> None:
-    """A field that is added to the learner has to be added to its checkpoints."""
-    assert {field.name for field in fields(Learner)} - {"policy", "processes"} == {
+    """A field that is added to the trainer has to be added to its checkpoints."""
+    assert {field.name for field in fields(TrainingState)} - {"policy", "processes"} == {
         "average",
         "optimizer",
         "deviations",

@@ -110,7 +110,7 @@ def test_the_model_card_says_what_judged_and_what_was_gained(trainer_config: Tra
     assert "load_lora_adapter" in card
 
 
-def test_grids_show_every_picture_in_place() -> None:
+def test_grids_show_every_image_in_place() -> None:
     """A row a prompt; before on the left, after on the right; pixels enlarged, not blurred."""
     before = np.zeros((2, 3, 8, 8, 3), dtype=np.uint8)
     after = np.full((2, 3, 8, 8, 3), 255, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The real command against the real service: signals, and a judge that is killed in mid-iteration."""
+"""The real command against the real service: signals, and a reward service that is killed in mid-iteration."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ import yaml
 from reward_service.client import RewardClient
 from tests.support.trainer.resumable import essence, short_config, train
 from trainer.config import ServiceConfig, TrainerConfig
-from trainer.rl.rewards import Pictures, Scores, ServiceScorer
+from trainer.rl.rewards import Images, Scores, ServiceScorer
 from trainer.runs.folder import METRICS_FILE, RunFolder
 
 pytestmark = pytest.mark.slow
@@ -70,12 +70,12 @@ class Killing:
         self.evaluators, self.identity = scorer.evaluators, scorer.identity
         self._restart = threading.Thread(target=service.start)
 
-    def score(self, prompts: Sequence[str], pictures: Pictures) -> Scores:
+    def score(self, prompts: Sequence[str], images: Images) -> Scores:
         self._left -= 1
         if self._left == 0:
             self._service.kill()
             self._restart.start()
-        return self._scorer.score(prompts, pictures)
+        return self._scorer.score(prompts, images)
 
     def restarted(self) -> bool:
         self._restart.join()
@@ -125,7 +125,7 @@ def last_line(said: Path) -> str:
 def test_signals_leave_at_once_and_say_how_to_go_on(
     tmp_path: Path, karlo_folder: Path, service: Service
 ) -> None:
-    """SIGTERM is 143; Ctrl-C, while the judge is gone and the client asks again and again, is 130."""
+    """SIGTERM is 143; Ctrl-C, while the service is gone and the client asks again and again, is 130."""
     config = short_config(
         tmp_path,
         karlo_folder,

@@ -20,16 +20,16 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 class Interrupted(FakeScorer):
-    """A judge in the middle of whose n-th answer the program is asked to leave."""
+    """A reward service in the middle of whose n-th answer the program is asked to leave."""
 
     def __init__(self, answers: int) -> None:
         super().__init__()
         self._answers = answers
 
-    def score(self, prompts: Sequence[str], pictures):
+    def score(self, prompts: Sequence[str], images):
         if self.calls == self._answers:
             raise Stop(15)
-        return super().score(prompts, pictures)
+        return super().score(prompts, images)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def uninterrupted(
 
 
 def end_in(config: TrainerConfig, answers: int) -> Path:
-    """A run that was stopped in the middle of so many-th answer of the judge."""
+    """A run that was stopped in the middle of so many-th answer of the service."""
     run = RunFolder.create(config)
     with pytest.raises(Stop):
         train(config, run, Interrupted(answers))
@@ -66,7 +66,7 @@ def go_on(path: Path, config: TrainerConfig, scorer: FakeScorer | None = None) -
     return run
 
 
-# Answers of the judge: to the base's evaluation, the four iterations, those after two and four, the last.
+# Answers of the service: to the base's evaluation, the four iterations, those after two and four, the last.
 BASE, FIRST, SECOND, _, THIRD, FOURTH, _, LAST = accumulate((0, 2, 2, 2, 1, 2, 2, 1))
 ALL = LAST + 2
 
@@ -75,7 +75,7 @@ ALL = LAST + 2
 def test_an_ended_run_goes_on_to_the_same_end(
     answers: int, config: TrainerConfig, uninterrupted: tuple[Path, dict[str, object]]
 ) -> None:
-    """Adapter, average, optimizer, deviations, metrics, evaluation and pictures: bitwise equal."""
+    """Adapter, average, optimizer, deviations, metrics, evaluation and images: bitwise equal."""
     path = end_in(config, answers)
     go_on(path, config)
     assert essence(path) == uninterrupted[1]

@@ -8,18 +8,18 @@ import pytest
 from tests.trainer.conftest import PROMPTS, FakeScorer
 from tests.trainer.rl.test_train import with_changes
 from trainer.config import TrainerConfig
-from trainer.rl.rewards import Pictures, Scores, ScoringError
-from trainer.rl.sampler import Studio
+from trainer.rl.rewards import Images, Scores, ScoringError
+from trainer.rl.sampler import ImageSampler
 from trainer.runs.studies import SharingReport, measure_sharing, sharing_table, variance_removed
 from trainer.runtime.errors import EvaluationError
 
 
-def groups(prompts: int, pictures: int, removed: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def groups(prompts: int, images: int, removed: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Within-group variances of a world in which sharing removes this share of the variance."""
     rng = np.random.default_rng(seed)
     scale = rng.gamma(4.0, 0.25, (prompts, 1))  # some prompts vary more than others
-    own = rng.normal(size=(prompts, pictures)) * (1 - removed) ** 0.5
-    common = rng.normal(size=(prompts, pictures)) * removed**0.5
+    own = rng.normal(size=(prompts, images)) * (1 - removed) ** 0.5
+    common = rng.normal(size=(prompts, images)) * removed**0.5
     return (scale * own).var(axis=1, ddof=1), (scale * (own + common)).var(axis=1, ddof=1)
 
 
@@ -47,7 +47,7 @@ def test_a_report_without_variance_can_be_written() -> None:
 
 
 def test_sharing_everything_that_is_random_before_the_end_removes_variance(
-    studio: Studio, trainer_config: TrainerConfig
+    sampler: ImageSampler, trainer_config: TrainerConfig
 ) -> None:
     """Drawn and scored for real: shared randomness lowers the variance, nothing shared leaves it as it is."""
     nothing = with_changes(
@@ -56,10 +56,10 @@ def test_sharing_everything_that_is_random_before_the_end_removes_variance(
         rollout__share__decoder_start="image",
         rollout__share__super_res="image",
     )
-    none = measure_sharing(studio, FakeScorer(), PROMPTS, nothing, each=True)
+    none = measure_sharing(sampler, FakeScorer(), PROMPTS, nothing, each=True)
     assert none.removed["as configured"]["composite"] == (0.0, 0.0, 0.0)
     assert list(none.removed) == ["as configured"]
-    report = measure_sharing(studio, FakeScorer(), PROMPTS, trainer_config, each=True)
+    report = measure_sharing(sampler, FakeScorer(), PROMPTS, trainer_config, each=True)
     assert list(report.removed) == ["as configured", "prior alone", "decoder_start alone", "super_res alone"]
     assert list(report.removed["as configured"]) == ["dark", "red", "composite"]
     assert report.removed["as configured"]["composite"].share > 0.1
@@ -68,12 +68,12 @@ def test_sharing_everything_that_is_random_before_the_end_removes_variance(
     assert sharing_table(report).row_count == 4 * 3
 
 
-def test_a_scorer_that_fails_is_one_line(studio: Studio, trainer_config: TrainerConfig) -> None:
+def test_a_scorer_that_fails_is_one_line(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
     """No share is made up from scores that did not come."""
 
     class Failing(FakeScorer):
-        def score(self, prompts: list[str], pictures: Pictures) -> Scores:
-            raise ScoringError("no judge", retryable=False)
+        def score(self, prompts: list[str], images: Images) -> Scores:
+            raise ScoringError("no service", retryable=False)
 
-    with pytest.raises(EvaluationError, match="no judge"):
-        measure_sharing(studio, Failing(), PROMPTS, trainer_config)
+    with pytest.raises(EvaluationError, match="no service"):
+        measure_sharing(sampler, Failing(), PROMPTS, trainer_config)

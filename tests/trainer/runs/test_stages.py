@@ -9,7 +9,7 @@ from rich.console import Console
 from tests.trainer.conftest import PROMPTS, FakeScorer
 from trainer.config import EvaluationConfig, TrainerConfig
 from trainer.rl.rewards import ScoringError
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 from trainer.runs.studies import (
     compare_stages,
     overall_correlation,
@@ -32,7 +32,7 @@ def test_equal_orders_correlate_perfectly_and_reversed_ones_inversely() -> None:
 
 
 def test_difficulty_of_prompts_does_not_pass_for_agreement_within_them() -> None:
-    """Prompts that differ make scores correlate over all pictures though no prompt's order is kept."""
+    """Prompts that differ make scores correlate over all images though no prompt's order is kept."""
     difficulty = np.arange(24)[:, None] * 10.0
     before, after = difficulty + SCORES, difficulty + RNG.normal(size=SCORES.shape)
     assert overall_correlation(before, after, CONFIG).value > 0.95
@@ -50,7 +50,7 @@ def test_intervals_hold_the_truth() -> None:
 
 
 def test_a_prompt_without_an_order_is_left_out() -> None:
-    """Pictures that all score the same say nothing, and raise nothing."""
+    """Images that all score the same say nothing, and raise nothing."""
     flat = SCORES.copy()
     flat[:3] = 1.0
     assert within_correlation(flat, SCORES, CONFIG).value == pytest.approx(1)
@@ -58,25 +58,27 @@ def test_a_prompt_without_an_order_is_left_out() -> None:
     assert np.isnan(overall_correlation(np.ones((3, 4)), np.ones((3, 4)), CONFIG).value)
 
 
-def test_both_stages_of_the_same_pictures_are_scored(studio: Studio, trainer_config: TrainerConfig) -> None:
+def test_both_stages_of_the_same_images_are_scored(
+    sampler: ImageSampler, trainer_config: TrainerConfig
+) -> None:
     """Every evaluator and the composite get a row that fits 80 columns, and the time saved is said."""
-    report = compare_stages(studio, FakeScorer(), PROMPTS, 4, trainer_config)
+    report = compare_stages(sampler, FakeScorer(), PROMPTS, 4, trainer_config)
     assert [row.name for row in report.rows] == ["dark", "red", "composite"]
     assert report.rows[1].within == report.rows[2].within  # the composite is the one weighted evaluator
     assert 0 < report.saved < 1
     console = Console(width=80, file=io.StringIO())
     console.print(stage_table(report))
     text = console.file.getvalue()
-    assert "4 prompts × 4 pictures" in text
+    assert "4 prompts × 4 images" in text
     assert "…" not in text
     assert f"({report.saved:.0%} of drawing)" in stage_sentences(report, 16)[1]
 
 
-def test_a_missing_score_ends_the_comparison(studio: Studio, trainer_config: TrainerConfig) -> None:
+def test_a_missing_score_ends_the_comparison(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
     """No correlation is made of what was left."""
 
     def fault(_: object) -> None:
         raise ScoringError("no answer", retryable=False)
 
     with pytest.raises(EvaluationError, match="no answer"):
-        compare_stages(studio, FakeScorer(fault), PROMPTS, 2, trainer_config)
+        compare_stages(sampler, FakeScorer(fault), PROMPTS, 2, trainer_config)

@@ -25,7 +25,7 @@ from trainer.runtime import progress as progress_module
 from trainer.runtime.errors import EvaluationError
 from trainer.runtime.progress import progress, track
 
-PICTURE = Image.fromarray(np.full((6, 9, 3), 128, np.uint8))
+IMAGE = Image.fromarray(np.full((6, 9, 3), 128, np.uint8))
 
 
 def events(run: RunFolder) -> EventAccumulator:
@@ -126,7 +126,7 @@ def test_tensorboard_can_be_left_out(trainer_config: TrainerConfig) -> None:
     run = RunFolder.create(config)
     with Journal.open(config, run, 0) as journal:
         journal.record({"iteration": 0, "composite": 0.5})
-        journal.grid(PICTURE, 1)
+        journal.grid(IMAGE, 1)
     assert json.loads((run.path / "metrics.jsonl").read_text()) == {"iteration": 0, "composite": 0.5}
     assert (run.path / "grids" / "iteration-000001.png").exists()
     assert not (run.path / "tensorboard").exists()
@@ -138,7 +138,7 @@ class FakeWandb(ModuleType):
     class Error(Exception):
         """As the real one's."""
 
-    Image = staticmethod(lambda picture: ("picture", picture.size))
+    Image = staticmethod(lambda image: ("picture", image.size))
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -167,7 +167,7 @@ def test_weights_and_biases_hears_the_same_where_it_is_asked_for(
     for done in (0, 1):
         with Journal.open(config, run, done) as journal:
             journal.record({"iteration": done, "z": {"red": 0.5}})
-            journal.grid(PICTURE, done + 1)
+            journal.grid(IMAGE, done + 1)
     assert fake.finished == 2
     first, second = fake.began
     assert first["mode"] == "offline"

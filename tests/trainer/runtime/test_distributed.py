@@ -19,7 +19,7 @@ from trainer.config import ConfigError, EvaluationConfig, ModelSource, TrainerCo
 from trainer.evaluation.evaluate import measure
 from trainer.rl.karlo import load_karlo
 from trainer.rl.rewards import ScoringError
-from trainer.rl.sampler import Studio
+from trainer.rl.sampler import ImageSampler
 from trainer.rl.train import train_fold
 from trainer.runs.setup import check_alike, check_share
 from trainer.runtime.distributed import ALONE, Processes, open_processes
@@ -108,10 +108,10 @@ def test_a_failure_of_one_process_is_raised_in_all_and_said_once() -> None:
     def work(processes: Processes) -> None:
         with processes.one_fate():
             if processes.rank == 1:
-                raise EvaluationError("the judge is asleep")
+                raise EvaluationError("the service is asleep")
 
     outcomes = together(3, work)
-    assert [str(error) for error in outcomes] == ["process 1 of 3: the judge is asleep"] * 3
+    assert [str(error) for error in outcomes] == ["process 1 of 3: the service is asleep"] * 3
     assert all(isinstance(error, JobError) for error in outcomes)
     assert [error.quiet for error in outcomes] == [False, True, True]  # type: ignore[union-attr]
 
@@ -165,11 +165,11 @@ def test_more_processes_than_prompts_are_refused(trainer_config: TrainerConfig) 
 # --------------------------------------------------------------------------------------- equal results
 
 
-def new_studio(folder: Path, config: TrainerConfig) -> Studio:
+def new_studio(folder: Path, config: TrainerConfig) -> ImageSampler:
     karlo = load_karlo(ModelSource(path=folder))
-    studio = Studio(karlo, make_policy(karlo), config.sampling)
-    studio.policy.add_lora(config.lora, seed=0)
-    return studio
+    sampler = ImageSampler(karlo, make_policy(karlo), config.sampling)
+    sampler.policy.add_lora(config.lora, seed=0)
+    return sampler
 
 
 def train(
@@ -180,7 +180,7 @@ def train(
     logs: list[list[dict[str, Any]]] = [[] for _ in range(world)]
 
     def work(processes: Processes) -> tuple[Tensor, Tensor, Tensor]:
-        learner = train_fold(
+        training = train_fold(
             studios[processes.rank],
             FakeScorer(fault),  # type: ignore[arg-type]
             PROMPTS,
@@ -188,9 +188,9 @@ def train(
             log=logs[processes.rank].append,
             processes=processes,
         )
-        weights = torch.cat([weight.detach().flatten() for weight in learner.policy.lora.values()])
-        average = torch.cat([weight.flatten() for weight in learner.average.average.values()])
-        return weights, average, learner.deviations.deviation
+        weights = torch.cat([weight.detach().flatten() for weight in training.policy.lora.values()])
+        average = torch.cat([weight.flatten() for weight in training.average.average.values()])
+        return weights, average, training.deviations.deviation
 
     if world == 1:
         return [work(ALONE)], logs[0]
@@ -262,7 +262,7 @@ def test_too_many_lost_groups_stop_all_processes(karlo_folder: Path, trainer_con
 def test_an_evaluation_is_shared_and_whole_in_every_process(
     world: int, karlo_folder: Path, trainer_config: TrainerConfig
 ) -> None:
-    """Pictures and scores are those of one process, in the same order, also where a process has no share."""
+    """Images and scores are those of one process, in the same order, also where a process has no share."""
     config = EvaluationConfig(images_per_prompt=2, micro_batch=3)
     studios = [new_studio(karlo_folder, trainer_config) for _ in range(world + 1)]
     prompts = PROMPTS[:2]

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from trainer.runtime.rng import PictureKey
+from trainer.runtime.rng import ImageKey
 
-KEY = PictureKey(seed=1, fold=0, iteration=3, prompt="a red ring", image=2)
+KEY = ImageKey(seed=1, fold=0, iteration=3, prompt="a red ring", image=2)
 
 
 def test_every_part_of_the_key_changes_the_stream() -> None:
-    """No two pictures, stages, folds, iterations or runs share their noise."""
+    """No two images, stages, folds, iterations or runs share their noise."""
     others = [
         KEY,
         replace(KEY, seed=2),

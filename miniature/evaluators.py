@@ -50,13 +50,13 @@ def clip_config(activation: str, vision_width: int = 64) -> CLIPConfig:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as a CLIP vision tower takes them."""
+    """Images in [-1, 1] as a CLIP vision tower takes them."""
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return (pixels * 0.5 + 0.5 - mean) / std
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """(N, E) projections of pictures in [-1, 1], not normalised to length 1."""
+    """(N, E) projections of images in [-1, 1], not normalised to length 1."""
     pooled = model.vision_model(pixel_values=normalised(pixels)).pooler_output
     projected: Tensor = model.visual_projection(pooled)
     return projected
@@ -70,7 +70,7 @@ def embed_texts(model: CLIPModel, words: CLIPTokenizer, text: list[str]) -> Tens
 
 
 def similarity(model: CLIPModel, words: CLIPTokenizer, text: list[str], pixels: Tensor) -> Tensor:
-    """(N, M) exp(logit_scale) * cosine of captions and pictures."""
+    """(N, M) exp(logit_scale) * cosine of captions and images."""
     texts = F.normalize(embed_texts(model, words, text), dim=-1)
     images = F.normalize(embed_images(model, pixels), dim=-1)
     logits: Tensor = model.logit_scale.exp().clamp(max=100.0) * texts @ images.T
@@ -127,7 +127,7 @@ def train_aesthetic(clip: CLIPModel, pool: Pool, steps: int, rng: torch.Generato
 
 
 def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
-    """What a picture is compared with: other quality and, in half the cases, one or two attributes changed.
+    """What an image is compared with: other quality and, in half the cases, one or two attributes changed.
 
     A change that would leave the part of the world is taken back.
     """
@@ -146,11 +146,11 @@ def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
     return scenes.replace(**columns)
 
 
-def utilities(kind: str, captions: Captions, scenes: Scenes, pictured: Scenes) -> Tensor:
-    """(N,) the stated utility of each picture for its own caption; `kind` is "pickscore" or "hpsv2"."""
+def utilities(kind: str, captions: Captions, scenes: Scenes, imaged: Scenes) -> Tensor:
+    """(N,) the stated utility of each image for its own caption; `kind` is "pickscore" or "hpsv2"."""
     utility = {"pickscore": world.pick_utility, "hpsv2": world.hps_utility}[kind]
-    truth = world.agreement(captions, scenes, pictured).diagonal()
-    return utility(pictured, truth)
+    truth = world.agreement(captions, scenes, imaged).diagonal()
+    return utility(imaged, truth)
 
 
 def train_preference(
