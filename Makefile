@@ -3,8 +3,9 @@
 #   make demo                 train the miniature for a few minutes and show the gain
 #   make demo SEED=7          the same with another seed; ARGS="--set key=value" passes anything else on
 #   make crossval             search settings, cross-validate, fit, test, report (goes on where it was ended)
-#   make test                 the tests (TESTS="tests/trainer -k ratio" narrows them)
-#   make check                lint, format, types and the walls between the packages
+#   make test                 the tests of every day (TESTS="tests/trainer -k ratio" narrows them)
+#   make test-all             the slow ones too: training, clusters, kills, browsers
+#   make check                lint, format, types and layers
 #   make parity               our scores against the references' own code (PARITY=--quick takes a minute)
 
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ WORKERS ?= 2
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo crossval test test-docker kill-test check parity format lock compose-test clean
+.PHONY: help venv demo crossval test test-all test-docker kill-test check parity format lock compose-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -27,21 +28,27 @@ venv: $(STAMP)  ## create .venv from the lock (done by every target that needs i
 
 # pip obeys the machine's own settings (mirrors, certificates); the lock decides every version and hash.
 $(STAMP): requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or set make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing the locked packages into $(VENV): about 5 GB, some minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## train on the miniature, print the gain, save pictures and LoRA
+demo: $(STAMP)  ## train on the miniature, print the gain, save images and LoRA
 	$(BIN)/reward-trainer demo --config $(CONFIG) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 crossval: $(STAMP)  ## search, three folds, a final fit and the test prompts on the miniature; report.html
 	$(BIN)/reward-trainer crossval --config $(CONFIG) --judge --search $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-test: $(STAMP)  ## run the tests, except those that need a container engine
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not docker" $(TESTS)
+# worksteal: a worker that is done takes tests from the other one's queue.
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: $(STAMP)  ## run the tests, except slow ones and those that need a container engine
+	$(PYTEST) -m "not docker and not slow" $(TESTS)
+
+test-all: $(STAMP)  ## run all tests that need no container engine
+	$(PYTEST) -m "not docker" $(TESTS)
 
 test-docker: $(STAMP)  ## build the images and run the composition in the engine at hand
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m docker -v $(TESTS)
@@ -51,7 +58,7 @@ compose-test: test-docker  ## the same as test-docker
 kill-test: $(STAMP)  ## kill the trainer 25 times at random moments and compare with the uninterrupted run
 	$(BIN)/python -m tests.support.trainer.kill_driver $(or $(KILL_FOLDER),$(shell mktemp -d)) $(ARGS)
 
-check: $(STAMP)  ## lint, format, types, walls
+check: $(STAMP)  ## lint, format, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -74,7 +81,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-vers
 
 # One resolution decides; the smaller locks are cuts of it. LOCKFLAGS=--upgrade takes the newest versions.
 lock:  ## resolve the dependencies anew into the locks and environment.yml
-	@test -x $(BIN)/uv || { echo "make: $(BIN)/uv not found; say make venv first" >&2; exit 1; }
+	@test -x $(BIN)/uv || { echo "make: $(BIN)/uv not found; run make venv first" >&2; exit 1; }
 	$(COMPILE) --all-extras -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements/light.lock
 	for extra in torch service ray trainer; do \
