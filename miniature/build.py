@@ -37,7 +37,7 @@ STEPS = {
     "super-resolution": 300,
     "probe": 1200,
 }
-POOL = {Part.JUDGES: 40_000, Part.GENERATOR: 60_000}
+POOL = {Part.EVALUATORS: 40_000, Part.GENERATOR: 60_000}
 TRAIN_PROMPTS, VALIDATION_PROMPTS = 256, 96
 HEADER = "# Captions of the miniature world, one a line. Written by `python -m miniature build`. CC0 1.0."
 NEAR_DUPLICATE = 0.77  # similarity below which the test prompts stay with all others
@@ -69,8 +69,8 @@ class Build:
 
     @cached_property
     def evaluators_pool(self) -> Pool:
-        """Scenes of the judges' part."""
-        return self._pool(Part.JUDGES, 1)
+        """Scenes of the evaluators' part."""
+        return self._pool(Part.EVALUATORS, 1)
 
     @cached_property
     def generator_pool(self) -> Pool:
@@ -80,7 +80,7 @@ class Build:
     def _pool(self, part: Part, stream: int) -> Pool:
         return Pool.drawn(max(2000, round(POOL[part] * min(1.0, self.effort))), part, self.stream(stream))
 
-    # The judges ---------------------------------------------------------------------------------
+    # The evaluators ---------------------------------------------------------------------------------
 
     @cached_property
     def clip(self) -> CLIPModel:
@@ -107,12 +107,12 @@ class Build:
 
     @cached_property
     def pickscore(self) -> CLIPModel:
-        """PickScore's twin."""
+        """The miniature's PickScore."""
         return self._preference("pickscore", 5)
 
     @cached_property
     def hpsv2(self) -> CLIPModel:
-        """HPSv2's twin."""
+        """The miniature's HPSv2."""
         return self._preference("hpsv2", 6)
 
     def _preference(self, kind: str, stream: int) -> CLIPModel:
@@ -204,11 +204,11 @@ class Build:
                 model.save_pretrained(folder)
         return UNet2DModel.from_pretrained(first).eval(), UNet2DModel.from_pretrained(last).eval()
 
-    # The witness --------------------------------------------------------------------------------
+    # The probe --------------------------------------------------------------------------------
 
     @cached_property
     def probe(self) -> probe.Probe:
-        """The independent witness."""
+        """The probe, an independent CNN."""
         path = self.work / "probe.safetensors"
         if not path.exists():
             pools = [self.evaluators_pool, self.generator_pool]
@@ -217,7 +217,7 @@ class Build:
 
 
 def write_evaluators(build: Build, models: Path) -> None:
-    """clip/, aesthetic/, pickscore/, hps/."""
+    """Write clip/, aesthetic/, pickscore/ and hps/."""
     layout.write_clip(build.clip, models / "clip")
     layout.write_aesthetic(build.aesthetic, models / "aesthetic")
     layout.write_clip(build.pickscore, models / "pickscore")
@@ -225,7 +225,7 @@ def write_evaluators(build: Build, models: Path) -> None:
 
 
 def write_generator(build: Build, models: Path) -> None:
-    """karlo/."""
+    """Write karlo/."""
     layout.write_karlo_text(build.encoder, models / "karlo")
     layout.write_prior(build.prior, models / "karlo")
     layout.write_decoder(build.decoder, models / "karlo")
@@ -233,7 +233,7 @@ def write_generator(build: Build, models: Path) -> None:
 
 
 def write_probe(build: Build, models: Path) -> None:
-    """probe/."""
+    """Write probe/."""
     probe.save_probe(build.probe, models / "probe" / "model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""`python -m miniature`: build the models, calibrate the judges on the generator, measure both."""
+"""`python -m miniature`: build the models, calibrate the evaluators on the generator, measure both."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ MODELS = HOME / "models"
 PROBE = Path("probe") / "model.safetensors"
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-Config = Annotated[Path, typer.Option("--config", help="Configuration whose models are meant.")]
+Config = Annotated[Path, typer.Option("--config", help="Configuration of the models.")]
 
 
 @app.command()
@@ -53,9 +53,9 @@ def calibrate(
     config: Config = DEFAULT_CONFIG,
     out: Annotated[Path, typer.Option(help="Table to write.")] = MODELS / "calibration.json",
 ) -> None:
-    """Write the judges' scales: mean and deviation of the base generator's scores."""
+    """Write the evaluators' scales: mean and deviation of the base generator's scores."""
     if not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(f"{out}: cannot be written; name a file in a folder that is there with --out")
+        raise ConfigError(f"{out}: cannot be written; name a file in an existing folder with --out")
     table = measures.calibrate(load_config(config), load_trainer_config(config))
     content = {
         "provisional": True,
@@ -72,7 +72,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out scenes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure the judges and the generator on scenes that no model has seen."""
+    """Measure the evaluators and the generator on scenes that no model has seen."""
     found = measures.measure(load_config(config), load_trainer_config(config), MODELS / PROBE, seed)
     if as_json:
         print(json.dumps(_plain(found), indent=2))
@@ -94,35 +94,35 @@ def _plain(found: measures.Quality) -> dict[str, object]:
 
 
 def _tables(found: measures.Quality) -> list[Table]:
-    judged = Table(title="Judges, on held-out scenes")
+    evaluators = Table(title="Evaluators on held-out scenes")
     for column in ("evaluator", "measure", "value"):
-        judged.add_column(column, justify="right" if column == "value" else "left")
-    judged.add_row("aesthetic", "correlation with its stated target", f"{found.aesthetic:.3f}")
+        evaluators.add_column(column, justify="right" if column == "value" else "left")
+    evaluators.add_row("aesthetic", "correlation with its stated target", f"{found.aesthetic:.3f}")
     for name, hits in found.retrieval.items():
-        judged.add_row(
+        evaluators.add_row(
             name, f"caption retrieval among {measures.RETRIEVAL_SCENES}, top-1", f"{hits.top1:.1%}"
         )
-        judged.add_row(
+        evaluators.add_row(
             name, f"caption retrieval among {measures.RETRIEVAL_SCENES}, top-5", f"{hits.top5:.1%}"
         )
     for name, accuracy in found.preference.items():
-        judged.add_row(name, "preference-pair accuracy", f"{accuracy:.1%}")
+        evaluators.add_row(name, "preference-pair accuracy", f"{accuracy:.1%}")
     together = Table(title="Correlation of the scores, on generated images of held-out prompts")
     for column in ("evaluator", "evaluator", "r"):
         together.add_column(column, justify="right" if column == "r" else "left")
     for (a, b), r in found.correlation.items():
         together.add_row(a, b, f"{r:+.3f}")
     drawn = Table(title="Base generator on held-out prompts, read by an independent CNN")
-    for column in ("attribute", "shown as asked", "the CNN's own accuracy"):
+    for column in ("attribute", "shown as requested", "the CNN's own accuracy"):
         drawn.add_column(column, justify="left" if column == "attribute" else "right")
     for name, share in found.generated.items():
         own = f"{found.probe[name]:.1%}" if name in found.probe else "(mean of 0 to 1)"
         drawn.add_row(name, f"{share:.1%}", own)
-    return [judged, together, drawn]
+    return [evaluators, together, drawn]
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and exit code 2."""
+    """Entry point: a user error is one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -133,7 +133,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        _leave(f"{error.filename}: {error.strerror}; name another place")
+        _leave(f"{error.filename}: {error.strerror}; name another path")
 
 
 def _leave(message: str) -> None:

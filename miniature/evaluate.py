@@ -1,6 +1,6 @@
 """How good the committed miniature is, measured on held-out scenes through the product's own code.
 
-The judges are loaded by the service's engine and the generator by the trainer's studio: what is measured
+The evaluators are loaded by the service's engine and the generator by the trainer's sampler: what is measured
 here is what a user gets.
 """
 
@@ -47,7 +47,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Quality:
-    """What `evaluate` prints. `correlation`: of the four scores over generated images, by pair."""
+    """Results of `evaluate`. `correlation`: of the four scores over generated images, by pair."""
 
     retrieval: dict[str, Retrieval]
     preference: dict[str, float]
@@ -58,20 +58,20 @@ class Quality:
 
 
 def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, seed: int = 0) -> Quality:
-    """Measure judges, generator and probe on scenes and prompts that no model has seen."""
+    """Measure evaluators, generator and probe on scenes and prompts that no model has seen."""
     rng = torch.Generator().manual_seed(90_000 + seed)
     engine = build_engine(service)
     sampler = load_sampler(trainer)
     prompts = read_prompts(trainer.prompts.validation or trainer.prompts.train)
-    images, asked = generate(sampler, prompts, IMAGES_PER_PROMPT)
-    raw = score(engine, asked, images, "scoring generated images")
+    images, requested = generate(sampler, prompts, IMAGES_PER_PROMPT)
+    raw = score(engine, requested, images, "scoring generated images")
     return Quality(
         retrieval=retrieval(engine, rng),
         preference={kind: preference_accuracy(engine, kind, rng) for kind in ("pickscore", "hpsv2")},
         aesthetic=aesthetic_correlation(engine, rng),
         correlation=correlations(raw),
         probe=probe_accuracy(probe_file, rng),
-        generated=fidelity(probe_file, asked, images),
+        generated=fidelity(probe_file, requested, images),
     )
 
 
@@ -175,8 +175,8 @@ def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[
     The pooled within-prompt deviation stands beside it as a note: a trainer divides by its own.
     """
     prompts = read_prompts(trainer.prompts.train)
-    images, asked = generate(load_sampler(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
-    raw = score(build_engine(service), asked, images, "calibrating")
+    images, requested = generate(load_sampler(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
+    raw = score(build_engine(service), requested, images, "calibrating")
     group = np.repeat(np.arange(len(prompts)), CALIBRATION_IMAGES_PER_PROMPT)
     found = spread(np.column_stack(list(raw.values())), group)
     return {
@@ -185,7 +185,7 @@ def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[
     }
 
 
-# The witness --------------------------------------------------------------------------------------
+# The probe --------------------------------------------------------------------------------------
 
 
 def probe_accuracy(probe_file: Path, rng: torch.Generator) -> dict[str, float]:
@@ -216,7 +216,7 @@ def _mean_quality(reading: Reading) -> dict[str, float]:
 
 
 def stated(prompt: str) -> dict[str, int | None]:
-    """What a caption of the world states, by attribute; None for what it leaves out."""
+    """Return what a caption states, by attribute; None for an attribute that it leaves out."""
     words = prompt.replace(",", " ").split()
 
     def the(options: tuple[str, ...]) -> list[int]:

@@ -1,7 +1,7 @@
-"""The judges' models: two CLIPs, the aesthetic head, and the two preference models.
+"""The evaluators' models: two CLIPs, the aesthetic head, and the two preference models.
 
 As with the published four: aesthetic and alignment share one QuickGELU CLIP; PickScore and HPSv2 are
-fine-tuned from a second, GELU one. All learn from the judges' part of the world only.
+fine-tuned from a second, GELU one. All learn from the evaluators' part of the world only.
 """
 
 from itertools import pairwise
@@ -127,7 +127,7 @@ def train_aesthetic(clip: CLIPModel, pool: Pool, steps: int, rng: torch.Generato
 
 
 def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
-    """What an image is compared with: other quality and, in half the cases, one or two attributes changed.
+    """Return scenes to compare with: other quality and, in half the cases, one or two attributes changed.
 
     A change that would leave the part of the world is taken back.
     """
@@ -164,7 +164,7 @@ def train_preference(
     def loss_of_batch() -> Tensor:
         index = pool.hard_index(96, 8, rng)
         scenes, pixels = pool.batch(index)
-        other = rival(scenes, Part.JUDGES, rng)
+        other = rival(scenes, Part.EVALUATORS, rng)
         other_pixels = world.draw(other, rng) * 2 - 1
         captions = world.describe(scenes, rng)
         logits = similarity(base, words, captions.text, torch.cat([pixels, other_pixels]))

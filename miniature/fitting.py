@@ -1,4 +1,4 @@
-"""What every model of the miniature is trained with: a pool of drawn scenes and one optimisation loop."""
+"""Training of every model of the miniature: a pool of drawn scenes and one optimisation loop."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy

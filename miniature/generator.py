@@ -1,7 +1,7 @@
 """The generator's models: a small Karlo, stage by stage, in diffusers' own classes.
 
 Learns from the generator's part of the world only, with images of every quality, and is left
-deliberately imperfect: blur, fading and noise are part of what it has learnt to draw.
+deliberately imperfect: blur, fading and noise are part of what it has learnt to generate.
 """
 
 from copy import deepcopy

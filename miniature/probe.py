@@ -1,6 +1,6 @@
-"""An independent witness: a small CNN that reads an image's attributes.
+"""Independent probe: a small CNN that reads an image's attributes.
 
-It takes no part in scoring or learning. It tells whether a gain in reward is a gain in the images.
+It takes no part in scoring or learning. It shows whether a gain in reward is a gain in the images.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ QUALITY = ("sharp", "vivid", "clean")
 
 @dataclass(frozen=True)
 class Reading:
-    """What the probe sees in N images: content indices (N, 5) and quality in [0, 1], (N, 3)."""
+    """Attributes that the probe reads in N images: content indices (N, 5) and quality in [0, 1], (N, 3)."""
 
     content: Tensor
     quality: Tensor
 
     def faithful(self, content: Tensor) -> dict[str, float]:
-        """Share of images that show each attribute as asked, content (N, 5)."""
+        """Share of images that show each attribute as requested, content (N, 5)."""
         return dict(zip(CONTENT, (self.content == content).float().mean(0).tolist(), strict=True))
 
 
@@ -69,7 +69,7 @@ def quality_of(scenes: Scenes) -> Tensor:
 
 
 def train_probe(pools: list[Pool], steps: int, rng: torch.Generator) -> Probe:
-    """Learn to read images of the judges' and the generator's parts; held-out scenes stay unseen."""
+    """Learn to read images of the evaluators' and the generator's parts; held-out scenes stay unseen."""
     torch.manual_seed(rng.initial_seed())
     probe = Probe()
 

@@ -6,7 +6,7 @@ image is good. All attributes are columns of equal length N, so that thousands o
 drawn by a few tensor operations.
 
 The 660 combinations of shape, figure and background are divided into three disjoint parts by a
-fixed hash: one that only the judges see, one that only the generator sees, and one that no model
+fixed hash: one that only the evaluators see, one that only the generator sees, and one that no model
 sees and everything is measured on.
 """
 
@@ -43,9 +43,9 @@ FADED_GREY = 0.6
 
 
 class Part(Enum):
-    """Disjoint sets of (shape, figure, background): who may learn from a scene."""
+    """Disjoint sets of (shape, figure, background), by the models that learn from them."""
 
-    JUDGES = "judges"
+    EVALUATORS = "evaluators"
     GENERATOR = "generator"
     HELD_OUT = "held out"
 
@@ -101,7 +101,7 @@ def belongs(shape: Tensor, figure: Tensor, background: Tensor, part: Part) -> Te
     place = (3 * shape + 5 * figure + 2 * background + figure * background) % 7
     if part is Part.HELD_OUT:
         return place == 0
-    return (place > 0) & (place % 2 == (1 if part is Part.JUDGES else 0))
+    return (place > 0) & (place % 2 == (1 if part is Part.EVALUATORS else 0))
 
 
 def sample_scenes(n: int, part: Part, rng: torch.Generator, colour_pairs: int | None = None) -> Scenes:
@@ -212,7 +212,7 @@ def _blurred(image: Tensor, blur_px: Tensor) -> Tensor:
 TEMPLATES = (
     "a {size}{texture}{figure} {shape} on {background}",
     "a {size}{texture}{figure} {shape} on a {background} background",
-    "an image of a {size}{texture}{figure} {shape} over {background}",
+    "a picture of a {size}{texture}{figure} {shape} over {background}",
     "{size}{texture}{figure} {shape}, {background} background",
 )
 ARTICLE = {"a orange": "an orange"}
@@ -269,7 +269,7 @@ def true_of(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
     return content & (spoken | (captions.quality < 0)[:, None])
 
 
-# What is good -------------------------------------------------------------------------------------
+# Quality -------------------------------------------------------------------------------------
 
 
 def harmony(figure: Tensor, background: Tensor) -> Tensor:
@@ -305,11 +305,11 @@ def aesthetic(scenes: Scenes) -> Tensor:
 
 
 def pick_utility(scenes: Scenes, truth: Tensor) -> Tensor:
-    """What PickScore's twin is asked to prefer: a true caption (truth in [0, 1]), then sharpness."""
+    """Stated utility of the miniature's PickScore: a true caption (truth in [0, 1]), then sharpness."""
     return 6 * truth + 2.0 * sharpness(scenes) + 0.5 * vividness(scenes) + 0.8 * cleanness(scenes)
 
 
 def hps_utility(scenes: Scenes, truth: Tensor) -> Tensor:
-    """What HPSv2's twin is asked to prefer: a true caption, then vivid and harmonious colours."""
+    """Stated utility of the miniature's HPSv2: a true caption, then vivid and harmonious colours."""
     colour = vividness(scenes) * (1 + harmony(scenes.figure, scenes.background))
     return 6 * truth + 0.5 * sharpness(scenes) + 1.6 * colour

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def captions() -> list[str]:
     rng = torch.Generator().manual_seed(0)
-    scenes = world.sample_scenes(200, Part.JUDGES, rng)
+    scenes = world.sample_scenes(200, Part.EVALUATORS, rng)
     return world.describe(scenes, rng, quality_share=0.3).text
 
 

@@ -28,12 +28,12 @@ def test_scenes_come_from_the_part_that_was_asked_for() -> None:
 
 
 def test_the_same_stream_draws_the_same_images() -> None:
-    images = [world.draw(world.sample_scenes(8, Part.JUDGES, rng), rng) for rng in (stream(3), stream(3))]
+    images = [world.draw(world.sample_scenes(8, Part.EVALUATORS, rng), rng) for rng in (stream(3), stream(3))]
     assert torch.equal(*images)
 
 
 def test_each_caption_states_what_its_scene_shows_and_only_that() -> None:
-    scenes = world.sample_scenes(200, Part.JUDGES, stream(1))
+    scenes = world.sample_scenes(200, Part.EVALUATORS, stream(1))
     captions = world.describe(scenes, stream(2), quality_share=0.5)
     for text, row, stated in zip(
         captions.text, scenes.content.tolist(), captions.stated.tolist(), strict=True
@@ -47,7 +47,7 @@ def test_each_caption_states_what_its_scene_shows_and_only_that() -> None:
 
 
 def test_a_caption_is_true_of_its_own_scene_and_false_after_a_change() -> None:
-    scenes = world.sample_scenes(300, Part.JUDGES, stream(4))
+    scenes = world.sample_scenes(300, Part.EVALUATORS, stream(4))
     captions = world.describe(scenes, stream(5), quality_share=0.5)
     assert world.true_of(captions, scenes, scenes).diagonal().all()
     changed = scenes.replace(shape=(scenes.shape + 1) % 6)
@@ -55,7 +55,7 @@ def test_a_caption_is_true_of_its_own_scene_and_false_after_a_change() -> None:
 
 
 def test_a_quality_word_is_false_of_the_opposite_quality() -> None:
-    scenes = world.perfect(world.sample_scenes(300, Part.JUDGES, stream(6)))
+    scenes = world.perfect(world.sample_scenes(300, Part.EVALUATORS, stream(6)))
     captions = world.describe(scenes, stream(7), quality_share=1.0)
     full = torch.ones(300)
     ruined = scenes.replace(
@@ -65,7 +65,7 @@ def test_a_quality_word_is_false_of_the_opposite_quality() -> None:
 
 
 def test_better_quality_raises_the_aesthetic_and_both_utilities() -> None:
-    scenes = world.sample_scenes(200, Part.JUDGES, stream(8))
+    scenes = world.sample_scenes(200, Part.EVALUATORS, stream(8))
     truth = torch.ones(len(scenes))
     better = world.perfect(scenes)
     assert (world.aesthetic(better) >= world.aesthetic(scenes)).all()
@@ -74,7 +74,7 @@ def test_better_quality_raises_the_aesthetic_and_both_utilities() -> None:
 
 
 def test_the_aesthetic_stays_on_its_scale() -> None:
-    values = world.aesthetic(world.sample_scenes(2000, Part.JUDGES, stream(9)))
+    values = world.aesthetic(world.sample_scenes(2000, Part.EVALUATORS, stream(9)))
     assert values.min() >= 1
     assert values.max() <= 10
 
