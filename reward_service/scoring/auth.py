@@ -1,22 +1,23 @@
-"""Bearer keys: who a caller is. The file holds hashes, never a key. No torch, no web.
+"""API keys: authentication of clients, and the keys file, which holds hashes and never a key.
 
-The file is a YAML list with an entry for each key::
+The file is a YAML list with one entry per key:
 
-    - name: trainer           # whom requests are counted and scheduled for
+    - name: trainer           # the client; requests are counted and scheduled by it
       sha256: 9f86d0…         # of the key
-      weight: 2.0             # share of the device beside other clients; 1 if it is left out
-      max_pairs: 512          # under way at a time; limits.max_client_pairs if it is left out
-      may: [score, metrics]   # both if it is left out
+      weight: 2.0             # share of the device relative to other clients; default 1
+      max_pairs: 512          # most pairs in progress; default limits.max_client_pairs
+      may: [score, metrics]   # permissions; default both
 
-Two entries of one name are two keys of one client, so that a key can be changed without a pause.
+Two entries with the same name are two keys of one client, so that a key can be rotated without downtime.
+This module imports neither torch nor a web framework.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import stat
 import time
@@ -30,112 +31,121 @@ import yaml
 from pydantic import Field, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
 from reward_service.config import Sha256
+from reward_service.files import folder_lock, write_atomically
 from reward_service.settings import ConfigError, Settings, one_line
 
 ClientName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Permission = Literal["score", "metrics"]
-_EVERYTHING: tuple[Permission, ...] = ("score", "metrics")
+_ALL_PERMISSIONS: tuple[Permission, ...] = ("score", "metrics")
 
-_PREFIX = "rk_"
+_KEY_PREFIX = "rk_"
 _SECRET_BYTES = 32
-_LOOK_EVERY_S = 1.0
+_CHECK_INTERVAL_S = 1.0
+
+# A list entry that starts in the first column, up to its last indented line: comments behind it belong to
+# the next entry.
+_ENTRY = re.compile(r"^- .*\n(?:(?:[ ]*(?:#.*)?\n)*[ ]+[^\s#].*\n)*", re.MULTILINE)
 
 
 class Key(Settings):
-    """One entry of the file."""
+    """One entry of the keys file."""
 
     name: ClientName
     sha256: Sha256
     weight: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     max_pairs: PositiveInt | None = None
-    may: frozenset[Permission] = frozenset(_EVERYTHING)
+    may: frozenset[Permission] = frozenset(_ALL_PERMISSIONS)
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks.
+    """Sender of a request.
 
     Args:
-        name: of the key; "" without one
-        part: what `X-Client-Id` says: a part of the key's work, or who it is if there is no key
-        weight: share of the device, that of all parts of a key together
-        max_pairs: most pairs under way at a time; None for the service's limit
+        name: name of the key; "" without one
+        part: value of `X-Client-Id`: one part of the key's work or, without a key, the client itself
+        weight: share of the device, for all parts of a key together
+        max_pairs: most pairs in progress at a time; None for the service's limit
+        permissions: operations that the key allows
     """
 
     name: str = ""
     part: str = ""
     weight: float = 1.0
     max_pairs: int | None = None
-    may: frozenset[str] = frozenset({"score", "metrics"})
+    permissions: frozenset[str] = frozenset(_ALL_PERMISSIONS)
 
     @property
     def account(self) -> str:
-        """What quotas are counted for: the key with all its parts, or the part where there is no key."""
+        """Unit of the quotas: the key with all its parts, or the part if there is no key."""
         return f"key {self.name}" if self.name else f"anonymous {self.part}"
 
     @property
     def queue(self) -> str:
-        """What the scheduler tells apart."""
+        """Unit of fair scheduling: one part of a key's work."""
         return f"{self.account} {self.part}" if self.name else self.account
 
 
 class Keyring:
-    """The keys of a file, which is read anew when it has changed.
+    """Keys of a file, reloaded when the file changes.
 
-    A new key counts at once, one that was removed for a second more at most.
+    A new key is valid at once; a removed key stays valid for one more second at most.
 
     Args:
-        note: told in one line what became of reading it anew
+        path: the keys file
+        on_reload: called with one line after every attempt to reload the file
 
     Raises:
         ConfigError: the file cannot be used
     """
 
-    def __init__(self, path: Path, note: Callable[[str], None] = lambda _: None) -> None:
-        self._path, self._note = path, note
-        self._seen, self._look_s = _state(path), time.monotonic() + _LOOK_EVERY_S
+    def __init__(self, path: Path, on_reload: Callable[[str], None] = lambda _: None) -> None:
+        self._path, self._on_reload = path, on_reload
+        self._file_state, self._next_check_s = _file_state(path), time.monotonic() + _CHECK_INTERVAL_S
         self._keys = load_keys(path)
 
-    def client(self, key: str, part: str = "") -> Client | None:
-        """Whose key it is; None if nobody's. Among the keys, takes as long whatever was presented."""
-        if time.monotonic() >= self._look_s:
-            self._look()
+    def authenticate(self, key: str, part: str = "") -> Client | None:
+        """Return the client that a key belongs to, or None if the key is unknown.
+
+        The comparison with the known keys takes the same time for every presented key.
+        """
+        if time.monotonic() >= self._next_check_s:
+            self._reload_if_changed()
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
         found = self._find(digest)
-        if found is None and self._look():
+        if found is None and self._reload_if_changed():
             found = self._find(digest)
         if found is None:
             return None
         return Client(found.name, part, found.weight, found.max_pairs, found.may)
 
+    def reload(self) -> None:
+        """Read the file again; keep the current keys if it cannot be used."""
+        self._file_state = _file_state(self._path)
+        try:
+            self._keys = load_keys(self._path)
+        except ConfigError as error:
+            self._on_reload(f"keeping the current keys: {error}")
+        else:
+            self._on_reload(f"keys: {len(self._keys)} read from {self._path}")
+
     def _find(self, digest: str) -> Key | None:
         found = None
         for entry in self._keys:
             if hmac.compare_digest(entry.sha256, digest):
-                found = entry
+                found = entry  # no early exit: the time must not depend on the position
         return found
 
-    def reload(self) -> None:
-        """Read the file again; the keys stay as they are if it cannot be used."""
-        self._seen = _state(self._path)
-        try:
-            self._keys = load_keys(self._path)
-        except ConfigError as error:
-            self._note(f"the keys stay as they were: {error}")
-        else:
-            self._note(f"keys: {len(self._keys)} read from {self._path}")
-
-    def _look(self) -> bool:
-        """Read the file again if it has changed, and say whether it had."""
-        self._look_s = time.monotonic() + _LOOK_EVERY_S
-        changed = _state(self._path) != self._seen
+    def _reload_if_changed(self) -> bool:
+        self._next_check_s = time.monotonic() + _CHECK_INTERVAL_S
+        changed = _file_state(self._path) != self._file_state
         if changed:
             self.reload()
         return changed
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What tells that a file was changed or replaced; None without one."""
+def _file_state(path: Path) -> tuple[int, ...] | None:
+    """Return the attributes that differ once a file is changed or replaced; None if it is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -143,25 +153,28 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode
 
 
+# Reading the file -------------------------------------------------------------------------------------
+
+
 def load_keys(path: Path) -> tuple[Key, ...]:
-    """Read a file of keys.
+    """Read a keys file.
 
     Raises:
-        ConfigError: it is missing, malformed, empty, or others than its owner may write to it
+        ConfigError: it is missing, malformed, empty, or writable by other users than its owner
     """
-    entries = _entries(path)
+    entries = _read_entries(path)
     if not entries:
-        raise ConfigError(f"{path}: it holds no keys; make one with reward-service keys new NAME")
+        raise ConfigError(f"{path}: no keys in the file; create one with reward-service keys new NAME")
     return entries
 
 
-def _entries(path: Path) -> tuple[Key, ...]:
+def _read_entries(path: Path) -> tuple[Key, ...]:
     try:
         with path.open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
-            entries = _parsed(file.read())
+            entries = _parse(file.read())
     except OSError as error:
-        remedy = "make one with reward-service keys new NAME"
+        remedy = "create one with reward-service keys new NAME"
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -170,139 +183,112 @@ def _entries(path: Path) -> tuple[Key, ...]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a YAML list of keys ({type(error).__name__}); correct it") from None
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"{path}: others may write to it, and so let themselves in; chmod go-w")
+        raise ConfigError(f"{path}: writable by other users, who could add their own keys; chmod go-w")
     if len({entry.sha256 for entry in entries}) < len(entries):
-        raise ConfigError(f"{path}: one key is there twice; remove an entry")
+        raise ConfigError(f"{path}: two entries have the same sha256; remove one")
     return tuple(entries)
 
 
-def _parsed(text: str) -> list[Key]:
-    found = yaml.safe_load(text)
-    return TypeAdapter(list[Key]).validate_python([] if found is None else found)
+def _parse(text: str) -> list[Key]:
+    document = yaml.safe_load(text)
+    return TypeAdapter(list[Key]).validate_python([] if document is None else document)
+
+
+# Changing the file ------------------------------------------------------------------------------------
+# Entries are added and removed as text, which keeps comments and layout; the result is parsed and compared
+# with the expected keys before it replaces the file.
 
 
 def new_key(
     path: Path, name: str, weight: float = 1.0, may: Sequence[Permission] | None = None
 ) -> tuple[str, int]:
-    """Make a key and append its hash to a file, which is made if it is not there.
+    """Create a key and append its hash to the keys file, which is created if it is missing.
 
     Args:
-        may: what it is for; everything if None
+        path: the keys file
+        name: name of the client
+        weight: share of the device relative to other clients
+        may: permissions; all if None
 
     Returns:
-        the key, which is nowhere else, and how many keys of this name there are now
+        the key, which is stored nowhere, and the number of keys that this name has now
 
     Raises:
         ConfigError: the name, the weight or the file cannot be used
     """
-    key = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    key = _KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     digest = hashlib.sha256(key.encode()).hexdigest()
     try:
-        entry = Key(name=name, sha256=digest, weight=weight, may=frozenset(may or _EVERYTHING))
+        entry = Key(name=name, sha256=digest, weight=weight, may=frozenset(may or _ALL_PERMISSIONS))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{first['loc'][0]}: {one_line(first['msg'])}") from None
     lines = f"- name: {entry.name!r}\n  sha256: {entry.sha256!r}\n  weight: {entry.weight!r}\n"
     lines += "" if may is None else f"  may: {sorted(entry.may)}\n"
-    with _alone(path):
-        before = _entries(path) if path.exists() else ()
-        _replace(path, _appended(path, lines, [*before, entry]))
+    with _exclusive(path):
+        before = _read_entries(path) if path.exists() else ()
+        problem = "cannot append to a list of this form; start each entry with `- ` in the first column"
+        _replace(path, _read_text(path) + lines, [*before, entry], problem)
     return key, 1 + sum(entry.name == name for entry in before)
 
 
 def remove_keys(path: Path, name: str) -> int:
-    """Take all keys of a name out of a file, whose other lines stay as they are.
+    """Remove all keys of a name from the keys file and keep its other lines as they are.
 
     Returns:
-        how many there were
+        the number of removed keys
 
     Raises:
-        ConfigError: there is none, there would be none left, or the file cannot be used
+        ConfigError: no key has this name, none would be left, or the file cannot be used
     """
-    with _alone(path):
-        before = _entries(path)
+    with _exclusive(path):
+        before = _read_entries(path)
         after = [entry for entry in before if entry.name != name]
         if len(after) == len(before):
-            raise ConfigError(f"{path}: no key is named {name!r}; it has {_listed(before)}")
+            known = ", ".join(sorted({entry.name for entry in before})) or "none"
+            raise ConfigError(f"{path}: no key is named {name!r}; the file has {known}")
         if not after:
-            remedy = (
-                "a service needs one to go on: make another first, or end the service and delete the file"
-            )
-            raise ConfigError(f"{path}: there is no key beside {name!r}; {remedy}")
-        text = _without(path.read_text(encoding="utf-8"), [entry.name == name for entry in before])
-        if text is None or _parsed(text) != after:
-            raise ConfigError(f"{path}: its form is not one that lines can be taken out of; edit it")
-        _replace(path, text)
+            remedy = "a service needs one: create another first, or stop the service and delete the file"
+            raise ConfigError(f"{path}: {name!r} has the only keys of the file; {remedy}")
+        problem = "cannot remove an entry that has no lines of its own; edit the file by hand"
+        text = _without(_read_text(path), [entry.name == name for entry in before])
+        _replace(path, text, after, problem)
     return len(before) - len(after)
 
 
-def _without(text: str, leave: Sequence[bool]) -> str | None:
-    """The lines of a list in YAML without those of some of its entries; None if these share lines."""
-    lines = text.splitlines(keepends=True)
-    for node, gone in reversed(list(zip(_nodes(text), leave, strict=True))):
-        first, end = node.start_mark.line, node.end_mark.line + (node.end_mark.column > 0)
-        if gone and not lines[first].startswith("- "):
-            return None
-        # What stands between two entries is about the next one.
-        while not (said := lines[end - 1].strip()) or said.startswith("#"):
-            end -= 1
-        if gone:
-            del lines[first:end]
-    return "".join(lines)
-
-
-def _nodes(text: str) -> list[yaml.Node]:
-    document = yaml.compose(text)
-    return list(document.value) if document else []
-
-
-def _listed(entries: Sequence[Key]) -> str:
-    return ", ".join(sorted({entry.name for entry in entries})) or "none"
+def _without(text: str, removed: Sequence[bool]) -> str:
+    """Cut the marked entries out of a YAML list; unchanged if its entries are not one block of lines each."""
+    entries = list(_ENTRY.finditer(text))
+    if len(entries) != len(removed):
+        return text
+    for entry, remove in reversed(list(zip(entries, removed, strict=True))):
+        if remove:
+            text = text[: entry.start()] + text[entry.end() :]
+    return text
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Nobody else changes the file meanwhile; what its folder or its disk refuses is a ConfigError."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Exclude other writers of the file; report what the folder or the disk refuses as a ConfigError."""
     try:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with folder_lock(path.parent):
             yield
-        finally:
-            os.close(folder)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _appended(path: Path, lines: str, expected: list[Key]) -> str:
-    """The file's text with an entry behind it, which a list that is indented or in brackets cannot bear."""
+def _read_text(path: Path) -> str:
+    """Return the file's text with a final line end, which an editor may have left out."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text and not text.endswith("\n"):  # an editor may have left it out
-        text += "\n"
+    return text if not text or text.endswith("\n") else f"{text}\n"
+
+
+def _replace(path: Path, text: str, expected: list[Key], problem: str) -> None:
+    """Replace the file if the new text holds exactly the expected keys; else raise `problem`."""
     try:
-        fits = _parsed(text + lines) == expected
+        correct = _parse(text) == expected
     except (yaml.YAMLError, ValueError):
-        fits = False
-    if not fits:
-        remedy = "begin each entry with `- ` at the start of a line"
-        raise ConfigError(f"{path}: nothing can be appended to a list of this form; {remedy}")
-    return text + lines
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, whatever the disk does; owner and mode stay, or are this process's and 0600."""
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            if path.exists():
-                before = path.stat()
-                os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        correct = False
+    if not correct:
+        raise ConfigError(f"{path}: {problem}")
+    write_atomically(path, text.encode(), mode=0o600, preserve=True)

@@ -58,12 +58,12 @@ def client_of(request: Request, keys: Keyring | None, *, allow_anonymous: bool, 
         detail = "send the header Authorization: Bearer KEY; whoever runs the service hands out keys"
         raise ProblemError("unauthorized", detail, headers={"WWW-Authenticate": _CHALLENGE})
     bearer = _BEARER.fullmatch(given)
-    client = keys.client(bearer[1], part) if bearer else None
+    client = keys.authenticate(bearer[1], part) if bearer else None
     if client is None:
         challenge = f'{_CHALLENGE}, error="invalid_token"'
         detail = "this is none of the service's keys; the header must be Authorization: Bearer KEY"
         raise ProblemError("unauthorized", detail, headers={"WWW-Authenticate": challenge})
-    if to not in client.may:
+    if to not in client.permissions:
         raise ProblemError("forbidden", f"this key is not for {to}; see `may` in the file of keys")
     return client
 
