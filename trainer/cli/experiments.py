@@ -1,7 +1,4 @@
-"""The commands `crossval`, `search` and `report`: open the experiment, have a reward service, leave a report.
-
-The `report` command: pages from what runs have left. Nothing here needs torch or a service.
-"""
+"""Commands `crossval`, `search` and `report`, and the hidden ones that their worker processes run."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,16 +27,18 @@ from trainer.runtime.parent_watch import end_with_parent
 
 
 def report_command(runs: Sequence[Path], out: Path | None, *, compare: bool, console: Console) -> None:
-    """Write the report of one run, or the comparison of several, and say where.
+    """Write the report of one run, or the comparison of several, and print its path. Needs no torch.
 
-    Raises ConfigError for arguments that do not fit, StorageError for a folder that is no run.
+    Raises:
+        ConfigError: the arguments contradict each other
+        StorageError: a folder is not a run
     """
-    # SciPy and Optuna take a second to import: not for the other commands.
+    # SciPy and Optuna take a second to import: other commands do without.
     from trainer.report.compare import COMPARE_FILE, write_comparison
     from trainer.report.report import write_report
 
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise ConfigError(f"{out}: cannot be written; name a file in a folder that exists")
+        raise ConfigError(f"{out}: cannot be written; name a file in an existing folder")
     if compare:
         written = write_comparison(runs, out or Path(COMPARE_FILE))
     elif len(runs) == 1:
@@ -50,7 +49,7 @@ def report_command(runs: Sequence[Path], out: Path | None, *, compare: bool, con
 
 
 FOLDS_CONFIG, TRIALS_CONFIG = "folds/config.yaml", "search/config.yaml"
-JUDGE_LOG = "judge.log"
+SERVICE_LOG = "service.log"
 
 commands = typer.Typer()
 
@@ -58,8 +57,8 @@ ExperimentOption = Annotated[
     Path | None,
     typer.Option("--run", help="Folder of the experiment. \\[default: NAME-experiment in runs_dir]"),
 ]
-JudgeOption = Annotated[
-    bool, typer.Option("--judge", help="Start a service of its own, as `demo` does, for as long as it takes.")
+ServiceOption = Annotated[
+    bool, typer.Option("--judge", help="Start a reward service for this command, as `demo` does.")
 ]
 
 
@@ -69,7 +68,7 @@ def crossval(
     search: Annotated[
         bool, typer.Option("--search", help="Search settings first; train with the best.")
     ] = False,
-    service: JudgeOption = False,
+    service: ServiceOption = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Same as crossval.workers=N: folds side by side.")
     ] = None,
@@ -78,7 +77,7 @@ def crossval(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train k folds, fit on all of them, look at the test prompts once. The same command goes on with it."""
+    """Train k folds, fit on all of them, measure the test prompts once. Run again to resume."""
     refuse_several("crossval")
     more = [] if workers is None else [f"crossval.workers={workers}"]
     settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
@@ -89,7 +88,7 @@ def crossval(
 def search(
     config: ConfigOption = DEFAULT_CONFIG,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Same as search.trials=N.")] = None,
-    service: JudgeOption = False,
+    service: ServiceOption = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Same as search.workers=N: trials side by side.")
     ] = None,
@@ -98,7 +97,7 @@ def search(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Try settings from search.space; measure the best again. The same command goes on, or joins in."""
+    """Try settings from search.space; measure the best again. Run again to resume or to add a worker."""
     refuse_several("search")
     counts = {"search.trials": trials, "search.workers": workers}
     more = [f"{key}={count}" for key, count in counts.items() if count is not None]
@@ -139,44 +138,49 @@ def report(
     report_command(runs, out, compare=compare, console=Console())
 
 
-# ------------------------------------------------------------------------------------------- doing
+# ------------------------------------------------------------------------------------ implementation
 
 
 @contextmanager
-def judged(config: TrainerConfig, service: Path | None, log: Path) -> Iterator[TrainerConfig]:
-    """The configuration with the address of a reward service of its own, which `service` configures; None: unchanged."""
+def with_service(config: TrainerConfig, service: Path | None, log: Path) -> Iterator[TrainerConfig]:
+    """Start a reward service for this block and yield the configuration with its address.
+
+    Args:
+        service: its configuration file; None starts none and yields `config` unchanged
+        log: file for its output
+    """
     if service is None:
         yield config
         return
     with local_service(service, log) as url:
-        # Loading the service's models takes longer than answering does.
+        # Loading the models takes longer than a request.
         yield with_values(config, {"service.url": url, "service.ready_timeout_s": 300.0})
 
 
 def cross_validate_command(
     config: TrainerConfig, path: Path | None, service: Path | None, *, search: bool, console: Console
 ) -> None:
-    """Begin or go on with the experiment; `service` is the configuration of a reward service to start for it."""
+    """Start or resume a cross-validation; `service` configures a reward service to start for it, if given."""
     experiment = Experiment.open(config, path)
     with ExitStack() as stack:
         stack.enter_context(experiment.alone("cross-validation"))
-        reached = stack.enter_context(judged(config, service, experiment.path / JUDGE_LOG))
-        scorer = stack.enter_context(ServiceScorer.connect(reached.service))
+        connected = stack.enter_context(with_service(config, service, experiment.path / SERVICE_LOG))
+        scorer = stack.enter_context(ServiceScorer.connect(connected.service))
         from trainer.experiments.crossval import cross_validate
 
-        with _leaving_a_report(experiment.path, console):
+        with _with_report(experiment.path, console):
             if search:
                 from trainer.experiments.search import search_winner
 
-                winner = search_winner(experiment, reached, scorer, console)
-                reached = with_values(reached, winner, "search: ")
-            experiment.folder.write_config(reached, FOLDS_CONFIG)
-            cross_validate(experiment, reached, scorer, console, _fold_command(experiment, reached))
+                winner = search_winner(experiment, connected, scorer, console)
+                connected = with_values(connected, winner, "search: ")
+            experiment.folder.write_config(connected, FOLDS_CONFIG)
+            cross_validate(experiment, connected, scorer, console, _fold_command(experiment, connected))
 
 
 @contextmanager
-def _leaving_a_report(path: Path, console: Console) -> Iterator[None]:
-    """However this block ends: its own error is the one that is told."""
+def _with_report(path: Path, console: Console) -> Iterator[None]:
+    """Write the report at the end of this block; an error of the block takes precedence."""
     from trainer.report.report import write_report
 
     try:
@@ -189,7 +193,7 @@ def _leaving_a_report(path: Path, console: Console) -> Iterator[None]:
 
 
 def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str]:
-    """How one fold is trained in a process of its own; its number follows."""
+    """Return the command that trains one fold in its own process, without the fold's number."""
     command = [sys.executable, "-m", "trainer", "fold", "--run", str(experiment.path)]
     if config.threads is not None:
         command += ["--set", f"threads={max(1, config.threads // config.crossval.workers)}"]
@@ -197,19 +201,19 @@ def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str
 
 
 def search_command(config: TrainerConfig, path: Path | None, service: Path | None, console: Console) -> None:
-    """Begin or go on with the experiment's search, beside whoever else is at it."""
+    """Start, resume or join the experiment's search."""
     experiment = Experiment.open(config, path)
     with ExitStack() as stack:
-        reached = stack.enter_context(judged(config, service, experiment.path / JUDGE_LOG))
-        scorer = stack.enter_context(ServiceScorer.connect(reached.service))
+        connected = stack.enter_context(with_service(config, service, experiment.path / SERVICE_LOG))
+        scorer = stack.enter_context(ServiceScorer.connect(connected.service))
         from trainer.experiments.search import search
 
-        with _leaving_a_report(experiment.path, console):
-            search(experiment, reached, scorer, console)
+        with _with_report(experiment.path, console):
+            search(experiment, connected, scorer, console)
 
 
 def trials_command(path: Path, overrides: Sequence[str]) -> None:
-    """Run trials of an experiment, and no longer than whoever asked for it lives."""
+    """Run trials of an experiment until they are done or the parent process ends."""
     end_with_parent()
     config = load_trainer_config(path / TRIALS_CONFIG, overrides)
     experiment = Experiment.load(path)
@@ -220,7 +224,7 @@ def trials_command(path: Path, overrides: Sequence[str]) -> None:
 
 
 def fold_command(path: Path, overrides: Sequence[str], fold: int) -> None:
-    """Train one fold of an experiment, and no longer than whoever asked for it lives."""
+    """Train one fold of an experiment; end early if the parent process ends."""
     end_with_parent()
     config = load_trainer_config(path / FOLDS_CONFIG, overrides)
     experiment = Experiment.load(path)

@@ -1,4 +1,4 @@
-"""The commands `jobs submit`, `list`, `logs`, `stop`, `resume`, `wait`, `remove`."""
+"""Commands `jobs …`: submit, list, follow, stop, resume, wait for and remove trainer jobs."""
 
 import json
 import sys
@@ -22,10 +22,10 @@ from trainer.jobs.jobs import GRACE_S, IMAGE, Job, Limits, Submission
 from trainer.jobs.submit import check_command, cores, environment, mounts
 from trainer.runtime.errors import ContainerError
 
-if TYPE_CHECKING:  # the SDK is loaded where a command needs an engine
+if TYPE_CHECKING:  # the SDK is imported only by commands that need the engine
     from docker import DockerClient
 
-jobs_app = typer.Typer(help="Trainer jobs as containers beside a scorer, for long and for many runs.")
+jobs_app = typer.Typer(help="Run trainer jobs as containers beside a reward service.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 NamesArgument = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All by default.")]
@@ -37,38 +37,45 @@ def submit(
     command: Annotated[
         list[str], typer.Argument(metavar="COMMAND...", help="Such as: train --config my.yaml --seed 1")
     ],
-    name: Annotated[str | None, typer.Option("--name", help="By default the command's, numbered.")] = None,
-    gpus: Annotated[str | None, typer.Option("--gpus", help="all, how many, or device=0,1.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="By default the command's name with a number.")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="all, a number, or device=0,1.")] = None,
     cpus: Annotated[float | None, typer.Option("--cpus", min=0.01, help="Cores, such as 1.5.")] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="Such as 8g; a job that takes more ends.")
+        str | None, typer.Option("--memory", help="Such as 8g; a job that needs more is killed.")
     ] = None,
-    shared_memory: Annotated[str, typer.Option("--shm-size", help="Of several processes.")] = "1g",
+    shared_memory: Annotated[
+        str, typer.Option("--shm-size", help="Shared memory, for jobs of several processes.")
+    ] = "1g",
     env: Annotated[list[str] | None, typer.Option("--env", help="NAME=VALUE, or NAME; repeatable.")] = None,
     mount: Annotated[
         list[str] | None, typer.Option("--mount", help="HOST:/INSIDE[:ro], a path or a volume; repeatable.")
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="The run is left in RUNS/NAME.")] = Path("runs"),
-    image: Annotated[str, typer.Option("--image", help="Of the trainer.")] = IMAGE,
-    scorer: Annotated[str | None, typer.Option("--scorer", help="Its container; else the only one.")] = None,
-    weight: Annotated[float, typer.Option("--weight", help="Share of the scorer beside other jobs.")] = 1.0,
-    url: Annotated[str | None, typer.Option("--url", help="A scorer elsewhere.")] = None,
-    key_file: Annotated[
-        Path | None, typer.Option("--key-file", help="The key for it; by default the job gets a new one.")
+    runs: Annotated[Path, typer.Option("--runs", help="The run is written to RUNS/NAME.")] = Path("runs"),
+    image: Annotated[str, typer.Option("--image", help="Image of the trainer.")] = IMAGE,
+    scorer: Annotated[
+        str | None, typer.Option("--scorer", help="Container of the reward service; by default the only one.")
     ] = None,
-    network: Annotated[str | None, typer.Option("--network", help="With --url: the job's network.")] = None,
+    weight: Annotated[float, typer.Option("--weight", help="Share of the reward service among jobs.")] = 1.0,
+    url: Annotated[str | None, typer.Option("--url", help="Address of a reward service elsewhere.")] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", help="File with its API key; by default the job gets a new key."),
+    ] = None,
+    network: Annotated[str | None, typer.Option("--network", help="With --url: network of the job.")] = None,
     go_on: Annotated[
-        bool, typer.Option("--go-on", help="With the run or experiment that RUNS/NAME holds.")
+        bool, typer.Option("--go-on", help="Resume the run or experiment in RUNS/NAME.")
     ] = False,
 ) -> None:
     """Start a job: any command of reward-trainer, with its own options, in a container."""
     if key_file is not None:
         jobs.read_key(key_file)
     if network and not url:
-        raise ConfigError("--network is for a scorer elsewhere; name it with --url")
+        raise ConfigError("--network goes with a reward service elsewhere; name it with --url")
     checked = check_command(context.find_root().command, command)
     limits = Limits(gpus, cores(cpus), memory, shared_memory)
-    limits.options()  # before anything is made
+    limits.options()  # validated before anything is created
     given, mounted, runs = environment(env or [], cpus), mounts(mount or []), runs.resolve()
     with engine() as client:
         wanted = name or jobs.next_name(client, runs, command[0])
@@ -91,7 +98,7 @@ def submit(
             ),
         )
     print(wanted)
-    _note(f"it writes to {runs / wanted}; follow it with: reward-trainer jobs logs -f {wanted}")
+    _note(f"writing to {runs / wanted}; follow it with: reward-trainer jobs logs -f {wanted}")
 
 
 @jobs_app.command("list")
@@ -100,7 +107,7 @@ def list_(
 ) -> None:
     """List the jobs, the oldest first.
 
-    A scorer that was ended by force while jobs wait for it is started again.
+    A reward service that was killed while jobs wait for it is restarted.
     """
     with engine() as client:
         found = jobs.jobs(client)
@@ -114,7 +121,7 @@ def list_(
 
 
 def table(found: Sequence[Job]) -> Table:
-    """A line for each job; of its command as much as there is room for."""
+    """Return a table with a line for each job; long commands are cut."""
     listed = Table(expand=True)
     for title in ("job", "state", "started", "ended"):
         listed.add_column(title, no_wrap=True)
@@ -131,7 +138,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
     tail: Annotated[int | None, typer.Option("--tail", min=0, help="The last N lines only.")] = None,
 ) -> None:
-    """Print what a job has printed. Ctrl-C leaves the job alone."""
+    """Print a job's output. Ctrl-C does not affect the job."""
     with engine() as client:
         left = threading.Event()
         if follow:
@@ -148,11 +155,13 @@ def logs(
 @jobs_app.command()
 def stop(
     names: Annotated[list[str], typer.Argument(metavar="JOB...", help="Their names.")],
-    grace: Annotated[int, typer.Option("--grace", min=1, help="Seconds to save in.")] = GRACE_S,
+    grace: Annotated[
+        int, typer.Option("--grace", min=1, help="Seconds to save before the job is killed.")
+    ] = GRACE_S,
 ) -> None:
-    """Have jobs save what they have and end; `resume` goes on from there."""
+    """Let jobs save a checkpoint and end; `resume` continues from it."""
     with engine() as client:
-        late = f", not done saving within {grace} s: it goes on from an earlier checkpoint"
+        late = f", checkpoint not saved within {grace} s: it will resume from an earlier one"
 
         def end(name: str) -> str:
             job = jobs.stop(client, name, grace)
@@ -163,21 +172,21 @@ def stop(
 
 @jobs_app.command()
 def resume(names: Annotated[list[str], typer.Argument(metavar="JOB...", help="Their names.")]) -> None:
-    """Let jobs go on that were stopped, killed or failed, from what they had saved."""
+    """Resume jobs that were stopped, killed or failed, from their newest checkpoint."""
     with engine() as client:
 
         def again(name: str) -> str:
             jobs.resume(client, name)
-            return "goes on"
+            return "resumed"
 
         _each(client, names, again)
 
 
 @jobs_app.command()
 def wait(names: NamesArgument = None) -> None:
-    """Wait until jobs have ended: exit code 0 if all are done, else 1. Ctrl-C leaves them alone.
+    """Wait until jobs have ended: exit code 0 if all are done, else 1. Ctrl-C does not affect them.
 
-    A scorer that is ended by force meanwhile is started again.
+    A reward service that is killed meanwhile is restarted.
     """
     with engine() as client:
         found = awaiting.wait(client, names or (), _note)
@@ -189,14 +198,14 @@ def wait(names: NamesArgument = None) -> None:
 
 @jobs_app.command()
 def remove(names: Annotated[list[str], typer.Argument(metavar="JOB...", help="Their names.")]) -> None:
-    """Remove jobs that do not run, and their keys. What they wrote stays."""
+    """Remove jobs that are not running, and their keys. Their files stay."""
     with engine() as client:
         _each(client, names, lambda name: f"removed; {jobs.remove(client, name)}")
 
 
 def _each(client: "DockerClient", names: Sequence[str], do: Callable[[str], str]) -> None:
-    """Do it to each job, say what became of it, and then what went wrong."""
-    jobs.jobs(client, names)  # all of them are there
+    """Apply `do` to each job and log its result; raise ContainerError for all failures at the end."""
+    jobs.jobs(client, names)  # raises for an unknown name
     wrong = []
     for name in dict.fromkeys(names):
         try:
@@ -208,7 +217,7 @@ def _each(client: "DockerClient", names: Sequence[str], do: Callable[[str], str]
 
 
 def _keep(name: str, left: threading.Event) -> None:
-    """Beside the log: a connection of its own, since the other one is waiting for lines."""
+    """Restart a killed reward service while the log is followed, over a connection of its own."""
     with suppress(Exception), engine() as client:
         awaiting.keep_scorer(client, name, _note, lambda: not left.is_set())
 

@@ -1,9 +1,7 @@
-"""`reward-trainer`: train, generate, demo. Every user error is one line on stderr and exit code 2.
+"""Entry point of `reward-trainer` and its commands for single runs.
 
-SIGINT, SIGTERM and SIGHUP as one exception, raised in the main thread wherever it is.
-
-Nothing that a run writes is ever half there, so it may come at any moment; whoever catches it saves what is
-complete and lets it go on. A second signal interrupts that as well.
+Every user error is one line on stderr and exit code 2. SIGINT, SIGTERM and SIGHUP raise `Stop` in the main
+thread: files are written atomically, so it may come at any moment. A second signal interrupts the cleanup, too.
 """
 
 import os
@@ -21,7 +19,7 @@ from rich.console import Console
 
 from reward_service.client import RewardClientError
 from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
-from trainer.cli.experiments import commands, judged
+from trainer.cli.experiments import commands, with_service
 from trainer.cli.jobs import jobs_app
 from trainer.cli.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, refuse_several
 from trainer.cli.prepare import prompts_app
@@ -37,20 +35,20 @@ from trainer.runs.folder import (
     pinned_prompts,
     resumed_config,
 )
-from trainer.runtime.distributed import Processes, first_of_job, open_processes, second_on_its_machine
-from trainer.runtime.errors import DivergenceError, GuardError, JobError, RunError, said
+from trainer.runtime.distributed import Processes, is_first_of_job, is_first_on_machine, open_processes
+from trainer.runtime.errors import DivergenceError, GuardError, JobError, RunError, user_message
 
 
 class Stop(BaseException):
-    """The program was asked to leave."""
+    """The process received a signal to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.code = 128 + number  # the exit status by which shells know it
+        self.code = 128 + number  # the exit status that shells expect
 
 
-def heed_signals() -> None:
-    """Have the signals raise Stop from here on; one that is ignored stays ignored, as nohup wants it."""
+def install_signal_handlers() -> None:
+    """Let the signals raise Stop from here on; an ignored one stays ignored, as `nohup` requires."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -61,7 +59,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def leave(code: int) -> None:
-    """Exit without waiting for threads that may be asking a service that is gone."""
+    """Exit without waiting for threads with a request to a service that is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
@@ -72,7 +70,7 @@ def leave(code: int) -> None:
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Improve a LoRA on Karlo's decoder with the rewards of the scoring service.",
+    help="Improve a LoRA on Karlo's decoder with the rewards of the reward service.",
 )
 
 app.add_typer(commands)
@@ -82,7 +80,7 @@ app.add_typer(jobs_app, name="jobs")
 ResumeOption = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Go on with the run in --run, or with the newest of its name; see its config.yaml."
+        "--resume", help="Resume the run in --run, or the newest run of its name, with its config.yaml."
     ),
 ]
 
@@ -117,12 +115,12 @@ def demo(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Start a service of its own, train against it, show the gain, stop the service."""
+    """Start a reward service, train against it, show the gain, stop the service."""
     refuse_several("demo")
     settings = _load(config, seed, set_, overrides)
     folder = RunFolder.create(settings, run)
-    with judged(settings, config, folder.path / "service.log") as reached:
-        _train(reached, run, folder)
+    with with_service(settings, config, folder.path / "service.log") as connected:
+        _train(connected, run, folder)
 
 
 @app.command()
@@ -135,7 +133,7 @@ def plan(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what memory, arithmetic and traffic an iteration takes, before anything is loaded."""
+    """Estimate memory, FLOPs and traffic of an iteration, before anything is loaded."""
     settings = _load(config, None, set_, overrides)
     from trainer.plan.plan import make_plan, show
     from trainer.runs.setup import quiet_libraries
@@ -147,9 +145,9 @@ def plan(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Prompt to generate images for; repeatable.")],
     lora: Annotated[
-        Path | None, typer.Option("--lora", help="lora folder of a run; without it the base draws.")
+        Path | None, typer.Option("--lora", help="lora folder of a run; without it, the base policy.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("generated.png"),
     n: Annotated[int, typer.Option("--n", min=1, help="Images of each prompt.")] = 4,
@@ -158,12 +156,12 @@ def generate(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Draw images with the result of a run."""
+    """Generate images with the LoRA of a run."""
     refuse_several("generate")
     settings = _load(config, seed, set_, overrides)
     prompts = clean(prompt)
     if not prompts:
-        raise ConfigError("--prompt is empty; say what to draw")
+        raise ConfigError("--prompt is empty; describe the image")
     if lora is not None and not lora.is_dir():
         raise ConfigError(f"{lora}: no such LoRA folder; give the lora folder of a run")
     _check_writable(out)
@@ -181,7 +179,7 @@ def variance(
     set_: SetOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure how much of the noise in the rewards rollout.share takes away, against a running service."""
+    """Measure how much of the rewards' noise rollout.share removes, against a running service."""
     refuse_several("variance")
     settings = _load(config, seed, set_, overrides)
     train = read_splits(settings.prompts, settings.seed).train
@@ -205,7 +203,7 @@ def stages(
     settings = _load(config, seed, set_, overrides)
     train = read_splits(settings.prompts, settings.seed).train
     if len(train) < 2:
-        raise ConfigError("trainer.prompts.train: two prompts at least are needed to compare stages")
+        raise ConfigError("trainer.prompts.train: comparing stages needs at least two prompts")
     with ServiceScorer.connect(settings.service) as scorer:
         from trainer.runs.studies import stages_run
 
@@ -213,18 +211,18 @@ def stages(
 
 
 def main() -> None:
-    """Entry point: runs a command, turns what can go wrong for a user into one line and an exit code."""
+    """Run a command; turn every user error into one line on stderr and an exit code."""
     rest_idle_threads()
-    heed_signals()
+    install_signal_handlers()
     try:
         code = app(standalone_mode=False)
     except Stop as stop:
-        leave(_fail(_with_advice(stop), stop.code, quiet=not first_of_job()))
+        leave(_fail(_with_advice(stop), stop.code, quiet=not is_first_of_job()))
     except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
         message = error.format_message() if isinstance(error, USAGE_ERROR) else _with_advice(error)  # type: ignore[attr-defined]
         status = error.code if isinstance(error, RunError) else 2
-        code = _fail(message, status, quiet=_said_elsewhere(error))
-    except OSError as error:  # a file that cannot be read or written; anything else is a fault of ours
+        code = _fail(message, status, quiet=_reported_elsewhere(error))
+    except OSError as error:  # a file that cannot be read or written; any other is a bug
         if error.filename is None:
             raise
         code = _fail(_with_advice(error), 2)
@@ -247,24 +245,26 @@ def _fail(message: str, code: int, *, quiet: bool = False) -> int:
     return code
 
 
-def _said_elsewhere(error: Exception) -> bool:
-    """Whether another process of the job says it: the main one what all of them know, and of what is wrong
-    with the command, the first on each machine."""
+def _reported_elsewhere(error: Exception) -> bool:
+    """Return True if another process of the job reports it.
+
+    The main process reports what all of them know; the first of each machine, what is wrong with the command.
+    """
     if isinstance(error, JobError):
         return error.quiet
-    return isinstance(error, (USAGE_ERROR, ConfigError)) and second_on_its_machine()
+    return isinstance(error, (USAGE_ERROR, ConfigError)) and not is_first_on_machine()
 
 
 def _with_advice(error: BaseException) -> str:
-    return "; ".join([said(error), *getattr(error, "__notes__", ())])
+    return "; ".join([user_message(error), *getattr(error, "__notes__", ())])
 
 
 def _check_writable(out: Path) -> None:
     folder = out.resolve().parent
     if not folder.is_dir():
-        raise ConfigError(f"{out}: its folder does not exist; make it or name another --out")
+        raise ConfigError(f"{out}: its folder does not exist; create it or name another --out")
     if out.is_dir():
-        raise ConfigError(f"{out}: this is a folder; name a PNG file with --out")
+        raise ConfigError(f"{out}: it is a folder; name a PNG file with --out")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{out}: its folder cannot be written to; name another --out")
 
@@ -278,18 +278,18 @@ def _load(
 def _train(
     settings: TrainerConfig, run: Path | None, folder: RunFolder | None = None, *, resume: bool = False
 ) -> None:
-    """Cheap checks first: prompts, then the service; only then the seconds that torch and the models take."""
+    """Train or resume a run: check prompts and service first, then import torch and load the models."""
     with open_processes(settings.processes, settings.device) as processes, ExitStack() as stack:
-        with processes.one_fate():
+        with processes.fail_together():
             if resume and run and processes.main:
                 folder = RunFolder.resume(run)
                 folder.write_config(settings)
-        if processes.from_main(resume and folder is not None and is_finished(folder, settings.iterations)):
-            _say_finished(run, settings.iterations, processes)
+        if processes.broadcast(resume and folder is not None and is_finished(folder, settings.iterations)):
+            _print_finished(run, settings.iterations, processes)
             return
         if run and resume:
-            stack.enter_context(_saying_how_to_go_on(run))
-        with processes.one_fate():
+            stack.enter_context(_with_resume_advice(run))
+        with processes.fail_together():
             prompts = (
                 pinned_prompts(RunFolder(run), settings)
                 if run and resume
@@ -303,9 +303,9 @@ def _train(
             check_share(settings, prompts[0], processes)
             if processes.main and folder is None:
                 folder = RunFolder.create(settings, run)
-        # The main process holds on to its own: it is what keeps the run locked.
-        path = Path(processes.from_main(str(folder.path) if folder else ""))
-        with _saying_how_to_go_on(path):
+        # The main process keeps its own object: it holds the lock of the run.
+        path = Path(processes.broadcast(str(folder.path) if folder else ""))
+        with _with_resume_advice(path):
             result = train_run(settings, prompts, scorer, folder or RunFolder(path), Console(), processes)
             if processes.main:
                 from trainer.report.report import write_report
@@ -317,8 +317,8 @@ def _train(
 
 
 @contextmanager
-def _saying_how_to_go_on(run: Path) -> Iterator[None]:
-    """Errors within this block that end the run, but do not spoil it, say how to go on with it."""
+def _with_resume_advice(run: Path) -> Iterator[None]:
+    """Add the command that resumes the run to errors that end it without spoiling it."""
     try:
         yield
     except DivergenceError:
@@ -329,10 +329,10 @@ def _saying_how_to_go_on(run: Path) -> Iterator[None]:
         raise
 
 
-def _say_finished(run: Path | None, iterations: int, processes: Processes) -> None:
+def _print_finished(run: Path | None, iterations: int, processes: Processes) -> None:
     if processes.main:
         Console().print(
             f"{run} is finished: its {iterations} iterations are done; see evaluation.json in it, "
-            "or have it do more with iterations=N",
+            "or raise iterations=N to continue",
             soft_wrap=True,
         )

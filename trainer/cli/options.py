@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is made of them."""
+"""Command-line options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from trainer.config import ConfigError
-from trainer.runtime.distributed import launched_world
+from trainer.runtime.distributed import launched_world_size
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; its trainer section is read.")]
 SetOption = Annotated[
@@ -23,6 +23,10 @@ RunOption = Annotated[
 
 
 def refuse_several(command: str) -> None:
-    """Raises ConfigError where a launcher has started several processes."""
-    if launched_world() > 1:
+    """Refuse to run in a job of several processes.
+
+    Raises:
+        ConfigError: a launcher has started several
+    """
+    if launched_world_size() > 1:
         raise ConfigError(f"{command} runs in one process; start it without a launcher")

@@ -1,4 +1,4 @@
-"""`reward-trainer prompts`: prompt sets out of what others collected."""
+"""Commands `prompts …`: prepare prompt sets from public collections."""
 
 import os
 from pathlib import Path
@@ -22,16 +22,18 @@ def prompts() -> None:
 
 @prompts_app.command()
 def diffusiondb(
-    out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl; its card is put beside it.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl; its card is written beside it.")],
     metadata: Annotated[
-        Path | None, typer.Option("--metadata", help=f"{METADATA}; without it the hub's is fetched.")
+        Path | None, typer.Option("--metadata", help=f"{METADATA}; by default the hub's is fetched.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help=f"Of {REPOSITORY} on the hub.  \\[default: main]")
     ] = None,
-    sample: Annotated[int | None, typer.Option("--sample", min=1, help="Take so many.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of order and sample.")] = 0,
-    per_user: Annotated[int | None, typer.Option("--per-user", min=1, help="At most, of one user.")] = None,
+    sample: Annotated[int | None, typer.Option("--sample", min=1, help="Number of prompts to take.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of order and sample.")] = 0,
+    per_user: Annotated[
+        int | None, typer.Option("--per-user", min=1, help="Most prompts of one user.")
+    ] = None,
     max_nsfw: Annotated[
         float, typer.Option("--max-nsfw", min=0, max=1, help="Largest prompt_nsfw.")
     ] = Filters.max_nsfw,
@@ -43,9 +45,11 @@ def diffusiondb(
     ] = Filters.max_tokens,
     near_duplicate: Annotated[
         float,
-        typer.Option("--near-duplicate", min=0.05, max=1, help="Similarity at which the later prompt goes."),
+        typer.Option(
+            "--near-duplicate", min=0.05, max=1, help="Similarity from which the later prompt is dropped."
+        ),
     ] = Filters.near_duplicate,
-    anonymous: Annotated[bool, typer.Option("--anonymous", help="Take those of unknown users too.")] = False,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Keep prompts of unknown users.")] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option("--tokenizer", help="Folder of Karlo's tokenizer.  \\[default: open_clip's copy]"),
@@ -54,15 +58,15 @@ def diffusiondb(
         Path | None, typer.Option("--config", help="Take the tokenizer of the Karlo configured here.")
     ] = None,
 ) -> None:
-    """Filtered and distinct prompts of DiffusionDB, with users and clusters, and a card that says how."""
+    """Write filtered, distinct prompts of DiffusionDB with users and clusters, and a card."""
     _check_out(out)
     if metadata is not None and revision is not None:
-        raise ConfigError("--revision: is of the hub's file; leave out --metadata, or --revision")
+        raise ConfigError("--revision: belongs to the hub's file; leave out --metadata or --revision")
     counter = _counter(tokenizer, config)
     source, commit = metadata, None
     if source is None:
         source, commit = fetch(
-            REPOSITORY, METADATA, revision, "dataset", "fetch it elsewhere and name it with --metadata"
+            REPOSITORY, METADATA, revision, "dataset", "download it elsewhere and name it with --metadata"
         )
     filters = Filters(
         max_nsfw=max_nsfw,
@@ -80,15 +84,17 @@ def diffusiondb(
     if card["near-duplicates"] != ALL_COMPARED:
         print(f"Near-duplicates: {card['near-duplicates']}.")
     if counter is None:
-        print("Lengths in tokens were not looked at: name a tokenizer with --tokenizer or --config.")
+        print("Lengths in tokens were not checked: name a tokenizer with --tokenizer or --config.")
 
 
 def _check_out(out: Path) -> None:
     if out.suffix.lower() != ".jsonl" or out.is_dir():
-        raise ConfigError(f"{out}: what is written is JSON lines; name a file that ends in .jsonl with --out")
+        raise ConfigError(f"{out}: the output is JSON lines; name a file that ends in .jsonl with --out")
     folder = out.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{out}: its folder is not there or cannot be written to; make it or name another")
+        raise ConfigError(
+            f"{out}: its folder does not exist or cannot be written to; create it or name another"
+        )
 
 
 def _counter(tokenizer: Path | None, config: Path | None) -> TokenCounter | None:

@@ -1,9 +1,8 @@
-"""Karlo's networks without their weights: built on the meta device from their configurations alone.
+"""Karlo's networks on the meta device, and a meter of their memory and FLOPs.
 
-The configurations come from the model's folder or the hub's cache. Those of the published Karlo are known
-here (from diffusers' conversion script for it), so that planning needs no download.
-
-Memory and arithmetic of a computation, metered operator by operator on the meta device.
+The networks are built from their configurations, without weights. Configurations come from the model's folder
+or the hub's cache; those of the published Karlo are built in (from diffusers' conversion script), so planning
+needs no download.
 """
 
 import json
@@ -32,21 +31,20 @@ from trainer.runtime.errors import reason
 
 
 class Meter(TorchDispatchMode):
-    """What the computations within `metered` took.
+    """Counter of FLOPs and memory, operator by operator, within `metered`.
 
-    diffusers' residual and attention blocks, recomputed or not, pass through here operator by operator.
-    (torch's own FlopCounterMode holds on to every module's inputs, which would spoil the memory.)
+    (torch's own FlopCounterMode keeps every module's inputs alive, which would distort the memory.)
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0  # of matrix products, convolutions and attention; a multiply-add is two
-        self.held_bytes = 0  # of what operators made and something still refers to
-        self.peak_bytes = 0  # the most of that at any one time
+        self.flops = 0  # matrix products, convolutions and attention; a multiply-add is two
+        self.held_bytes = 0  # outputs of operators that are still referenced
+        self.peak_bytes = 0  # maximum of held_bytes
         self._known: dict[int, object] = {}
 
     def restart(self) -> None:
-        """Count from here on; what is held now stays held."""
+        """Reset the counters; memory that is held now stays counted."""
         self.flops = 0
         self.peak_bytes = self.held_bytes
 
@@ -75,11 +73,11 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered() -> Iterator[Meter]:
-    """Within this context a `Meter` counts, and attention is the fused kernel that devices have.
+    """Count within this context, with attention as the fused kernel of real devices.
 
-    It cannot count what kernels take for themselves (a convolution's workspace, an allocator's remainders).
+    Not counted: memory inside kernels (a convolution's workspace) and the allocator's fragmentation.
     """
-    # Meta tensors would take the unfused way, whose attention matrices no device keeps.
+    # Meta tensors would take the unfused path, whose attention matrices no device keeps.
     with patch.object(F, "scaled_dot_product_attention", _fused_attention), Meter() as meter:
         yield meter
 
@@ -104,7 +102,7 @@ def _fused_attention(
 
 
 def size_bytes(network: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers."""
+    """Return the bytes of a network's parameters and buffers."""
     return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
 
 
@@ -163,7 +161,7 @@ class Blueprint:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """By name; the decoder's parameters include the adapter's."""
+        """Networks by name; the decoder's parameters include the adapter's."""
         return {name: getattr(self, name) for name in NETWORKS}
 
     @property
@@ -173,9 +171,10 @@ class Blueprint:
 
 
 def draft(config: TrainerConfig, device: str = "meta") -> Blueprint:
-    """The networks of a run; on a real device their weights are random.
+    """Build the networks of a run; on a real device their weights are random.
 
-    Raises ConfigError where their configurations are not at hand.
+    Raises:
+        ConfigError: their configurations are missing or damaged
     """
     networks = {name: _network(config.karlo, name, device) for name in NETWORKS}
     for name, network in networks.items():
@@ -201,7 +200,7 @@ def _network(source: ModelSource, name: str, device: str) -> Any:
             return kind.from_config(values)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"trainer.karlo: {name}/config.json describes no {name}: {reason(error)}"
+            f"trainer.karlo: {name}/config.json does not describe a {name}: {reason(error)}"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""`reward-trainer plan`: memory, arithmetic and traffic of one iteration, before anything is loaded.
+"""Plan of an iteration: memory, FLOPs and traffic, estimated before anything is loaded.
 
-The networks are built on the meta device and run once, with one image, through the very functions that
-training uses; what operators would allocate and compute is counted and multiplied. Not counted: the workspace
-of kernels, what the allocator leaves between blocks, and the CUDA context (about half a GB together).
+The networks are built on the meta device and run once, with one image, through the functions that training
+uses; allocations and FLOPs of each operator are counted and multiplied. Not counted: workspace of kernels,
+fragmentation of the allocator, and the CUDA context (about half a GB together).
 """
 
 import json
@@ -19,54 +19,63 @@ from torch import Tensor
 from trainer.config import TrainerConfig
 from trainer.plan.meta import Blueprint, Meter, draft, metered, size_bytes
 from trainer.rl.diffusion import trainable_steps
-from trainer.rl.karlo import Condition, keep_few_activations
+from trainer.rl.karlo import Condition, enable_activation_checkpointing
 from trainer.rl.sampler import TEXT_CACHE
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image in one pass (or transition, in the update)."""
+    """Cost of one image in one pass, or of one transition in the update."""
 
     flops: int
-    peak_bytes: int  # of activations
+    peak_bytes: int  # activations
 
 
 @dataclass
 class Plan:
-    """One iteration of one process. Bytes and floating-point operations; a multiply-add is two."""
+    """Cost of one iteration of one process, in bytes and FLOPs (a multiply-add is two)."""
 
     counts: dict[str, int]
     parameters: dict[str, int]
-    weights_bytes: dict[str, int]  # by network; lora has parameters, gradient, optimizer and average
-    kept_bytes: dict[str, int]  # what an iteration collects
-    activations_bytes: dict[str, int]  # the most at one time, by stage
-    peak_bytes: dict[str, int]  # by part of the iteration, everything included
+    weights_bytes: dict[str, int]  # by network; lora: parameters, gradient, optimizer state and EMA
+    kept_bytes: dict[str, int]  # data that an iteration collects
+    activations_bytes: dict[str, int]  # peak, by stage
+    peak_bytes: dict[str, int]  # total peak, by part of the iteration
     flops: dict[str, int]
     traffic_bytes: dict[str, int]
     device: str
-    device_bytes: int | None  # memory that it has; None where it is not here
+    device_bytes: int | None  # its memory; None if this machine has no such device
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def make_plan(config: TrainerConfig, evaluators: int, processes: int = 1) -> Plan:
-    """What one iteration takes of each of `processes`. Raises ConfigError."""
+    """Estimate one iteration for each of `processes`.
+
+    Args:
+        config: the run's configuration
+        evaluators: number of evaluators with a weight
+        processes: number that share an iteration
+
+    Raises:
+        ConfigError: the networks' configurations are missing or damaged
+    """
     blueprint = draft(config)
     counts = _counts(config, evaluators, processes)
     costs = _costs(blueprint, config)
     lora = sum(weight.numel() for weight in blueprint.policy.lora.values())
     weights = {name: size_bytes(network) for name, network in blueprint.networks.items()}
     weights["decoder"] -= 4 * lora
-    weights["lora"] = 5 * 4 * lora  # itself, gradient, two moments, average
+    weights["lora"] = 5 * 4 * lora  # parameters, gradient, two moments, EMA
     kept = _kept(blueprint, config, counts)
     activations = _activations(costs, config, counts)
-    away = ("text_encoder", "text_proj", "prior", "super_res_first", "super_res_last")
-    offloaded = sum(weights[name] for name in away) if config.memory.offload == "idle" else 0
+    idle = ("text_encoder", "text_proj", "prior", "super_res_first", "super_res_last")
+    offloaded = sum(weights[name] for name in idle) if config.memory.offload == "idle" else 0
     always = sum(weights.values()) + sum(kept.values())
-    drawing = max(size for stage, size in activations.items() if stage != "update")
+    sampling = max(size for stage, size in activations.items() if stage != "update")
     plan = Plan(
         counts=counts,
         parameters={name: _numbers(network) for name, network in blueprint.networks.items()} | {"lora": lora},
@@ -74,7 +83,7 @@ def make_plan(config: TrainerConfig, evaluators: int, processes: int = 1) -> Pla
         kept_bytes=kept,
         activations_bytes=activations,
         peak_bytes={
-            "drawing": always - kept["transitions"] + drawing,
+            "drawing": always - kept["transitions"] + sampling,
             "update": always - offloaded + activations["update"],
         },
         flops=_flops(costs, config, counts),
@@ -94,26 +103,26 @@ def make_plan(config: TrainerConfig, evaluators: int, processes: int = 1) -> Pla
 
 
 def _counts(config: TrainerConfig, evaluators: int, processes: int) -> dict[str, int]:
-    """Of the process with the most to do."""
+    """Return the counts of the process with the largest share."""
     rollout, update = config.rollout, config.update
     prompts = math.ceil(rollout.prompts_per_iteration / processes)
     images = prompts * rollout.images_per_prompt
     first, last = update.train_steps or trainable_steps(config.sampling.decoder_steps)
     steps = min(update.steps_per_image, last - first + 1)
-    everywhere = rollout.prompts_per_iteration * rollout.images_per_prompt * steps
+    all_transitions = rollout.prompts_per_iteration * rollout.images_per_prompt * steps
     return {
         "prompts": prompts,
         "pictures": images,
         "image embeddings": images if rollout.share.prior == "image" else prompts,
         "transitions": images * steps,
-        "optimizer steps": math.ceil(everywhere / (update.micro_batch * update.accumulate)),
+        "optimizer steps": math.ceil(all_transitions / (update.micro_batch * update.accumulate)),
         "requests to the scorer": math.ceil(images / config.sampling.micro_batch),
         "scores": images * evaluators,
     }
 
 
 def _kept(blueprint: Blueprint, config: TrainerConfig, counts: dict[str, int]) -> dict[str, int]:
-    """Trajectories and conditions are there twice for a moment: when all are drawn, they are joined."""
+    """Return bytes of the collected data. Trajectories and conditions count twice: joining copies them."""
     unet = blueprint.decoder.config
     latent = 4 * unet.in_channels * unet.sample_size**2
     steps = config.sampling.decoder_steps
@@ -129,12 +138,14 @@ def _kept(blueprint: Blueprint, config: TrainerConfig, counts: dict[str, int]) -
 
 
 def _activations(costs: dict[str, Cost], config: TrainerConfig, counts: dict[str, int]) -> dict[str, int]:
-    drawn = min(config.sampling.micro_batch, counts["pictures"])
-    embeddings = min(drawn, counts["image embeddings"])
+    sampled = min(config.sampling.micro_batch, counts["pictures"])
+    embeddings = min(sampled, counts["image embeddings"])
     replayed = min(config.update.micro_batch, counts["transitions"])
     rows = {"text": embeddings, "prior": embeddings, "replay": replayed, "update": replayed}
     return {
-        stage: cost.peak_bytes * rows.get(stage, drawn) for stage, cost in costs.items() if stage != "replay"
+        stage: cost.peak_bytes * rows.get(stage, sampled)
+        for stage, cost in costs.items()
+        if stage != "replay"
     }
 
 
@@ -162,7 +173,7 @@ def _numbers(network: torch.nn.Module) -> int:
 
 
 def _image_bytes(blueprint: Blueprint, config: TrainerConfig) -> int:
-    """As raw uint8, which is how the client sends them."""
+    """Return the bytes of an image as the client sends it, raw uint8."""
     small = config.rollout.reward_stage == "decoder"
     network = blueprint.decoder if small else blueprint.super_res_first
     return 3 * int(network.config.sample_size) ** 2
@@ -172,9 +183,9 @@ def _image_bytes(blueprint: Blueprint, config: TrainerConfig) -> int:
 
 
 def _costs(blueprint: Blueprint, config: TrainerConfig) -> dict[str, Cost]:
-    """One image through one step of each stage, one transition through the update."""
+    """Run one image through one step of each stage, and one transition through the update."""
     if config.update.gradient_checkpointing:
-        keep_few_activations(blueprint.decoder)
+        enable_activation_checkpointing(blueprint.decoder)
     with metered() as meter:
         with torch.no_grad():
             costs = {
@@ -221,7 +232,7 @@ def _super_resolution(blueprint: Blueprint) -> None:
 
 
 def _condition(blueprint: Blueprint, config: TrainerConfig) -> Condition:
-    """Of one image."""
+    """Return the condition of one image."""
     projection = blueprint.text_proj
     dtype, tokens = projection.dtype, blueprint.tokens + projection.clip_extra_context_tokens
     width, time = projection.config.cross_attention_dim, projection.config.time_embed_dim
@@ -240,11 +251,11 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="meta")
 
 
-# ----------------------------------------------------------------------------------------- the device
+# --------------------------------------------------------------------------------------------- device
 
 
 def device_memory(name: str) -> int | None:
-    """Bytes of memory of a device, or of the machine for "cpu"; None where there is no such device here."""
+    """Return the bytes of a device's memory (of the machine's for "cpu"); None if there is no such device."""
     if name == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if name.startswith("cuda") and torch.cuda.is_available():
@@ -276,7 +287,7 @@ _REMEDIES = {
 }
 
 
-# ----------------------------------------------------------------------------------------- for people
+# --------------------------------------------------------------------------------------------- output
 
 
 def show(plan: Plan, console: Console, *, as_json: bool = False) -> None:
@@ -292,7 +303,7 @@ def show(plan: Plan, console: Console, *, as_json: bool = False) -> None:
         memory.add_row(name, _size(size))
     for name, size in plan.peak_bytes.items():
         memory.add_row(
-            f"most while {'drawing' if name == 'drawing' else 'updating'}", _size(size), style="bold"
+            f"peak while {'sampling' if name == 'drawing' else 'updating'}", _size(size), style="bold"
         )
     work = _table("Arithmetic", "part", "TFLOP", "share")
     total = sum(plan.flops.values())
