@@ -1,18 +1,20 @@
 """Client of the reward service: `RewardClient`, and `AsyncRewardClient` for asyncio. No torch.
 
-Exceptions::
+The exceptions:
 
-    RewardClientError
-    ├── InputError            the arguments, a prompt or an image cannot be sent; they were not
-    ├── ServiceError          the service answered with a problem: .status, .problem
-    │   ├── RejectedError         it will answer so again (4xx, or a pair that cannot be scored)
-    │   └── OverloadedError       busy or not ready until the retry budget was spent
-    ├── UnreachableError      no answer until the retry budget was spent
-    ├── DeadlineError         the scores were not there within deadline_s
-    ├── NotReadyError         wait_until_ready ran out of time
-    ├── IdentityChangedError  another scorer answered than the pinned one, or than a moment ago
-    ├── ClientClosedError     the client was used after close()
-    └── ProtocolError         an answer that is not this protocol's, or a score that is not a number
+```text
+RewardClientError
+├── InputError            the arguments, a prompt or an image cannot be sent; nothing was sent
+├── ServiceError          the service responded with a problem: .status, .problem
+│   ├── RejectedError         a retry would not help (4xx, or a pair that cannot be scored)
+│   └── OverloadedError       busy or not ready until the retry budget was spent
+├── UnreachableError      no response until the retry budget was spent
+├── DeadlineError         the scores did not arrive within deadline_s
+├── NotReadyError         wait_until_ready ran out of time
+├── IdentityChangedError  other evaluators scored than the pinned ones, or than earlier in the call
+├── ClientClosedError     the client was used after close()
+└── ProtocolError         a response outside this protocol, or a score that is not a number
+```
 
 A failed score is always an exception, never a number.
 """

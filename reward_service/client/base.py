@@ -1,7 +1,4 @@
-"""One request and its answer, without the sending: addresses, headers, when to ask again, what came back.
-
-Who scored: the identity of a service's evaluators, remembered so that a change cannot pass unnoticed.
-"""
+"""Transport-independent core of both reward clients: requests, retry policy and response validation."""
 
 from __future__ import annotations
 
@@ -9,16 +6,17 @@ import ipaddress
 import re
 import threading
 import time
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import httpx
 import msgspec
 import tenacity
 
 from reward_service.client.errors import (
-    UNREADABLE,
+    DECODING_ERRORS,
     ClientClosedError,
     DeadlineError,
     IdentityChangedError,
@@ -28,10 +26,18 @@ from reward_service.client.errors import (
     ProtocolError,
     RewardClientError,
     UnreachableError,
+    parse_health,
     raise_for_problem,
-    readiness,
 )
-from reward_service.client.payload import Chunk, Portions, Question, check_encoding
+from reward_service.client.payload import (
+    CHUNK_BYTES,
+    CHUNK_PAIRS,
+    Chunk,
+    Chunking,
+    Encoding,
+    ScoreOptions,
+    check_encoding,
+)
 from reward_service.protocol import (
     JSON,
     MAX_BODY_BYTES,
@@ -46,90 +52,78 @@ from reward_service.protocol import (
 
 #: Evaluator → what produces its numbers. As JSON: {name: {"fingerprint": …, "calibration": …}}.
 Identity: TypeAlias = Mapping[str, EvaluatorIdentity]
-#: What may be insisted on: an identity, also as read from JSON; that of the first answer; or none.
-Pinned: TypeAlias = Identity | Mapping[str, Any] | Literal["first"] | None
+#: Argument `pin`: an identity, also as read from JSON; `first` for that of the first response; or None.
+PinOption: TypeAlias = Identity | Mapping[str, Any] | Literal["first"] | None
+
+Transport = TypeVar("Transport")
+
+POLL_INTERVAL_S = 0.2
+_CONNECT_TIMEOUT_S = 5.0
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
+RETRYABLE_ERRORS = (OverloadedError, UnreachableError)
+_API_KEY = re.compile(r"[!-~]+")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def identity(described: EvaluatorList) -> dict[str, EvaluatorIdentity]:
-    """Who scores, by what the service says of itself."""
+def identity_of(evaluators: EvaluatorList) -> dict[str, EvaluatorIdentity]:
+    """Return the identity of the evaluators that the service lists."""
     return {
-        name: EvaluatorIdentity(it.fingerprint, it.calibration) for name, it in described.evaluators.items()
+        name: EvaluatorIdentity(it.fingerprint, it.calibration) for name, it in evaluators.evaluators.items()
     }
 
 
-class Pin:
-    """The identity that answers are held against; may be shared by threads.
+class IdentityPin:
+    """The identity that every response is compared with. Thread-safe.
 
     Args:
-        given: the identity to insist on, or `first` for that of the first answer
+        pin: the expected identity, or `first` to adopt that of the first response
 
     Raises:
-        InputError: it is neither
+        InputError: `pin` is neither
     """
 
-    def __init__(self, given: Identity | Mapping[str, Any] | Literal["first"]) -> None:
+    def __init__(self, pin: Identity | Mapping[str, Any] | Literal["first"]) -> None:
         self._lock = threading.Lock()
-        self._open = given == "first"
-        self._known: dict[str, EvaluatorIdentity] = {} if self._open else _read(given)
-        self._all = None if self._open else frozenset(self._known)
+        self._adopting = pin == "first"
+        self._pinned: dict[str, EvaluatorIdentity] = {} if self._adopting else _parse_pin(pin)
+        self._all_names = None if self._adopting else frozenset(self._pinned)
 
-    def check(self, answered: Identity, *, everyone: bool) -> None:
-        """Nothing if the answer is the pinned scorer's.
+    def check(self, found: Identity, *, complete: bool) -> None:
+        """Raise an error if a response has another identity than the pinned one.
 
         Args:
-            everyone: whether all of the service's evaluators were asked, so that none may join or leave
+            found: identity of the evaluators in the response
+            complete: all evaluators of the service were requested, so that none may be added or missing
 
         Raises:
-            IdentityChangedError: it is another's
+            IdentityChangedError: another fingerprint, calibration or set of evaluators
         """
         with self._lock:
-            changes = [change for name, it in answered.items() if (change := self._change(name, it))]
-            if everyone and self._all not in (None, frozenset(answered)):
-                changes.append(f"the evaluators are {_list(answered)}, no longer {_list(self._all or ())}")
+            changes = [change for name, it in found.items() if (change := self._change(name, it))]
+            if complete and self._all_names not in (None, frozenset(found)):
+                changes.append(f"the evaluators are {_join(found)}, no longer {_join(self._all_names or ())}")
             if changes:
                 raise IdentityChangedError(
-                    f"the scorer has changed: {'; '.join(changes)}. Scores before and after must not be "
-                    "compared; go back to the first scorer, or score everything again"
+                    f"the service's evaluators have changed: {'; '.join(changes)}. Scores from before and "
+                    "after must not be compared; restore the first evaluators, or score everything again"
                 )
-            if self._open:
-                self._known.update(answered)
-                self._all = frozenset(answered) if everyone else self._all
+            if self._adopting:
+                self._pinned.update(found)
+                self._all_names = frozenset(found) if complete else self._all_names
 
     def _change(self, name: str, found: EvaluatorIdentity) -> str | None:
-        pinned = self._known.get(name)
+        pinned = self._pinned.get(name)
         if pinned is None:
-            return None if self._open else f"{name} was not pinned"
+            return None if self._adopting else f"{name} was not pinned"
         parts = [part for part in found.__struct_fields__ if getattr(found, part) != getattr(pinned, part)]
         return f"{name} has another {' and '.join(parts)}" if parts else None
 
 
-def _read(given: Any) -> dict[str, EvaluatorIdentity]:
-    try:
-        known = msgspec.convert(dict(given), dict[str, EvaluatorIdentity])
-    except (TypeError, ValueError, msgspec.ValidationError):
-        raise InputError("pin must be 'first', or what client.identity() gave, also read from JSON") from None
-    if not known:
-        raise InputError("pin names no evaluator; take it from client.identity(), or use 'first'")
-    return known
-
-
-def _list(names: Any) -> str:
-    return ", ".join(sorted(names))
-
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
-CONNECT_S = 5.0
-POLL_S = 0.2
-TOO_LATE = "deadline_exceeded"
-_KEY = re.compile(r"[!-~]+")
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
 class Deadline:
-    """When a call's scores are of no use any more; never, if `seconds` is None.
+    """Point in time after which the scores of a call are useless; never, if `seconds` is None.
 
     Raises:
-        InputError: `seconds` is not a time to come
+        InputError: `seconds` is not positive
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -138,197 +132,241 @@ class Deadline:
         self._seconds = seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
-    def left_s(self) -> float:
-        """Seconds that are left.
+    def remaining_s(self) -> float:
+        """Return the remaining seconds, infinity without a deadline.
 
         Raises:
-            DeadlineError: none
+            DeadlineError: the deadline has passed
         """
-        left = float("inf") if self._end is None else self._end - time.monotonic()
-        if left <= 0:
-            raise self.missed()
-        return left
-
-    def missed(self) -> DeadlineError:
-        """The error to raise when it has passed, or will have before an answer can come."""
-        return DeadlineError(f"the scores were not there within the {self._seconds:g} s the call was given")
+        remaining = float("inf") if self._end is None else self._end - time.monotonic()
+        if remaining <= 0:
+            raise DeadlineError(f"the scores did not arrive within the {self._seconds:g} s of the deadline")
+        return remaining
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of `score`: what is asked, until when, and whose answers it takes."""
+class ScoreCall:
+    """One call of `score`, which may take several requests."""
 
-    asked: Question
+    options: ScoreOptions
     deadline: Deadline
-    pin: Pin
+    pin: IdentityPin
 
 
-class Exchange:
-    """What the two clients share. The arguments are those of `RewardClient`."""
+class ClientCore(ABC, Generic[Transport]):
+    """Common part of the synchronous and the asynchronous client. Performs no I/O itself.
+
+    The arguments are those of `RewardClient`.
+    """
 
     def __init__(
         self,
         base_url: str,
         *,
-        api_key: str | None,
-        client_id: str | None,
-        timeout_s: float,
-        retry_budget_s: float,
-        pin: Pinned,
-        portions: Portions,
-        in_flight: int,
+        api_key: str | None = None,
+        client_id: str | None = None,
+        timeout_s: float = 60.0,
+        retry_budget_s: float = 60.0,
+        pin: PinOption = None,
+        encoding: Encoding = "raw",
+        in_flight: int = 4,
+        chunk_pairs: int = CHUNK_PAIRS,
+        chunk_bytes: int = CHUNK_BYTES,
+        transport: Transport | None = None,
+        sleep: Callable[[float], Any] | None = None,
     ) -> None:
-        url = _address(base_url)
+        url = _parse_base_url(base_url)
         self.base_url = str(url).rstrip("/")
-        self._timeout_s, self._retry_budget_s = timeout_s, retry_budget_s
-        self._pin = None if pin is None else Pin(pin)
-        self._portions, self._in_flight = _checked(portions), _positive("in_flight", in_flight)
+        self._timeout_s, self._retry_budget_s, self._sleep = timeout_s, retry_budget_s, sleep
+        self._pin = None if pin is None else IdentityPin(pin)
+        self._chunking = _parse_chunking(chunk_pairs, chunk_bytes, encoding)
+        self._in_flight = _positive("in_flight", in_flight)
         self._closed = False
-        self._options: dict[str, Any] = {
+        self._http_options: dict[str, Any] = {
             "base_url": self.base_url,
             "headers": {"Accept": MSGPACK, **_credentials(api_key, client_id)},
-            # A proxy of the environment leads away from this machine.
+            # A proxy from the environment is another machine, whose loopback addresses are not ours.
             "trust_env": not _is_loopback(url.host),
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=self._in_flight),
+            "transport": transport,
         }
+        self._open()
 
-    def _call(self, asked: Question, deadline_s: float | None) -> Call:
-        # Even without a pin, the requests of one call must be answered by one scorer.
-        return Call(asked, Deadline(deadline_s), self._pin or Pin("first"))
+    @abstractmethod
+    def _open(self) -> None:
+        """Prepare the connections; the last step of `__init__`."""
+
+    # Requests --------------------------------------------------------------------------------------------
+
+    def _start_call(self, options: ScoreOptions, deadline_s: float | None) -> ScoreCall:
+        # Even without a pin, all requests of one call must be scored by the same evaluators.
+        return ScoreCall(options, Deadline(deadline_s), self._pin or IdentityPin("first"))
 
     def _score_request(self, chunk: Chunk, deadline: Deadline) -> dict[str, Any]:
-        """What goes to the wire; the request id is the same however often it is asked."""
-        left_s = deadline.left_s()
+        """Return httpx's arguments for a chunk; retries of it keep its request ID."""
+        remaining_s = deadline.remaining_s()
         headers = {"Content-Type": MSGPACK, "X-Request-Id": chunk.request_id}
-        if left_s != float("inf"):
-            headers["X-Deadline-Ms"] = str(max(100, int(1000 * left_s)))
+        if remaining_s != float("inf"):
+            headers["X-Deadline-Ms"] = str(max(100, int(1000 * remaining_s)))
         return {
             "method": "POST",
             "url": "/v1/score",
             "content": chunk.body,
             "headers": headers,
-            "timeout": self._timeout(left_s),
+            "timeout": self._timeout(remaining_s),
         }
 
     def _get_request(self, path: str) -> dict[str, Any]:
         return {"method": "GET", "url": path, "headers": {"Accept": JSON}, "timeout": self._timeout()}
 
-    def _timeout(self, left_s: float = float("inf")) -> httpx.Timeout:
-        longest = min(self._timeout_s, left_s)
-        # A service that is there accepts quickly; only its answer may take long.
-        return httpx.Timeout(longest, connect=min(CONNECT_S, longest))
+    def _timeout(self, remaining_s: float = float("inf")) -> httpx.Timeout:
+        longest = min(self._timeout_s, remaining_s)
+        # A running service accepts a connection quickly; only its response may take long.
+        return httpx.Timeout(longest, connect=min(_CONNECT_TIMEOUT_S, longest))
 
-    def _retry_rule(self, budget_s: float) -> dict[str, Any]:
-        jittered = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
 
-        def pause(state: tenacity.RetryCallState) -> float:
+    # Retries ---------------------------------------------------------------------------------------------
+
+    def _retry_policy(self, budget_s: float) -> dict[str, Any]:
+        """Return tenacity's arguments: exponential backoff with jitter until the budget is spent."""
+        jittered = tenacity.wait_random_exponential(multiplier=_FIRST_BACKOFF_S, max=_LONGEST_BACKOFF_S)
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            # Never earlier than the service asked for; the jitter keeps many clients apart.
+            # Never earlier than Retry-After; the jitter spreads the retries of many clients.
             return getattr(error, "retry_after_s", 0.0) + jittered(state)
 
         return {
-            "retry": tenacity.retry_if_exception_type((OverloadedError, UnreachableError)),
-            "wait": pause,
-            # stop_before_delay: a pause that would end after the budget is not begun.
+            "retry": tenacity.retry_if_exception_type(RETRYABLE_ERRORS),
+            "wait": wait_s,
+            # stop_before_delay: no sleep that would end after the budget.
             "stop": tenacity.stop_before_delay(budget_s),
             "reraise": True,
         }
 
     def _budget_s(self, deadline: Deadline) -> float:
-        return min(self._retry_budget_s, deadline.left_s())
+        return min(self._retry_budget_s, deadline.remaining_s())
 
-    def _gave_up(self, error: RewardClientError, budget_s: float) -> RewardClientError:
-        """The error to raise once asking again is over: the deadline's, if it ended the retries."""
+    def _exhausted_error(self, error: RewardClientError, budget_s: float) -> RewardClientError:
+        """Return the error to raise after the last retry: a `DeadlineError` if the deadline ended them."""
         problem = getattr(error, "problem", None)
-        too_late = budget_s < self._retry_budget_s or (problem and problem.code == TOO_LATE)
+        too_late = budget_s < self._retry_budget_s or (problem and problem.code == "deadline_exceeded")
         return DeadlineError(f"too late: {error}") if too_late else error
 
-    def _scores(self, answer: httpx.Response, chunk: Chunk, call: Call) -> ScoreResponse:
-        raise_for_problem(answer, chunk.first)
+    # Responses -------------------------------------------------------------------------------------------
+
+    def _parse_scores(self, response: httpx.Response, chunk: Chunk, call: ScoreCall) -> ScoreResponse:
+        raise_for_problem(response, chunk.first)
         try:
-            response = decode_response(answer.content, answer.headers.get("content-type", ""))
-        except UNREADABLE as error:
-            raise self._foreign(str(error)) from None
-        if len(response.results) != chunk.pairs:
-            raise self._foreign(f"{len(response.results)} results for {chunk.pairs} pairs")
-        self._check_complete(response, call.asked)
-        everyone = call.asked.evaluators is None and not call.asked.allow_partial
-        call.pin.check(response.evaluators, everyone=everyone)
-        return response
+            scores = decode_response(response.content, response.headers.get("content-type", ""))
+        except DECODING_ERRORS as error:
+            raise self._protocol_error(str(error)) from None
+        if len(scores.results) != chunk.pairs:
+            raise self._protocol_error(f"{len(scores.results)} results for {chunk.pairs} pairs")
+        self._check_complete(scores, call.options)
+        complete = call.options.evaluators is None and not call.options.allow_partial
+        call.pin.check(scores.evaluators, complete=complete)
+        return scores
 
-    def _check_complete(self, response: ScoreResponse, asked: Question) -> None:
-        if response.failed and not asked.allow_partial:
-            raise self._foreign("a partial answer that was not asked for")
-        answered = set(response.evaluators)
-        if asked.evaluators is not None and answered | set(response.failed) != set(asked.evaluators):
-            raise self._foreign("an evaluator that was asked is missing, or another answered")
-        if any(set(result.scores) != answered for result in response.results):
-            raise self._foreign("an evaluator's score is missing")
+    def _check_complete(self, scores: ScoreResponse, options: ScoreOptions) -> None:
+        if scores.failed and not options.allow_partial:
+            raise self._protocol_error("a partial response, though allow_partial was not set")
+        names = set(scores.evaluators)
+        if options.evaluators is not None and names | set(scores.failed) != set(options.evaluators):
+            raise self._protocol_error("a requested evaluator is missing, or another one was added")
+        if any(set(result.scores) != names for result in scores.results):
+            raise self._protocol_error("an evaluator's score is missing")
 
-    def _described(self, answer: httpx.Response) -> EvaluatorList:
-        raise_for_problem(answer)
+    def _parse_evaluators(self, response: httpx.Response) -> EvaluatorList:
+        raise_for_problem(response)
         try:
-            return msgspec.json.decode(answer.content, type=EvaluatorList)
-        except UNREADABLE as error:
-            raise self._foreign(str(error)) from None
+            return msgspec.json.decode(response.content, type=EvaluatorList)
+        except DECODING_ERRORS as error:
+            raise self._protocol_error(str(error)) from None
 
-    def _not_sent(self, error: Exception) -> RewardClientError:
-        """httpx's error in the caller's words."""
+    def _must_wait(self, health: Health, timeout_s: float, end: float) -> bool:
+        """Return whether `wait_until_ready` must go on, until the monotonic time `end`.
+
+        Raises:
+            NotReadyError: the service has failed, or the time is over
+        """
+        if health.status == "ready":
+            return False
+        if health.status == "failed" or time.monotonic() >= end:
+            raise NotReadyError(
+                f"the reward service at {self.base_url} was not ready within {timeout_s:g} s "
+                f"({health.status}: {health.detail}); see its log, or wait longer"
+            )
+        return True
+
+    # Errors ----------------------------------------------------------------------------------------------
+
+    def _transport_error(self, error: Exception) -> RewardClientError:
+        """Return the client's own error for one of httpx."""
         if self._closed:
-            return _closed()
+            return _closed_error()
         if isinstance(error, httpx.DecodingError):
-            return self._foreign(str(error))
+            return self._protocol_error(str(error))
         cause = "timed out" if isinstance(error, httpx.TimeoutException) else str(error)
         return UnreachableError(
-            f"no answer from the reward service at {self.base_url} ({cause or type(error).__name__}); "
+            f"no response from the reward service at {self.base_url} ({cause or type(error).__name__}); "
             "start it with `reward-service serve` or correct the address"
         )
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise _closed()
-
-    def _foreign(self, cause: str) -> ProtocolError:
-        return ProtocolError(f"{self.base_url} is no reward service ({cause}); check the address")
-
-    def _gave_up_waiting(self, timeout_s: float, state: Health) -> NotReadyError:
-        return NotReadyError(
-            f"the reward service at {self.base_url} was not ready within {timeout_s:g} s "
-            f"({state.status}: {state.detail}); see its log, or wait longer"
-        )
+    def _protocol_error(self, cause: str) -> ProtocolError:
+        return ProtocolError(f"{self.base_url} is not a reward service ({cause}); check the address")
 
 
-def is_ready(answer: httpx.Response) -> bool:
-    """Whether an answer of `/health/ready` is a reward service's and says so."""
-    return answer.status_code == httpx.codes.OK and readiness(answer).status == "ready"
+def reports_ready(response: httpx.Response) -> bool:
+    """Return whether a response of `/health/ready` is a reward service's and reports it ready."""
+    return response.status_code == httpx.codes.OK and parse_health(response).status == "ready"
 
 
-def opened(kind: Any, **options: Any) -> Any:
-    """An httpx client.
+def open_http_client(kind: Any, **options: Any) -> Any:
+    """Return a new httpx client of the given class.
 
     Raises:
-        InputError: the environment names a proxy that cannot be used
+        InputError: the environment names a proxy that is not usable
     """
     try:
         return kind(**options)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise InputError(f"the environment's proxy cannot be used ({error}); mend or unset it") from None
+        raise InputError(f"invalid proxy configuration ({error}); fix or unset the proxy variables") from None
 
 
-def _closed() -> ClientClosedError:
-    return ClientClosedError("this client was closed; make another, or close it later")
+def _closed_error() -> ClientClosedError:
+    return ClientClosedError("this client was closed; create another, or close it later")
 
 
-def _address(base_url: Any) -> httpx.URL:
-    """A base URL that can be asked. What is refused is not repeated: it may hold a password."""
+def _parse_pin(pin: Any) -> dict[str, EvaluatorIdentity]:
+    try:
+        pinned = msgspec.convert(dict(pin), dict[str, EvaluatorIdentity])
+    except (TypeError, ValueError, msgspec.ValidationError):
+        raise InputError(
+            "pin must be 'first', or a result of client.identity(), which may be read from JSON"
+        ) from None
+    if not pinned:
+        raise InputError("pin names no evaluator; use the result of client.identity(), or 'first'")
+    return pinned
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _parse_base_url(base_url: Any) -> httpx.URL:
+    """Return a usable base URL. An unusable one may hold a password and is not repeated in the error."""
     try:
         url = httpx.URL(str(base_url).strip())
     except httpx.InvalidURL as error:
-        raise InputError(f"the service address is no URL: {error}") from None
+        raise InputError(f"the service address is not a URL: {error}") from None
     if url.userinfo:
         raise InputError("the service address holds a user name or password; give the key as api_key")
-    port_ok = url.port is None or 0 < url.port < 2**16
-    if url.scheme not in ("http", "https") or not url.host or not port_ok or url.query or url.fragment:
+    valid_port = url.port is None or 0 < url.port < 2**16
+    if url.scheme not in ("http", "https") or not url.host or not valid_port or url.query or url.fragment:
         raise InputError(
             f"the service address {str(url)!r} must start with http:// or https:// and be like "
             "http://127.0.0.1:8000 or https://host/path"
@@ -346,7 +384,7 @@ def _is_loopback(host: str) -> bool:
 def _credentials(api_key: Any, client_id: Any) -> Mapping[str, str]:
     headers = {}
     if api_key:
-        if not isinstance(api_key, str) or not _KEY.fullmatch(api_key):  # a secret: it is not shown
+        if not isinstance(api_key, str) or not _API_KEY.fullmatch(api_key):  # a secret: never shown
             raise InputError("api_key must be plain ASCII without spaces or line breaks; strip it")
         headers["Authorization"] = f"Bearer {api_key}"
     if client_id:
@@ -358,15 +396,15 @@ def _credentials(api_key: Any, client_id: Any) -> Mapping[str, str]:
     return headers
 
 
-def _checked(portions: Portions) -> Portions:
-    check_encoding(portions.encoding)
-    for name, value, most in (
-        ("chunk_pairs", portions.pairs, MAX_PAIRS),
-        ("chunk_bytes", portions.bytes, MAX_BODY_BYTES),
+def _parse_chunking(pairs: int, size: int, encoding: Encoding) -> Chunking:
+    check_encoding(encoding)
+    for name, value, limit in (
+        ("chunk_pairs", pairs, MAX_PAIRS),
+        ("chunk_bytes", size, MAX_BODY_BYTES),
     ):
-        if _positive(name, value) > most:
-            raise InputError(f"{name} must be at most {most:,}, the most a service takes")
-    return portions
+        if _positive(name, value) > limit:
+            raise InputError(f"{name} must be at most {limit:,}, the limit of the service")
+    return Chunking(pairs, size, encoding)
 
 
 def _positive(name: str, value: int) -> int:

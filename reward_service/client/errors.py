@@ -1,6 +1,6 @@
-"""What can go wrong between the client and the service, and how an answer tells it. No torch.
+"""Exceptions of the reward client, and their construction from HTTP responses. No torch.
 
-The tree of exceptions is drawn at the top of `client.py`.
+The tree of exceptions is shown in the docstring of the package `reward_service.client`.
 """
 
 from __future__ import annotations
@@ -14,33 +14,39 @@ import msgspec
 
 from reward_service.protocol import Health, Problem
 
-#: Of answers that say nothing themselves: a proxy's words for "not now". A bare 500 is Ray's for a replica
-#: that died over a request; one of the service's own always says whether asking again can help.
+#: Status codes to retry when the response carries no problem: a proxy's "not now". A bare 500 is Ray Serve's
+#: for a replica that died during a request; the service's own problems always say if a retry can help.
 RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-#: What decoding another program's answer can raise; msgspec's own error is a ValueError.
-UNREADABLE = (ValueError, RecursionError)
+#: What decoding a response of unknown origin can raise; msgspec's own error is a ValueError.
+DECODING_ERRORS = (ValueError, RecursionError)
 
 
 class RewardClientError(Exception):
-    """Anything that kept scores from coming back."""
+    """Base class of everything that can prevent scores from being returned."""
 
 
 class InputError(RewardClientError, ValueError):
-    """The arguments, a prompt or an image cannot be sent; they were not."""
+    """The arguments, a prompt or an image cannot be sent; nothing was sent."""
 
 
 class ServiceError(RewardClientError):
-    """The service answered with a problem."""
+    """The service responded with a problem.
+
+    Attributes:
+        status: HTTP status
+        problem: the problem details; None if the response had none
+        retry_after_s: seconds to wait before a retry, from the header `Retry-After`; 0 without one
+    """
 
     def __init__(self, status: int, problem: Problem | None, retry_after_s: float = 0.0) -> None:
-        super().__init__(_sentence(status, problem))
+        super().__init__(_problem_message(status, problem))
         self.status = status
         self.problem = problem
         self.retry_after_s = retry_after_s
 
 
 class RejectedError(ServiceError):
-    """Asking again would not help: .problem says what to change."""
+    """The request was rejected and a retry would not help: `problem` says what to change."""
 
 
 class OverloadedError(ServiceError):
@@ -48,11 +54,11 @@ class OverloadedError(ServiceError):
 
 
 class UnreachableError(RewardClientError):
-    """The service gave no answer until the retry budget was spent."""
+    """The service did not respond until the retry budget was spent."""
 
 
 class DeadlineError(RewardClientError):
-    """The scores were not there by the deadline that the call was given."""
+    """The scores did not arrive before the deadline of the call."""
 
 
 class NotReadyError(RewardClientError):
@@ -60,7 +66,7 @@ class NotReadyError(RewardClientError):
 
 
 class IdentityChangedError(RewardClientError):
-    """Another scorer than the pinned one answered; its numbers must not be mixed with the earlier ones."""
+    """Other evaluators than the pinned ones scored; their scores must not be mixed with earlier ones."""
 
 
 class ClientClosedError(RewardClientError):
@@ -68,30 +74,40 @@ class ClientClosedError(RewardClientError):
 
 
 class ProtocolError(RewardClientError):
-    """The answer is not this protocol's: perhaps another program listens at this address."""
+    """The response does not follow the protocol: perhaps another program listens at this address."""
 
 
-def raise_for_problem(answer: httpx.Response, first_pair: int = 0) -> None:
-    """Nothing for a success.
+def raise_for_problem(response: httpx.Response, first_pair: int = 0) -> None:
+    """Raise the error that an unsuccessful response stands for.
 
     Args:
-        first_pair: place of the request's first pair in the caller's batch, whose indices the problem gets
+        response: response of any route
+        first_pair: index of the request's first pair in the whole batch; added to the problem's indices
 
     Raises:
-        ServiceError: of the kind that tells whether asking again can help
+        OverloadedError: a retry can help
+        RejectedError: a retry would not help
     """
-    if answer.is_success:
+    if response.is_success:
         return
-    problem = _problem(answer, first_pair)
-    retryable = problem.retryable if problem else answer.status_code in RETRYABLE_STATUS
-    kind = OverloadedError if retryable else RejectedError
-    raise kind(answer.status_code, problem, _retry_after_s(answer))
+    problem = _parse_problem(response, first_pair)
+    retryable = problem.retryable if problem else response.status_code in RETRYABLE_STATUS
+    error = OverloadedError if retryable else RejectedError
+    raise error(response.status_code, problem, _retry_after_s(response))
 
 
-def _problem(answer: httpx.Response, first_pair: int) -> Problem | None:
+def parse_health(response: httpx.Response) -> Health:
+    """Return the state that a response of `/health/ready` reports; `loading` if it is not the service's."""
     try:
-        problem = msgspec.json.decode(answer.content, type=Problem)
-    except UNREADABLE:
+        return msgspec.json.decode(response.content, type=Health)
+    except DECODING_ERRORS:
+        return Health("loading", f"status {response.status_code}, not a reward service's response")
+
+
+def _parse_problem(response: httpx.Response, first_pair: int) -> Problem | None:
+    try:
+        problem = msgspec.json.decode(response.content, type=Problem)
+    except DECODING_ERRORS:
         return None
     errors = [
         error if error.index is None else msgspec.structs.replace(error, index=first_pair + error.index)
@@ -100,13 +116,13 @@ def _problem(answer: httpx.Response, first_pair: int) -> Problem | None:
     return msgspec.structs.replace(problem, errors=errors)
 
 
-def _retry_after_s(answer: httpx.Response) -> float:
-    """Seconds to wait by the Retry-After header: a number, or a date (RFC 9110, section 10.2.3)."""
-    value = answer.headers.get("retry-after", "")
+def _retry_after_s(response: httpx.Response) -> float:
+    """Return the seconds of the header `Retry-After`: a number, or a date (RFC 9110, section 10.2.3)."""
+    value = response.headers.get("retry-after", "")
     try:
         seconds = float(value)
     except ValueError:
-        seconds = _seconds_until(value, answer.headers.get("date", ""))
+        seconds = _seconds_until(value, response.headers.get("date", ""))
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
 
 
@@ -115,28 +131,20 @@ def _seconds_until(date: str, sent: str) -> float:
         then = parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-    try:  # by the service's own clock, which need not be ours
+    try:  # by the service's own clock, which may differ from ours
         now = parsedate_to_datetime(sent).timestamp()
     except (ValueError, OverflowError):
         now = time.time()
     return then - now
 
 
-def readiness(answer: httpx.Response) -> Health:
-    """The state that an answer of `/health/ready` tells."""
-    try:
-        return msgspec.json.decode(answer.content, type=Health)
-    except UNREADABLE:
-        return Health("loading", f"status {answer.status_code}, not a reward service's answer")
-
-
-def _sentence(status: int, problem: Problem | None) -> str:
+def _problem_message(status: int, problem: Problem | None) -> str:
     if problem is None:
         return (
-            f"status {status} without a reward service's reason: another program or a proxy answered; "
-            "check the address"
+            f"status {status} without the problem details of a reward service: "
+            "another program or a proxy responded; check the address"
         )
     first = problem.errors[0] if problem.errors else None
-    where = f"pair {first.index}: " if first and first.index is not None else ""
+    pair = f"pair {first.index}: " if first and first.index is not None else ""
     detail = first.detail if first else problem.detail
-    return f"the reward service answered {status} {problem.code}: {where}{detail}"
+    return f"the reward service responded {status} {problem.code}: {pair}{detail}"

@@ -1,8 +1,7 @@
-"""The client's batch as bodies of requests, made one after another, and the answers put together again.
+"""Request bodies for a batch of prompts and images, and the merging of their responses. No torch, no HTTP.
 
-No torch, no HTTP.
-
-Whatever a caller has for an image, as it goes over the wire: lossless, and never changed. No torch.
+A batch is split into chunks, each encoded as one request body when it is needed. Images of every kind are
+sent lossless: files unchanged, everything else as RGB pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from itertools import zip_longest
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,153 +34,37 @@ from reward_service.protocol import (
 )
 
 #: A Pillow image, an array (H, W, 3) or tensor (3, H, W), uint8 or float in [0, 1], a path, or the bytes of
-#: a PNG, JPEG or WebP file. Tensors are known by their methods: torch is not imported.
+#: a PNG, JPEG or WebP file. Tensors are recognized by their methods: torch is not imported.
 ImageLike = Any
-#: How pixels travel. All three are lossless; the last two cost milliseconds an image and save the network.
+#: Encoding of pixels on the wire. All three are lossless; the last two cost milliseconds per image and reduce
+#: network traffic.
 Encoding = Literal["raw", "png", "webp"]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: A quarter of the service's limit: several requests are in flight at once, and each arrives soon.
+CHUNK_BYTES = MAX_BODY_BYTES // 4
+#: With the default configuration, four of these are the most pairs that the service admits per client.
+CHUNK_PAIRS = 512
 
 _CHANNELS = 3
-_LONGEST_WEBP_SIDE = 16383
-# PNG's default level takes three times as long for a few per cent; WebP's quality is its effort here.
-_SAVING: dict[str, dict[str, Any]] = {
+_MAX_WEBP_SIDE = 16383
+# PNG's default level takes three times as long for a few per cent; for lossless WebP, quality means effort.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1},
     "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
 }
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def check_encoding(encoding: str) -> None:
-    """Nothing if pixels can travel so.
-
-    Raises:
-        InputError: they cannot
-    """
-    if encoding not in get_args(Encoding):
-        raise InputError(f"encoding must be one of {', '.join(get_args(Encoding))}; the lossy ones are none")
-
-
-def encode_image(image: ImageLike, encoding: Encoding = "raw") -> Picture:
-    """One image as it goes over the wire: files unchanged, everything else as lossless RGB.
-
-    Raises:
-        InputError: not an image this client can send
-    """
-    if isinstance(image, (str, os.PathLike)):
-        return _file(Path(image))
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return _file_bytes(bytes(image), "these bytes")
-    if isinstance(image, Image.Image):
-        _check_size(image.height, image.width, encoding)
-        return _sent(_opened(image), encoding)
-    pixels = _pixels(image)
-    _check_size(pixels.shape[0], pixels.shape[1], encoding)
-    return _sent(pixels, encoding)
-
-
-def _file(path: Path) -> Picture:
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read ({reason}); check the path") from None
-    return _file_bytes(data, str(path))
-
-
-def _file_bytes(data: bytes, name: str) -> Picture:
-    found = sniff(data)
-    if found is None:
-        raise InputError(f"{name}: not a PNG, JPEG or WebP image; convert it to one of these")
-    return Picture(data, found)  # type: ignore[arg-type]  # sniff names only formats of the protocol
-
-
-def _opened(image: Image.Image) -> Pixels:
-    try:
-        return flatten(image)
-    except (OSError, SyntaxError) as error:  # Pillow reads an opened file's pixels only now
-        raise InputError(f"the image cannot be read ({error}); open a whole file") from None
-
-
-def _check_size(height: int, width: int, encoding: Encoding) -> None:
-    if encoding == "raw" and height * width * _CHANNELS > MAX_BODY_BYTES:
-        raise InputError(
-            f"{width}x{height} pixels are {height * width * _CHANNELS / 2**20:.0f} MiB raw, more than the "
-            f"{MAX_BODY_BYTES / 2**20:.0f} MiB of a request; shrink it, or use the client with encoding='png'"
-        )
-    if encoding == "webp" and max(height, width) > _LONGEST_WEBP_SIDE:
-        raise InputError(f"{width}x{height} pixels: WebP ends at {_LONGEST_WEBP_SIDE} a side; shrink it")
-
-
-def _sent(pixels: Pixels, encoding: Encoding) -> Picture:
-    if encoding == "raw":
-        # A view, to be copied but once, into the request's body.
-        data = np.ascontiguousarray(pixels).data.cast("B")
-        return Picture(data, "raw", (pixels.shape[0], pixels.shape[1], 3))  # type: ignore[arg-type]
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, **_SAVING[encoding])
-    return Picture(file.getvalue(), encoding)
-
-
-def _pixels(image: Any) -> Pixels:
-    """A uint8 (H, W, 3) array of an array or tensor."""
-    is_tensor = hasattr(image, "detach") and hasattr(image, "cpu")
-    array = _rows_first(_array_of(image)) if is_tensor else image
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"a {type(image).__name__} is no Pillow image, array, tensor, path or bytes")
-    if array.ndim != _CHANNELS or array.shape[2] != _CHANNELS:
-        raise InputError(f"an array must have shape (height, width, 3), not {tuple(array.shape)}")
-    if array.size == 0:
-        raise InputError(f"the image has no pixels: shape {tuple(array.shape)}")
-    if np.issubdtype(array.dtype, np.floating):
-        return _rounded(array)
-    if array.dtype != np.uint8:
-        raise InputError(f"pixels must be uint8, or float in [0, 1], not {array.dtype}; convert them")
-    return array
-
-
-def _array_of(tensor: Any) -> Array:
-    """A tensor's values; numpy knows no bfloat16, and float64 holds every smaller float exactly."""
-    tensor = tensor.detach().cpu()
-    array: Array = tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
-    return array
-
-
-def _rows_first(array: Array) -> Array:
-    """A tensor's (3, H, W) as (H, W, 3); a uint8 one may come as (H, W, 3) already."""
-    shape = tuple(array.shape)
-    channels_first = array.ndim == _CHANNELS and shape[0] == _CHANNELS
-    channels_last = array.ndim == _CHANNELS and shape[2] == _CHANNELS and array.dtype == np.uint8
-    if channels_first and channels_last:
-        raise InputError(f"shape {shape} may mean (3, height, width) or (height, width, 3); give an array")
-    if not (channels_first or channels_last):
-        raise InputError(f"a tensor must have shape (3, height, width), not {shape}")
-    return array.transpose(1, 2, 0) if channels_first else array
-
-
-def _rounded(array: Array) -> Pixels:
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):
-        raise InputError(
-            f"float pixels must lie in [0, 1], not [{low:.4g}, {high:.4g}]; clamp them, or make them uint8"
-        )
-    # In float64 the product is exact for every smaller float: it is rounded once, by rint.
-    levels = np.multiply(array, 255.0, dtype=np.float64)
-    return np.rint(levels, out=levels).astype(np.uint8)
-
-
-#: A quarter of what the service takes: several are under way at once, and each is soon there.
-CHUNK_BYTES = MAX_BODY_BYTES // 4
-#: Four of these are the most pairs that a service admits of one client at once, if left as it comes.
-CHUNK_PAIRS = 512
-_ITEM_BYTES = 64  # what msgpack adds to a prompt and an image: names, sizes, shape
-_ENCODER = msgspec.msgpack.Encoder()
-_AXES_OF_ONE = (0, 2, 3)
+_ITEM_OVERHEAD_BYTES = 64  # what msgpack adds to a prompt and an image: names, sizes, shape
+_NDIM_OF_ONE_IMAGE = (0, 2, 3)
 _MISSING = object()
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+# Options ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of every pair: evaluators, weights and options, in plain Python values."""
+class ScoreOptions:
+    """Options of a score call, which hold for every pair; the fields are those of `ScoreRequest`."""
 
     evaluators: tuple[str, ...] | None = None
     weights: Mapping[str, float] | None = None
@@ -191,32 +73,71 @@ class Question:
     allow_partial: bool = False
 
 
-def question(
+def parse_options(
     evaluators: Iterable[str] | None,
     weights: Mapping[str, float] | None,
     normalization: Normalization,
     deterministic: bool,
     allow_partial: bool,
-) -> Question:
-    """The options of a call, checked.
+) -> ScoreOptions:
+    """Return the validated options of a call, as plain Python values.
 
     Raises:
-        InputError: one of them has no sense
+        InputError: an option is not usable
     """
     if normalization not in get_args(Normalization):
         raise InputError(f"normalization must be one of {', '.join(get_args(Normalization))}")
     if isinstance(evaluators, str):
         raise InputError("evaluators must be a list of names, not one string")
-    names = None if evaluators is None else tuple(map(_name, evaluators))
+    names = None if evaluators is None else tuple(map(_parse_name, evaluators))
     if names == ():
-        raise InputError("evaluators is empty; name at least one, or leave it None for all")
-    numbers = None if weights is None else {_name(name): _weight(it) for name, it in weights.items()}
-    return Question(names, numbers, normalization, bool(deterministic), bool(allow_partial))
+        raise InputError("evaluators is empty; name at least one, or use None for all")
+    numbers = None
+    if weights is not None:
+        numbers = {_parse_name(name): _parse_weight(weight) for name, weight in weights.items()}
+    return ScoreOptions(names, numbers, normalization, bool(deterministic), bool(allow_partial))
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise an error for an unsupported encoding of pixels.
+
+    Raises:
+        InputError: it is not lossless, or not an encoding of the protocol
+    """
+    if encoding not in get_args(Encoding):
+        raise InputError(f"encoding must be one of {', '.join(get_args(Encoding))}, which are lossless")
+
+
+def _parse_name(name: Any) -> str:
+    if not isinstance(name, str) or not _is_encodable(name):
+        raise InputError(f"an evaluator's name must be a string, not a {type(name).__name__}")
+    return str.__str__(name)
+
+
+def _parse_weight(weight: Any) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise InputError("a weight must be a finite number of at least 0")
+    return number
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# Batches ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One request's body; `first` is the place of its first pair in the whole batch."""
+    """Body of one request; `first` is the index of its first pair in the whole batch."""
 
     first: int
     pairs: int
@@ -225,43 +146,45 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Portions:
-    """How large a request may become, and how its pixels travel."""
+class Chunking:
+    """Maximum size of a chunk in pairs and (approximately) bytes, and the encoding of its pixels."""
 
     pairs: int = CHUNK_PAIRS
     bytes: int = CHUNK_BYTES
     encoding: Encoding = "raw"
 
-    def chunks(self, prompts: Iterable[str], images: Iterable[ImageLike], asked: Question) -> Iterator[Chunk]:
-        """The batch as requests in order; each is made when it is asked for, so that few are in memory.
+    def split(
+        self, prompts: Iterable[str], images: Iterable[ImageLike], options: ScoreOptions
+    ) -> Iterator[Chunk]:
+        """Yield the batch as chunks in order, each built on demand so that few are in memory.
 
         Raises:
-            InputError: before the first is made if the lengths differ, else at the pair at fault
+            InputError: before the first chunk if the lengths differ, otherwise at the invalid pair
         """
         check_batch(prompts, images)
         call_id = uuid.uuid4().hex
-        first, body = 0, _Body(asked)
+        first, body = 0, _BodyBuilder(options)
         for index, (prompt, image) in enumerate(_pairs(prompts, images)):
             item = _item(index, prompt, image, self.encoding)
-            if body.pairs and (body.pairs == self.pairs or body.size + _size(item) > self.bytes):
-                yield Chunk(first, body.pairs, body.close(), f"{call_id}-{first}")
+            if body.pairs and (body.pairs == self.pairs or body.size + _max_size(item) > self.bytes):
+                yield Chunk(first, body.pairs, body.finish(), f"{call_id}-{first}")
                 first = index
             body.add(item)
             if body.size > MAX_BODY_BYTES - body.options_size:
-                needed, limit = (f"{size / 2**20:.1f} MiB" for size in (body.size, MAX_BODY_BYTES))
-                raise InputError(f"image {index}: {needed} are more than the {limit} of a request; shrink it")
+                size, limit = (f"{size / 2**20:.1f} MiB" for size in (body.size, MAX_BODY_BYTES))
+                raise InputError(f"image {index}: {size} exceeds the {limit} of a request; shrink it")
         if not body.pairs:
             raise InputError("the batch is empty; give at least one prompt and one image")
-        yield Chunk(first, body.pairs, body.close(), f"{call_id}-{first}")
+        yield Chunk(first, body.pairs, body.finish(), f"{call_id}-{first}")
 
 
-class _Body:
-    """A request's body while it is filled. Each pair is copied once, and at once: its array may be reused."""
+class _BodyBuilder:
+    """Incremental encoder of a request body. Each pair is copied at once, so its array may be reused."""
 
     _ARRAY_OF = b"\xdd"  # msgpack's array whose length takes four bytes, so that it can be written last
 
-    def __init__(self, asked: Question) -> None:
-        self._options = _options(asked)
+    def __init__(self, options: ScoreOptions) -> None:
+        self._options = _request_fields(options)
         self.options_size = len(_ENCODER.encode({**self._options, "items": None}))
         self._clear()
 
@@ -274,12 +197,12 @@ class _Body:
         return len(self._items)
 
     def add(self, item: Item) -> None:
-        """One pair more."""
+        """Append a pair."""
         _ENCODER.encode_into(item, self._items, -1)
         self.pairs += 1
 
-    def close(self) -> bytes:
-        """The body; the next one begins."""
+    def finish(self) -> bytes:
+        """Return the body and begin the next one."""
         self._items[1:5] = self.pairs.to_bytes(4, "big")
         body = _ENCODER.encode({**self._options, "items": msgspec.Raw(self._items)})
         self._clear()
@@ -287,25 +210,25 @@ class _Body:
 
 
 def check_batch(prompts: Iterable[str], images: Iterable[ImageLike]) -> None:
-    """Nothing if the two can be a batch.
+    """Raise an error for arguments that cannot be a batch.
 
     Raises:
-        InputError: they cannot, or their lengths differ
+        InputError: one of the two is not a list, or their known lengths differ
     """
     if isinstance(prompts, (str, bytes)):
         raise InputError("prompts must be a list of strings, not one string")
-    one_array = getattr(images, "ndim", None) in _AXES_OF_ONE
-    if one_array or isinstance(images, (str, bytes, bytearray, memoryview, PathLike, Image.Image)):
+    one_array = getattr(images, "ndim", None) in _NDIM_OF_ONE_IMAGE
+    if one_array or isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)):
         raise InputError("images must be a list of images or an array of four axes, not one image")
-    for name, given in (("prompts", prompts), ("images", images)):
-        if isinstance(given, (Mapping, Set)) or not _iterable(given):
-            raise InputError(f"{name} must be a list, not a {type(given).__name__}")
+    for name, argument in (("prompts", prompts), ("images", images)):
+        if isinstance(argument, (Mapping, Set)) or not _is_iterable(argument):
+            raise InputError(f"{name} must be a list, not a {type(argument).__name__}")
     if isinstance(prompts, Sized) and isinstance(images, Sized) and len(prompts) != len(images):
         raise InputError(f"{len(prompts)} prompts but {len(images)} images; give one of each per pair")
 
 
-def merge(responses: Sequence[ScoreResponse]) -> ScoreResponse:
-    """One response of several chunks': results renumbered, times added, failed evaluators of any of them."""
+def merge_responses(responses: Sequence[ScoreResponse]) -> ScoreResponse:
+    """Return the responses of several chunks as one: results renumbered, times summed, `failed` united."""
     first = responses[0]
     if len(responses) == 1:
         return first
@@ -316,11 +239,12 @@ def merge(responses: Sequence[ScoreResponse]) -> ScoreResponse:
     for response in responses:
         identities |= response.evaluators
         failed |= response.failed
-    parts = {name for response in responses for name in response.timing_ms}
-    timing = {
-        name: math.fsum(response.timing_ms.get(name, 0.0) for response in responses) for name in sorted(parts)
+    stages = {name for response in responses for name in response.timing_ms}
+    timing_ms = {
+        name: math.fsum(response.timing_ms.get(name, 0.0) for response in responses)
+        for name in sorted(stages)
     }
-    return ScoreResponse(first.id, numbered, identities, timing, failed)
+    return ScoreResponse(first.id, numbered, identities, timing_ms, failed)
 
 
 def _pairs(prompts: Iterable[Any], images: Iterable[ImageLike]) -> Iterator[tuple[Any, ImageLike]]:
@@ -338,63 +262,152 @@ def _item(index: int, prompt: Any, image: ImageLike, encoding: Encoding) -> Item
         raise InputError(f"prompt {index} is empty; give it words")
     if len(prompt) > MAX_PROMPT_CHARS:
         raise InputError(f"prompt {index} has more than {MAX_PROMPT_CHARS:,} characters; shorten it")
-    if not _encodable(prompt):
-        raise InputError(f"prompt {index} cannot be sent: half a surrogate pair is no character")
+    if not _is_encodable(prompt):
+        raise InputError(
+            f"prompt {index} cannot be sent: it contains a lone surrogate; use valid Unicode text"
+        )
     try:
-        # What str() makes of a subclass is the subclass's own affair: an enumeration's name, say.
+        # The str() of a subclass may be anything, such as the name of an enumeration's member.
         return Item(str.__str__(prompt), encode_image(image, encoding))
     except InputError as error:
         raise InputError(f"image {index}: {error}") from None
 
 
-def _size(item: Item) -> int:
-    # Four bytes a character at most, so that the prompt need not be encoded to be measured.
-    return len(item.image.data) + 4 * len(item.prompt) + _ITEM_BYTES
+def _max_size(item: Item) -> int:
+    # Four bytes per character at most, so that the prompt need not be encoded to be measured.
+    return len(item.image.data) + 4 * len(item.prompt) + _ITEM_OVERHEAD_BYTES
 
 
-def _options(asked: Question) -> dict[str, Any]:
-    """A request's fields, but for its items."""
-    options = msgspec.structs.asdict(
+def _request_fields(options: ScoreOptions) -> dict[str, Any]:
+    """Return a request's fields without its items."""
+    fields = msgspec.structs.asdict(
         ScoreRequest(
             items=[],
-            evaluators=None if asked.evaluators is None else list(asked.evaluators),
-            weights=None if asked.weights is None else dict(asked.weights),
-            normalization=asked.normalization,
-            allow_partial=asked.allow_partial,
-            deterministic=asked.deterministic,
+            evaluators=None if options.evaluators is None else list(options.evaluators),
+            weights=None if options.weights is None else dict(options.weights),
+            normalization=options.normalization,
+            allow_partial=options.allow_partial,
+            deterministic=options.deterministic,
         )
     )
-    del options["items"]
-    return options
+    del fields["items"]
+    return fields
 
 
-def _name(given: Any) -> str:
-    if not isinstance(given, str) or not _encodable(given):
-        raise InputError(f"an evaluator's name must be a string, not a {type(given).__name__}")
-    return str.__str__(given)
-
-
-def _weight(given: Any) -> float:
+def _is_iterable(value: Any) -> bool:
     try:
-        weight = float(given)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise InputError("a weight must be a finite number of at least 0")
-    return weight
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _iterable(given: Any) -> bool:
-    try:
-        iter(given)
+        iter(value)
     except TypeError:
         return False
     return True
+
+
+# Images -------------------------------------------------------------------------------------------------
+
+
+def encode_image(image: ImageLike, encoding: Encoding = "raw") -> Picture:
+    """Return an image in its wire form: a file unchanged, everything else as lossless RGB.
+
+    Raises:
+        InputError: not an image that this client can send
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return _encode_path(Path(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _encode_file(bytes(image), "these bytes")
+    if isinstance(image, Image.Image):
+        _check_size(image.height, image.width, encoding)
+        return _encode_pixels(_pillow_pixels(image), encoding)
+    pixels = _array_pixels(image)
+    _check_size(pixels.shape[0], pixels.shape[1], encoding)
+    return _encode_pixels(pixels, encoding)
+
+
+def _encode_path(path: Path) -> Picture:
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}); check the path") from None
+    return _encode_file(data, str(path))
+
+
+def _encode_file(data: bytes, name: str) -> Picture:
+    image_format = sniff(data)
+    if image_format is None:
+        raise InputError(f"{name}: not a PNG, JPEG or WebP image; convert it to one of these")
+    return Picture(data, image_format)  # type: ignore[arg-type]  # sniff names only formats of the protocol
+
+
+def _encode_pixels(pixels: Pixels, encoding: Encoding) -> Picture:
+    if encoding == "raw":
+        # A view: the only copy is the one into the request's body.
+        data = np.ascontiguousarray(pixels).data.cast("B")
+        return Picture(data, "raw", (pixels.shape[0], pixels.shape[1], 3))  # type: ignore[arg-type]
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, **_SAVE_OPTIONS[encoding])
+    return Picture(file.getvalue(), encoding)
+
+
+def _check_size(height: int, width: int, encoding: Encoding) -> None:
+    if encoding == "raw" and height * width * _CHANNELS > MAX_BODY_BYTES:
+        raise InputError(
+            f"{width}x{height} pixels are {height * width * _CHANNELS / 2**20:.0f} MiB raw, more than the "
+            f"{MAX_BODY_BYTES / 2**20:.0f} MiB of a request; shrink it, or use the client with encoding='png'"
+        )
+    if encoding == "webp" and max(height, width) > _MAX_WEBP_SIDE:
+        raise InputError(f"{width}x{height} pixels: the limit of WebP is {_MAX_WEBP_SIDE} a side; shrink it")
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    try:
+        return flatten(image)
+    except (OSError, SyntaxError) as error:  # Pillow reads the pixels of an opened file only now
+        raise InputError(f"the image cannot be read ({error}); open a complete file") from None
+
+
+def _array_pixels(image: Any) -> Pixels:
+    """Return the uint8 pixels (H, W, 3) of an array or tensor."""
+    is_tensor = hasattr(image, "detach") and hasattr(image, "cpu")
+    array = _channels_last(_tensor_values(image)) if is_tensor else image
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"a {type(image).__name__} is not a Pillow image, array, tensor, path or bytes")
+    if array.ndim != _CHANNELS or array.shape[2] != _CHANNELS:
+        raise InputError(f"an array must have shape (height, width, 3), not {tuple(array.shape)}")
+    if array.size == 0:
+        raise InputError(f"the image has no pixels: shape {tuple(array.shape)}")
+    if np.issubdtype(array.dtype, np.floating):
+        return _round_floats(array)
+    if array.dtype != np.uint8:
+        raise InputError(f"pixels must be uint8, or float in [0, 1], not {array.dtype}; convert them")
+    return array
+
+
+def _tensor_values(tensor: Any) -> Array:
+    """Return a tensor as an array; numpy has no bfloat16, and float64 holds every smaller float exactly."""
+    tensor = tensor.detach().cpu()
+    array: Array = tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
+    return array
+
+
+def _channels_last(array: Array) -> Array:
+    """Return a tensor's (3, H, W) as (H, W, 3); a uint8 tensor may already be (H, W, 3)."""
+    shape = tuple(array.shape)
+    channels_first = array.ndim == _CHANNELS and shape[0] == _CHANNELS
+    channels_last = array.ndim == _CHANNELS and shape[2] == _CHANNELS and array.dtype == np.uint8
+    if channels_first and channels_last:
+        raise InputError(f"shape {shape} may mean (3, height, width) or (height, width, 3); give an array")
+    if not (channels_first or channels_last):
+        raise InputError(f"a tensor must have shape (3, height, width), not {shape}")
+    return array.transpose(1, 2, 0) if channels_first else array
+
+
+def _round_floats(array: Array) -> Pixels:
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise InputError(
+            f"float pixels must be in [0, 1], not [{low:.4g}, {high:.4g}]; clamp them, or convert to uint8"
+        )
+    # In float64 the product is exact for every smaller float: it is rounded once, by rint.
+    levels = np.multiply(array, 255.0, dtype=np.float64)
+    return np.rint(levels, out=levels).astype(np.uint8)

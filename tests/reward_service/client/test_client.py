@@ -1,4 +1,4 @@
-"""The light client against answers made up for it."""
+"""Synchronous reward client against scripted responses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from reward_service.protocol import MSGPACK, Health, ScoreRequest, ScoreResponse
 from tests.support.service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
 
 
-def test_scores_come_back_in_order() -> None:
-    """Each pair's score belongs to its own image; key and client id go along as headers."""
+def test_scores_are_returned_in_request_order() -> None:
+    """Each pair gets the score of its own image; API key and client ID are sent as headers."""
     service = Service()
     images = [PIXELS, PIXELS[:1], PIXELS[:2]]
     with client(service, api_key="secret", client_id="run-1") as reward_client:
@@ -43,9 +43,9 @@ def test_scores_come_back_in_order() -> None:
     assert service.requests[0].normalization == "z"
 
 
-def test_every_kind_of_image_arrives_unchanged(tmp_path: Path) -> None:
+def test_every_image_type_is_sent_unchanged(tmp_path: Path) -> None:
     """Pillow, array, uint8 and float tensors, path and bytes all reach the service as the same pixels."""
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(PIXELS).save(path)
     floats = torch.from_numpy(PIXELS).permute(2, 0, 1) / 255
     kinds = [
@@ -67,23 +67,23 @@ def test_every_kind_of_image_arrives_unchanged(tmp_path: Path) -> None:
         assert not sent.lossy
 
 
-def test_problems_are_told_by_the_callers_own_index() -> None:
-    """A batch that goes out in several requests: the second one's pair 3 is the caller's 1,027."""
+def test_problems_carry_the_index_in_the_whole_batch() -> None:
+    """In a batch of several requests, pair 3 of the second one is pair 1,027 of the batch."""
     images = [PIXELS] * 1030
 
-    def refuse_the_second(request: httpx.Request) -> httpx.Response:
-        asked = decode_request(request.content, MSGPACK)
-        return answer(response_to(asked)) if len(asked.items) > 6 else problem(422, retryable=False)
+    def reject_the_second(request: httpx.Request) -> httpx.Response:
+        body = decode_request(request.content, MSGPACK)
+        return answer(response_to(body)) if len(body.items) > 6 else problem(422, retryable=False)
 
     with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
-        client(refuse_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
+        client(reject_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
     assert caught.value.problem is not None
     assert caught.value.problem.errors[0].index == 1027
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", object(), None, 3, b"bytes"])
-def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
-    """Not a codec's own exception, and nothing is sent."""
+def test_prompts_that_cannot_be_encoded_raise_an_input_error(prompt: Any) -> None:
+    """The codec's own exception is not exposed, and nothing is sent."""
     service = Service()
     with pytest.raises(InputError, match="prompt 0 cannot be sent"):
         client(service).score([prompt], [PIXELS])
@@ -91,7 +91,7 @@ def test_what_cannot_be_encoded_is_an_input_error(prompt: Any) -> None:
 
 
 def test_a_batch_may_be_one_array_or_tensor() -> None:
-    """N images in one array are taken apart along the first axis."""
+    """N images in one array are split along the first axis."""
     service = Service()
     client(service).score(["x"] * 3, np.stack([PIXELS] * 3))
     client(service).score(["x"] * 2, torch.zeros(2, 3, 4, 5))
@@ -99,7 +99,7 @@ def test_a_batch_may_be_one_array_or_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         (PIXELS.astype(np.float32), "uint8"),
         (PIXELS[:, :, 0], "shape"),
@@ -113,16 +113,16 @@ def test_a_batch_may_be_one_array_or_tensor() -> None:
         (None, "NoneType"),
     ],
 )
-def test_images_that_cannot_be_sent_are_refused(image: Any, words: str) -> None:
-    """The message names the index and the problem, and nothing is sent."""
+def test_invalid_images_are_refused(image: Any, message: str) -> None:
+    """The error names the index and the cause, and nothing is sent."""
     service = Service()
-    with pytest.raises(InputError, match=f"image 1: .*{words}"):
+    with pytest.raises(InputError, match=f"image 1: .*{message}"):
         client(service).score(["a", "b"], [PIXELS, image])
     assert service.requests == []
 
 
 @pytest.mark.parametrize(
-    ("prompts", "images", "words"),
+    ("prompts", "images", "message"),
     [
         ([], [], "empty"),
         (["a"], [], "1 prompts but 0 images"),
@@ -131,14 +131,14 @@ def test_images_that_cannot_be_sent_are_refused(image: Any, words: str) -> None:
         (["a", ""], [PIXELS] * 2, "prompt 1 is empty"),
     ],
 )
-def test_batches_that_make_no_sense_are_refused(prompts: Any, images: Any, words: str) -> None:
-    """Slips that would score the wrong thing are told at once."""
-    with pytest.raises(InputError, match=words):
+def test_invalid_batches_are_refused(prompts: Any, images: Any, message: str) -> None:
+    """Mistakes that would score the wrong pairs are reported before anything is sent."""
+    with pytest.raises(InputError, match=message):
         client(Service()).score(prompts, images)
 
 
 def test_large_batches_are_split_and_merged() -> None:
-    """Chunks by count and by bytes; results renumbered as if it had been one request."""
+    """Chunks are limited by count and by bytes; results are numbered as in one request."""
     service = Service()
     reward_client = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
     response = reward_client.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
@@ -147,7 +147,7 @@ def test_large_batches_are_split_and_merged() -> None:
     assert response.timing_ms == {"total": 3.0}
 
 
-def test_a_scorer_that_changes_between_chunks_is_an_error() -> None:
+def test_evaluators_that_change_between_chunks_raise_an_error() -> None:
     """Scores of two different models are never mixed in one response."""
     prints = iter("ab")
 
@@ -158,8 +158,8 @@ def test_a_scorer_that_changes_between_chunks_is_an_error() -> None:
         client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
 
 
-def test_what_is_retryable_is_retried() -> None:
-    """429, 503, 504 and a refused connection are asked again, and then the scores come."""
+def test_retryable_failures_are_retried() -> None:
+    """429, 503, 504 and a refused connection are retried until the scores arrive."""
     service = Service(problem(429), problem(503), problem(504), httpx.ConnectError("refused"))
     pauses: list[float] = []
     assert len(client(service, pauses).score(["x"], [PIXELS]).results) == 1
@@ -168,15 +168,15 @@ def test_what_is_retryable_is_retried() -> None:
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_proxys_bare_words_are_retried(status: int) -> None:
-    """What stands before the service may say that nobody answered: without a reason, it is asked again."""
+def test_proxy_errors_without_a_problem_are_retried(status: int) -> None:
+    """A proxy in front of the service responds without problem details if the service does not respond."""
     service = Service(httpx.Response(status, text="Internal Server Error"))
     assert len(client(service, []).score(["x"], [PIXELS]).results) == 1
     assert len(service.requests) == 2
 
 
 def test_retry_after_is_honoured() -> None:
-    """The pause is never shorter than the service asked for, and pauses differ between clients."""
+    """The wait is never shorter than Retry-After, and waits differ between clients."""
     found = []
     for _ in range(8):
         pauses: list[float] = []
@@ -186,8 +186,8 @@ def test_retry_after_is_honoured() -> None:
     assert len(set(found)) > 1
 
 
-def test_it_gives_up_when_the_budget_is_spent() -> None:
-    """A budget in seconds, not a count of attempts; the error says what the service said."""
+def test_retries_end_when_the_budget_is_spent() -> None:
+    """The budget is in seconds, not in attempts; the error repeats the service's problem."""
     service = Service(*[problem(503, retry_after="40")] * 9)
     with pytest.raises(OverloadedError, match="503 queue_full: pair 3: the reason"):
         client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
@@ -195,8 +195,8 @@ def test_it_gives_up_when_the_budget_is_spent() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 415, 422, 500])
-def test_what_is_not_retryable_is_asked_once(status: int) -> None:
-    """A rejected request fails at once, with the problem at hand."""
+def test_other_failures_are_not_retried(status: int) -> None:
+    """A rejected request fails at once, and the error holds the problem."""
     service = Service(problem(status, "some_code", retryable=False))
     with pytest.raises(RejectedError) as caught:
         client(service).score(["x"], [PIXELS])
@@ -205,8 +205,8 @@ def test_what_is_not_retryable_is_asked_once(status: int) -> None:
     assert caught.value.problem.errors[0].index == 3
 
 
-def test_an_unreachable_service_is_named_with_a_remedy() -> None:
-    """Address, cause and remedy in one line."""
+def test_an_unreachable_service_is_reported_with_a_remedy() -> None:
+    """The error gives address, cause and remedy in one line."""
     service = Service(*[httpx.ConnectError("connection refused")] * 2)
     with pytest.raises(
         UnreachableError, match=r"http://judge\.invalid \(connection refused\); start it"
@@ -216,7 +216,7 @@ def test_an_unreachable_service_is_named_with_a_remedy() -> None:
 
 
 @pytest.mark.parametrize(
-    "strange",
+    "response",
     [
         httpx.Response(200, text="<html>hello</html>"),
         answer(response_to(ScoreRequest([]))),
@@ -230,20 +230,20 @@ def test_an_unreachable_service_is_named_with_a_remedy() -> None:
     ],
     ids=["html", "too few", "nan", "other json"],
 )
-def test_a_strange_answer_is_never_a_score(strange: httpx.Response) -> None:
-    """Missing results, numbers that are none, or another program's answer raise."""
-    with pytest.raises(ProtocolError, match="is no reward service"):
-        client(Service(strange)).score(["x"], [PIXELS])
+def test_malformed_responses_raise_a_protocol_error(response: httpx.Response) -> None:
+    """Missing results, numbers that are not finite, or another program's response are never scores."""
+    with pytest.raises(ProtocolError, match="is not a reward service"):
+        client(Service(response)).score(["x"], [PIXELS])
 
 
-def test_a_missing_evaluator_is_an_error() -> None:
-    """An answer without a score that was asked for raises."""
+def test_a_missing_evaluator_raises_an_error() -> None:
+    """A response without a requested score is a protocol error."""
     with pytest.raises(ProtocolError, match="missing"):
         client(Service()).score(["x"], [PIXELS], evaluators=["clip", "hpsv2"])
 
 
-def test_waiting_until_ready() -> None:
-    """Waits through refused connections and loading; stops early when loading failed."""
+def test_wait_until_ready_waits_through_loading() -> None:
+    """The client polls through refused connections and loading, and stops early if loading failed."""
     states: list[Any] = [
         httpx.ConnectError("refused"),
         answer(Health("loading", "models"), 503),
@@ -265,8 +265,8 @@ def test_waiting_until_ready() -> None:
     assert client(handler).ready() is False
 
 
-def test_the_asynchronous_client_does_the_same() -> None:
-    """Retries, scores and errors as the synchronous one."""
+def test_the_asynchronous_client_retries_and_scores() -> None:
+    """Retries and scores are those of the synchronous client."""
     service = Service(problem(503))
     slept: list[float] = []
 
@@ -285,16 +285,16 @@ def test_the_asynchronous_client_does_the_same() -> None:
 @pytest.mark.parametrize(
     "module", ["client", "protocol", "settings", "config", "scheduler.scheduler", "scoring.calibration"]
 )
-def test_light_modules_bring_no_torch(module: str) -> None:
-    """A trainer or notebook that only asks for scores never loads torch, nor the web server."""
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    """A program that only requests scores loads neither torch nor the web server."""
     heavy = "{'torch', 'fastapi', 'transformers'}"
     code = f"import sys, reward_service.{module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def test_a_reward_without_the_scores_behind_it_is_refused() -> None:
-    """A number whose evaluators are not named could be anybody's."""
+def test_a_reward_without_its_scores_is_refused() -> None:
+    """A reward is accepted only together with the scores of the evaluators named."""
 
     def bare(request: httpx.Request) -> httpx.Response:
         full = response_to(decode_request(request.content, MSGPACK))

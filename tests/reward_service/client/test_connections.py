@@ -1,4 +1,4 @@
-"""The client's way to the service: addresses, keys, proxies, retries, deadlines, pins."""
+"""Connections of the client: addresses, API keys, proxies, retries, deadlines and pins."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ PAIR = (["x"], [PIXELS])
 KNOWN = {"clip": EvaluatorIdentity("f", "c")}
 
 
-class Counted:
-    """Scores, and remembers the paths it was asked at."""
+class RecordingService:
+    """Scores every request and records its path."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -60,65 +60,65 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("path", "asked"),
+    ("path", "requested"),
     [("", "/v1/score"), ("/", "/v1/score"), ("/a/b", "/a/b/v1/score"), ("/a/", "/a/v1/score")],
 )
-def test_the_address_may_have_a_path(path: str, asked: str) -> None:
-    """As behind a proxy; a slash at its end changes nothing."""
-    service = Counted()
+def test_a_base_url_may_have_a_path(path: str, requested: str) -> None:
+    """A path, as behind a proxy, is kept; a slash at its end changes nothing."""
+    service = RecordingService()
     with listening(service) as url, RewardClient(url + path) as reward_client:
         reward_client.score(*PAIR)
-    assert service.paths == [asked]
+    assert service.paths == [requested]
 
 
 @pytest.mark.parametrize("kind", [RewardClient, AsyncRewardClient])
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("127.0.0.1:8000", "start with http"),
-        ("ftp://judge", "start with http"),
+        ("ftp://service", "start with http"),
         ("http://", "be like"),
-        ("http://judge:80000", "be like"),
-        ("http://judge:x", "no URL"),
-        ("http://judge/?a=1", "be like"),
-        ("http://user:hunter2@judge", "give the key as api_key"),
+        ("http://service:80000", "be like"),
+        ("http://service:x", "is not a URL"),
+        ("http://service/?a=1", "be like"),
+        ("http://user:hunter2@service", "give the key as api_key"),
         (None, "start with http"),
     ],
 )
-def test_an_address_that_cannot_be_asked_is_refused(kind: Any, url: Any, words: str) -> None:
-    """When the client is made, in one line, and without repeating a password."""
-    with pytest.raises(InputError, match=words) as caught:
+def test_invalid_base_urls_are_refused(kind: Any, url: Any, message: str) -> None:
+    """The constructor refuses them in one line, without repeating a password."""
+    with pytest.raises(InputError, match=message) as caught:
         kind(url)
     assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "given", [{"api_key": "clé"}, {"api_key": "two words"}, {"api_key": "key\n"}, {"client_id": "ünïque"},
+    "arguments", [{"api_key": "clé"}, {"api_key": "two words"}, {"api_key": "key\n"}, {"client_id": "ünïque"},
               {"client_id": "x" * 65}, {"client_id": "a b"}, {"api_key": b"bytes"}],
 )  # fmt: skip
-def test_what_fits_no_header_is_an_input_error(given: Any) -> None:
-    """Not a codec's error at the first request; the key itself is not shown."""
+def test_invalid_header_values_raise_an_input_error(arguments: Any) -> None:
+    """The constructor refuses them instead of a codec at the first request; the key is not shown."""
     with pytest.raises(InputError) as caught:
-        RewardClient(URL, **given)
-    assert str(next(iter(given.values()))) not in str(caught.value)
+        RewardClient(URL, **arguments)
+    assert str(next(iter(arguments.values()))) not in str(caught.value)
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
-def test_no_proxy_stands_between_loopback_addresses(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
-    """A proxy of the environment leads to other machines; elsewhere one that cannot work is told at once."""
+def test_loopback_addresses_ignore_the_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    """A proxy from the environment is used for other hosts only; an unusable one is then reported at once."""
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setenv("HTTP_PROXY", proxy)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with listening(Counted()) as url, RewardClient(url) as service:
+    with listening(RecordingService()) as url, RewardClient(url) as service:
         assert len(service.score(*PAIR).results) == 1
     if proxy.startswith("socks"):
-        with pytest.raises(InputError, match="proxy cannot be used"):
-            RewardClient("http://judge.invalid")
+        with pytest.raises(InputError, match="invalid proxy configuration"):
+            RewardClient("http://service.invalid")
 
 
-def test_a_fork_makes_its_own_connections() -> None:
-    """The child neither writes to the parent's socket nor waits for its locks; both go on."""
-    service = Counted()
+def test_a_forked_process_opens_its_own_connections() -> None:
+    """The child neither writes to the parent's socket nor waits for its locks; both can score."""
+    service = RecordingService()
     with listening(service) as url, RewardClient(url) as reward_client:
         reward_client.score(*PAIR)
         if (child := os.fork()) == 0:
@@ -129,7 +129,7 @@ def test_a_fork_makes_its_own_connections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "error"),
+    ("response", "error"),
     [
         (httpx.Response(200, html="<p>hello</p>"), ProtocolError),
         (httpx.Response(200, content=b"\xff\xfe"), ProtocolError),
@@ -137,19 +137,19 @@ def test_a_fork_makes_its_own_connections() -> None:
         (httpx.Response(302, headers={"location": "/login"}), RejectedError),
     ],
 )
-def test_another_program_at_the_address(found: httpx.Response, error: Any) -> None:
-    """Its pages are no scores and no readiness; the message says to check the address."""
+def test_another_program_at_the_address_is_reported(response: httpx.Response, error: Any) -> None:
+    """Its pages are neither scores nor readiness; the error says to check the address."""
     with pytest.raises(error, match="check the address"):
-        client(lambda _: found).score(*PAIR)
-    assert client(lambda _: found).ready() is False
+        client(lambda _: response).score(*PAIR)
+    assert client(lambda _: response).ready() is False
     with pytest.raises(NotReadyError, match="not a reward service"):
-        client(lambda _: found).wait_until_ready(0)
+        client(lambda _: response).wait_until_ready(0)
     with pytest.raises(error, match="check the address"):
-        client(lambda _: found).identity()
+        client(lambda _: response).identity()
 
 
-def test_a_request_keeps_its_id_over_retries() -> None:
-    """Its traces and log lines belong together; another request has another id."""
+def test_retries_keep_the_request_id() -> None:
+    """Traces and log lines of one request share its ID; another request has another ID."""
     service = Service(problem(503), httpx.ReadError("reset"))
     client(service, chunk_pairs=1, in_flight=1).score(["x", "y"], [PIXELS] * 2)
     ids = [headers["x-request-id"] for headers in service.headers]
@@ -169,7 +169,7 @@ def test_a_request_keeps_its_id_over_retries() -> None:
     ],
 )
 def test_retry_after_may_be_a_date(date: Any, now: float | None, least: float, most: float) -> None:
-    """Seconds until that date by the service's own clock; a date gone by, or none at all, adds nothing."""
+    """The wait lasts until that date by the service's clock; a past or invalid date adds nothing."""
     headers = {"retry-after": date if isinstance(date, str) else formatdate(time.time() + date, usegmt=True)}
     if now is not None:
         headers["date"] = formatdate(time.time() + now, usegmt=True)
@@ -178,16 +178,16 @@ def test_retry_after_may_be_a_date(date: Any, now: float | None, least: float, m
     assert least <= pauses[0] <= most
 
 
-def test_what_the_service_says_can_be_retried_is() -> None:
-    """By its word, whatever the status; a proxy's 502 counts as not now."""
+def test_retryable_problems_are_retried_with_any_status() -> None:
+    """The field `retryable` decides, not the status; a proxy's bare 502 is retried."""
     service = Service(problem(408, "body_timeout"), problem(500, "odd", retryable=True), httpx.Response(502))
     assert len(client(service).score(*PAIR).results) == 1
     with pytest.raises(RejectedError):
         client(Service(problem(503, "odd", retryable=False))).score(*PAIR)
 
 
-def test_a_deadline_is_told_and_kept() -> None:
-    """Each attempt says what is left; a pause that would outlast it is not begun."""
+def test_a_deadline_is_sent_and_kept() -> None:
+    """Each attempt sends the remaining time; a wait that would outlast it is not started."""
     service = Service(problem(503), httpx.Response(503, headers={"retry-after": "30"}))
     with pytest.raises(DeadlineError, match=r"too late: .*503"):
         client(service, []).score(*PAIR, deadline_s=20)
@@ -197,14 +197,14 @@ def test_a_deadline_is_told_and_kept() -> None:
     assert "x-deadline-ms" not in service.headers[-1]
 
 
-def test_a_deadline_that_the_service_missed() -> None:
-    """Its 504 is the same error, also when the retry budget ended first."""
+def test_a_deadline_missed_by_the_service_is_a_deadline_error() -> None:
+    """The service's 504 raises the same error, also if the retry budget ended first."""
     with pytest.raises(DeadlineError, match="deadline_exceeded"):
         client(Service(problem(504, "deadline_exceeded")), retry_budget_s=0).score(*PAIR, deadline_s=60)
 
 
 def test_a_deadline_covers_all_requests_of_a_call() -> None:
-    """The last chunk does not get the whole time again."""
+    """Later chunks do not get the whole time again."""
 
     def slow(request: httpx.Request) -> httpx.Response:
         time.sleep(0.15)
@@ -214,8 +214,8 @@ def test_a_deadline_covers_all_requests_of_a_call() -> None:
         client(slow, chunk_pairs=1, in_flight=1).score(["x"] * 9, [PIXELS] * 9, deadline_s=0.4)
 
 
-def scoring_as(*prints: str) -> Any:
-    """A service whose fingerprint changes from answer to answer."""
+def respond_with_fingerprints(*prints: str) -> Any:
+    """Return a handler whose fingerprint changes from response to response."""
     left = list(prints)
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -232,9 +232,9 @@ def scoring_as(*prints: str) -> Any:
     "pin",
     [KNOWN, {"clip": {"fingerprint": "f", "calibration": "c"}}, msgspec.to_builtins(KNOWN), "first"],
 )
-def test_a_pinned_scorer_that_changes_is_an_error(pin: Any) -> None:
-    """Between calls too, and it stays one: numbers of two scorers never come from one client."""
-    service = client(scoring_as("f", "f", "g"), pin=pin)
+def test_pinned_evaluators_that_change_raise_an_error(pin: Any) -> None:
+    """A change between calls raises, again at every later call, so that scores are never mixed."""
+    service = client(respond_with_fingerprints("f", "f", "g"), pin=pin)
     for _ in range(2):
         service.score(*PAIR)
     for _ in range(2):
@@ -242,33 +242,35 @@ def test_a_pinned_scorer_that_changes_is_an_error(pin: Any) -> None:
             service.score(*PAIR)
 
 
-def test_a_calibration_or_an_evaluator_more_is_a_change_too() -> None:
-    """z and unit hang on the table, and the reward on who takes part."""
-    for known, words in (
+def test_another_calibration_or_evaluator_is_a_change() -> None:
+    """z and unit depend on the calibration, and the reward on the set of evaluators."""
+    for known, message in (
         ({"clip": EvaluatorIdentity("f", "other")}, "clip has another calibration"),
         ({**KNOWN, "hpsv2": EvaluatorIdentity("h", "c")}, "evaluators are clip, no longer clip, hpsv2"),
         ({"hpsv2": EvaluatorIdentity("h", "c")}, "clip was not pinned"),
     ):
-        with pytest.raises(IdentityChangedError, match=words):
-            client(scoring_as("f"), pin=known).score(*PAIR)
-    client(scoring_as("f"), pin={**KNOWN, "hpsv2": KNOWN["clip"]}).score(*PAIR, evaluators=["clip"])
+        with pytest.raises(IdentityChangedError, match=message):
+            client(respond_with_fingerprints("f"), pin=known).score(*PAIR)
+    client(respond_with_fingerprints("f"), pin={**KNOWN, "hpsv2": KNOWN["clip"]}).score(
+        *PAIR, evaluators=["clip"]
+    )
 
 
 @pytest.mark.parametrize("pin", ["last", {}, {"clip": "f"}, 3, {"clip": {"fingerprint": 1}}])
-def test_a_pin_that_is_none_is_refused(pin: Any) -> None:
-    """When the client is made."""
+def test_invalid_pins_are_refused(pin: Any) -> None:
+    """The constructor refuses an invalid pin."""
     with pytest.raises(InputError, match="pin"):
         RewardClient(URL, pin=pin)
 
 
-def test_the_identity_can_be_asked_kept_and_pinned() -> None:
-    """What identity() gives is what pin takes, in both clients."""
-    identity = client(scoring_as("f")).identity()
+def test_an_identity_can_be_pinned() -> None:
+    """The result of identity() is a valid pin, in both clients."""
+    identity = client(respond_with_fingerprints("f")).identity()
     assert identity == KNOWN
-    client(scoring_as("f"), pin=identity).score(*PAIR)
+    client(respond_with_fingerprints("f"), pin=identity).score(*PAIR)
 
     async def run() -> None:
-        transport = httpx.MockTransport(scoring_as("g"))
+        transport = httpx.MockTransport(respond_with_fingerprints("g"))
         async with AsyncRewardClient(URL, transport=transport, pin=identity) as service:
             assert (await service.identity())["clip"].fingerprint == "g"
             with pytest.raises(IdentityChangedError):
@@ -287,8 +289,8 @@ def partial(request: httpx.Request) -> httpx.Response:
 
 
 @pytest.mark.parametrize("evaluators", [None, ["clip", "hpsv2"]])
-def test_a_partial_answer_comes_only_where_it_was_asked_for(evaluators: Any) -> None:
-    """Then it says who failed, and has no reward; otherwise it is an error."""
+def test_partial_responses_need_allow_partial(evaluators: Any) -> None:
+    """With it, the response names the failed evaluators and has no reward; without it, it is an error."""
     with pytest.raises(ProtocolError, match="partial"):
         client(partial).score(*PAIR, evaluators=evaluators)
     response = client(partial).score(*PAIR, evaluators=evaluators, allow_partial=True)
@@ -296,16 +298,16 @@ def test_a_partial_answer_comes_only_where_it_was_asked_for(evaluators: Any) -> 
     assert (set(response.results[0].scores), response.results[0].reward) == ({"clip"}, None)
 
 
-def test_a_batch_is_marked_if_any_request_of_it_was_partial() -> None:
-    """Whoever looks at the whole batch sees that some pair lacks a score."""
+def test_a_batch_is_partial_if_one_of_its_requests_is() -> None:
+    """The merged response names the evaluators whose scores some pair lacks."""
     service = client(partial, chunk_pairs=1, in_flight=1, pin="first")
     response: ScoreResponse = service.score(["whole", "x"], [PIXELS] * 2, allow_partial=True)
     assert response.failed == {"hpsv2": "evaluator_down"}
     assert [result.reward is None for result in response.results] == [False, True]
 
 
-def test_waiting_asynchronously() -> None:
-    """As the synchronous client does."""
+def test_the_asynchronous_client_waits_until_ready() -> None:
+    """It polls through refused connections and loading, as the synchronous client does."""
     states: list[Any] = [
         httpx.ConnectError("refused"),
         answer(Health("loading"), 503),
@@ -327,9 +329,9 @@ def test_waiting_asynchronously() -> None:
     asyncio.run(run())
 
 
-def test_nobody_there() -> None:
-    """A real refused connection: the budget is kept, and the address and the remedy are named."""
-    with listening(Counted()) as url:
+def test_a_refused_connection_is_unreachable() -> None:
+    """With a real refused connection the budget is kept, and the error gives address and remedy."""
+    with listening(RecordingService()) as url:
         pass
     with (
         RewardClient(url, retry_budget_s=0.3) as service,

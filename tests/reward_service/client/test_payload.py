@@ -1,4 +1,4 @@
-"""What callers have, as bodies of requests: every kind of image, unchanged, limits told beforehand."""
+"""Request bodies: every type of image is sent unchanged, and limits are checked before sending."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from reward_service.client import InputError, RewardClient, payload
-from reward_service.client.payload import Encoding, Portions, encode_image, question
+from reward_service.client.payload import Chunking, Encoding, encode_image, parse_options
 from reward_service.images import Pixels, decode
 from reward_service.protocol import MAX_BODY_BYTES, MSGPACK, ScoreRequest, decode_request
 from tests.support.service.fake_service import PIXELS, Service, client
@@ -29,13 +29,12 @@ class Shape(str, enum.Enum):  # noqa: UP042 - StrEnum's str() is its value
 
 
 def requests(
-    prompts: Any, images: Any, portions: Portions | None = None, **options: Any
+    prompts: Any, images: Any, chunking: Chunking | None = None, **options: Any
 ) -> list[ScoreRequest]:
-    given = {"evaluators": None, "weights": None, "normalization": "unit"} | options
-    asked = question(**given, deterministic=False, allow_partial=False)
-    return [
-        decode_request(it.body, MSGPACK) for it in (portions or Portions()).chunks(prompts, images, asked)
-    ]
+    arguments = {"evaluators": None, "weights": None, "normalization": "unit"} | options
+    parsed = parse_options(**arguments, deterministic=False, allow_partial=False)
+    chunks = (chunking or Chunking()).split(prompts, images, parsed)
+    return [decode_request(chunk.body, MSGPACK) for chunk in chunks]
 
 
 def sent_pixels(images: Iterable[Any], count: int) -> list[Pixels]:
@@ -63,26 +62,26 @@ def sent_pixels(images: Iterable[Any], count: int) -> list[Pixels]:
         "float tensor", "tensor under gradient", "list", "tuple", "generator", "array of objects",
     ],
 )  # fmt: skip
-def test_a_batch_of_any_kind_arrives_unchanged(images: Any) -> None:
-    """N images in one array, tensor or iterable are the same N pixels at the service."""
+def test_batches_of_any_type_are_sent_unchanged(images: Any) -> None:
+    """N images in one array, tensor or iterable reach the service as the same pixels."""
     np.testing.assert_array_equal(sent_pixels(images, 3), BATCH)
 
 
-def test_floats_are_rounded_once_and_to_the_nearest() -> None:
-    """Every level survives its float, in every width that holds it; others go to the nearest."""
+def test_floats_are_rounded_to_the_nearest_level() -> None:
+    """Every level is restored from its float, in each dtype that can hold it; other values are rounded."""
     levels = torch.arange(256, dtype=torch.float64).expand(3, 4, 256)
     for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         sent = sent_pixels([(levels / 255).to(kind)], 1)[0][0, :, 0]
         np.testing.assert_array_equal(sent, np.rint((levels / 255).to(kind).double()[0, 0].numpy() * 255))
-        if kind != torch.bfloat16:  # whose 8 bits cannot tell all levels apart
+        if kind != torch.bfloat16:  # its 8 bits cannot represent all levels
             np.testing.assert_array_equal(sent, np.arange(256))
     near = torch.tensor([0.49, 0.51, 1.49, 254.51, 254.49]) / 255
     assert sent_pixels([near.double().expand(3, 2, 5)], 1)[0][0, :, 0].tolist() == [0, 1, 1, 255, 254]
 
 
 @pytest.mark.parametrize("encoding", ["png", "webp"])
-def test_encoded_pixels_are_the_same_and_smaller(encoding: Encoding) -> None:
-    """For slow networks: lossless, declared as what they are; files go unchanged whatever the encoding."""
+def test_encoded_pixels_are_lossless_and_smaller(encoding: Encoding) -> None:
+    """PNG and WebP are lossless and declared as such; files are sent unchanged with any encoding."""
     smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 64, 3))
     sent = encode_image(smooth, encoding)
     found = decode(sent.data, sent.format, sent.shape)
@@ -95,7 +94,7 @@ def test_encoded_pixels_are_the_same_and_smaller(encoding: Encoding) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         (torch.zeros(3, 4, 3, dtype=torch.uint8), "may mean"),
         (torch.zeros(4, 3, 5), r"\(3, height, width\)"),
@@ -106,18 +105,18 @@ def test_encoded_pixels_are_the_same_and_smaller(encoding: Encoding) -> None:
         (torch.zeros(3, 4, 5, dtype=torch.int32).permute(1, 2, 0), "shape"),
         ("a\0b.png", "cannot be read"),
         (os.curdir, "cannot be read"),
-        (3.5, "float is no"),
-        ({"path": "x.png"}, "dict is no"),
+        (3.5, "float is not a Pillow image"),
+        ({"path": "x.png"}, "dict is not a Pillow image"),
     ],
 )
-def test_what_may_mean_two_things_is_refused(image: Any, words: str) -> None:
-    """Never a guess about channels, ranges or files."""
-    with pytest.raises(InputError, match=words):
+def test_ambiguous_images_are_refused(image: Any, message: str) -> None:
+    """Channels, ranges and files are never guessed."""
+    with pytest.raises(InputError, match=message):
         encode_image(image)
 
 
-def test_a_path_may_be_any_path_object(tmp_path: Path) -> None:
-    """os.PathLike, as other libraries make them."""
+def test_any_path_like_object_is_a_path(tmp_path: Path) -> None:
+    """Other libraries' implementations of os.PathLike are accepted."""
 
     class Elsewhere(os.PathLike[str]):
         def __fspath__(self) -> str:
@@ -128,8 +127,8 @@ def test_a_path_may_be_any_path_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["array", "Pillow"])
-def test_an_image_beyond_a_request_is_told_before_it_is_sent(kind: str) -> None:
-    """Raw pixels beyond 64 MiB name the limit and the ways out; as PNG the same image goes."""
+def test_too_large_images_are_refused_before_sending(kind: str) -> None:
+    """Raw pixels above 64 MiB are refused with the limit and a remedy; as PNG the same image is sent."""
     huge = np.zeros((4800, 4800, 3), np.uint8)
     image = huge if kind == "array" else Image.fromarray(huge)
     service = Service()
@@ -137,36 +136,36 @@ def test_an_image_beyond_a_request_is_told_before_it_is_sent(kind: str) -> None:
         client(service).score(["x"], [image])
     assert service.requests == []
     assert len(encode_image(image, "png").data) < 1_000_000
-    with pytest.raises(InputError, match="WebP ends at 16383"):
+    with pytest.raises(InputError, match="the limit of WebP is 16383"):
         encode_image(np.zeros((2, 16384, 3), np.uint8), "webp")
 
 
-def test_an_encoded_file_beyond_a_request_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole body counts, prompt included."""
+def test_too_large_files_are_refused_before_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit holds for the whole body, including the prompt."""
     monkeypatch.setattr(payload, "MAX_BODY_BYTES", 5000)
     file = encode_image(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), "png").data
     with pytest.raises(InputError, match=r"image 1: .* MiB of a request"):
-        requests(["x", "y" * 400], [PIXELS, file], Portions(bytes=1000))
+        requests(["x", "y" * 400], [PIXELS, file], Chunking(bytes=1000))
 
 
 @pytest.mark.parametrize(
-    ("prompt", "seen"),
+    ("prompt", "sent"),
     [(np.str_("a fish"), "a fish"), (Shape.CIRCLE, "a circle"), ("ü" * 10_000, "ü" * 10_000)],
 )
-def test_prompts_that_are_strings_of_a_kind(prompt: Any, seen: str) -> None:
-    """numpy's strings and enumerations are sent as what they hold."""
-    assert requests([prompt], [PIXELS])[0].items[0].prompt == seen
+def test_str_subclasses_are_sent_as_their_value(prompt: Any, sent: str) -> None:
+    """numpy strings and members of str enumerations are sent as their text."""
+    assert requests([prompt], [PIXELS])[0].items[0].prompt == sent
 
 
 def test_prompts_may_be_an_array_of_strings() -> None:
-    """A column of a table, as numpy has it; and images as an array of paths are looked for as paths."""
+    """Prompts may be a numpy array of strings; strings in an array of images are paths."""
     assert [it.prompt for it in requests(np.array(["a", "bb"]), [PIXELS] * 2)[0].items] == ["a", "bb"]
     with pytest.raises(InputError, match=r"no-such\.png cannot be read"):
         requests(["x"], np.array(["no-such.png"]))
 
 
 @pytest.mark.parametrize(
-    ("prompts", "images", "words"),
+    ("prompts", "images", "message"),
     [
         (None, [PIXELS], "prompts must be a list, not a NoneType"),
         (["a"], None, "images must be a list, not a NoneType"),
@@ -181,16 +180,16 @@ def test_prompts_may_be_an_array_of_strings() -> None:
         ([float("nan")], [PIXELS], "prompt 0 cannot be sent: it is a float"),
     ],
 )
-def test_slips_are_told_in_their_own_words(prompts: Any, images: Any, words: str) -> None:
-    """No TypeError from deep inside, and nothing is sent."""
+def test_invalid_arguments_have_specific_messages(prompts: Any, images: Any, message: str) -> None:
+    """Invalid arguments raise InputError instead of a TypeError from inside, and nothing is sent."""
     service = Service()
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         client(service).score(prompts, images)
     assert service.requests == []
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"evaluators": "clip"}, "not one string"),
         ({"evaluators": []}, "empty"),
@@ -202,14 +201,14 @@ def test_slips_are_told_in_their_own_words(prompts: Any, images: Any, words: str
         ({"deadline_s": 0}, "positive"),
     ],
 )
-def test_options_without_sense_are_refused(options: Any, words: str) -> None:
-    """A string for a list of evaluators would ask for its letters."""
-    with pytest.raises(InputError, match=words):
+def test_invalid_options_are_refused(options: Any, message: str) -> None:
+    """Invalid options are refused, such as a string for the list of evaluators."""
+    with pytest.raises(InputError, match=message):
         client(Service()).score(["x"], [PIXELS], **options)
 
 
-def test_numpys_numbers_are_numbers() -> None:
-    """Weights out of an array need no conversion by hand."""
+def test_weights_may_be_numpy_or_torch_scalars() -> None:
+    """Weights from an array need no conversion."""
     request = requests(["x"], [PIXELS], weights={"clip": np.float32(0.5), "hpsv2": torch.tensor(2)})[0]
     assert request.weights == {"clip": 0.5, "hpsv2": 2.0}
 
@@ -224,13 +223,13 @@ def test_numpys_numbers_are_numbers() -> None:
         {"chunk_bytes": 0},
     ],
 )
-def test_a_client_that_cannot_work_is_not_made(options: Any) -> None:
-    """Lossy encodings and sizes that the service would refuse are told at once."""
+def test_invalid_client_settings_are_refused(options: Any) -> None:
+    """Lossy encodings and sizes above the service's limits are refused by the constructor."""
     with pytest.raises(InputError):
         RewardClient("http://judge.invalid", **options)
 
 
-def test_the_wire_holds_a_raw_image_of_the_largest_size() -> None:
-    """The limit that images.py checks is the one that makes a body too large."""
+def test_the_largest_raw_image_fits_into_a_request() -> None:
+    """The size check of one image agrees with the limit of the body."""
     side = int((MAX_BODY_BYTES / 3) ** 0.5)
     assert requests(["x"], [np.zeros((side, side, 3), np.uint8)])[0].items[0].image.shape == (side, side, 3)
