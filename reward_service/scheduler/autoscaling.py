@@ -1,6 +1,7 @@
-"""How many replicas a cluster should run, by the pairs that wait. No torch, no web, nothing of Ray's.
+"""Autoscaling policy of Ray Serve: number of replicas by the pairs in progress.
 
-Ray hands this module to its controller as it stands, so it imports nothing that the controller may lack.
+Ray copies this module to its controller, so it imports nothing that the controller may lack: no torch, no web
+framework and nothing of Ray.
 """
 
 from __future__ import annotations
@@ -9,31 +10,31 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-#: What each replica reports: pairs admitted and not yet answered, whether queued or on the device.
+#: Metric that each replica reports: pairs that are admitted and not finished, queued or on the device.
 PAIRS = "pairs"
 
 
-class Scaling(Protocol):
-    """What is used of Ray's AutoscalingContext."""
+class AutoscalingState(Protocol):
+    """Part of Ray's AutoscalingContext that the policy reads."""
 
     target_num_replicas: int
 
     @property
     def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]] | None:
-        """Name → replica → its mean over the look-back period."""
+        """Metric name → replica → mean over the look-back period."""
 
 
 class PairsPerReplica:
-    """Ray's `policy_function`: as many replicas as it takes that each has so many pairs under way.
+    """Ray's `policy_function`: as many replicas as keep the pairs in progress per replica at the target.
 
-    Requests are no measure of work here: one may hold a pair or a thousand. Ray applies its delays, factors
-    and bounds to what this asks for.
+    The number of requests is no measure of work here: a request has one pair or a thousand. Ray applies its
+    own delays, factors and bounds to the result.
 
     Args:
-        target_pairs: wanted for each replica; two batches keep a device busy without a long queue
+        target_pairs: pairs in progress per replica; two batches keep a device busy without a long queue
 
     Raises:
-        ValueError: it is not a positive number
+        ValueError: `target_pairs` is not a positive number
     """
 
     def __init__(self, target_pairs: float = 128) -> None:
@@ -41,9 +42,9 @@ class PairsPerReplica:
             raise ValueError(f"target_pairs must be a positive number, not {target_pairs}")
         self._target_pairs = target_pairs
 
-    def __call__(self, scaling: Scaling) -> tuple[int, dict[str, Any]]:
-        """The number of replicas wanted, and no state; as many as there are where nothing was reported."""
-        under_way = (scaling.aggregated_metrics or {}).get(PAIRS)
-        if not under_way:
-            return scaling.target_num_replicas, {}
-        return math.ceil(sum(under_way.values()) / self._target_pairs), {}
+    def __call__(self, state: AutoscalingState) -> tuple[int, dict[str, Any]]:
+        """Return the number of replicas, the current one if nothing was reported, and an empty state."""
+        pairs = (state.aggregated_metrics or {}).get(PAIRS)
+        if not pairs:
+            return state.target_num_replicas, {}
+        return math.ceil(sum(pairs.values()) / self._target_pairs), {}

@@ -1,18 +1,19 @@
-"""Whose pairs are next: start-time fair queueing over clients. A data structure without threads or clocks.
+"""Start-time fair queue over clients: a data structure without threads or clocks.
 
-Goyal, Vin and Cheng, "Start-time fair queuing", SIGCOMM 1996, with the paper's names:
+Goyal, Vin and Cheng, "Start-time fair queuing", SIGCOMM 1996, with the paper's symbols:
 
-=================  ==============================================================================
-`start`  S       tag of a client's next quantum: max(v at arrival, finish tag of its last one)
-finish     F       S + pairs / weight; a client's finish tag is the start tag of its next quantum
-`virtual` v      start tag of the quantum taken last
-=================  ==============================================================================
+| name | symbol | meaning |
+|---|---|---|
+| `start` | S | start tag of a client's next quantum: max(v at arrival, finish tag of its last quantum) |
+| finish | F | S + pairs / weight; a client's finish tag is the start tag of its next quantum |
+| `virtual` | v | virtual time: start tag of the quantum taken last |
 
-The smallest start tag goes first. Of two clients that both have work waiting, neither gets more than one
-quantum each ahead of its weighted share (theorem 1 of the paper): |W_f/r_f - W_m/r_m| <= l_f/r_f + l_m/r_m.
-Pairs of different lanes cannot share a batch, so the lane of whoever is first is filled, in the same order,
-from those who have pairs of it, as long as they are not a whole batch ahead of those who wait; then the
-bound is one batch each instead of one quantum each.
+The smallest start tag goes first. Of two backlogged clients, neither gets more than one quantum each ahead of
+its weighted share (theorem 1 of the paper): |W_f/r_f - W_m/r_m| <= l_f/r_f + l_m/r_m.
+
+Pairs of different lanes cannot share a batch. A batch has the lane of the client that is first, and is filled
+in the same order with pairs of that lane, from clients that are less than a whole batch ahead of the other
+backlogged ones. The bound is then one batch each instead of one quantum each.
 """
 
 from __future__ import annotations
@@ -22,38 +23,38 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-_SPARE = 64  # stale entries that are not worth a clean-up
+_STALE_ENTRIES = 64  # tolerated before memory is compacted
 _ROUNDING = 1e-6  # pairs; tags are sums of floats
 
 
 class Job(Protocol):
-    """What is queued: `pairs` of one lane; told apart by identity."""
+    """Queued work: `pairs` of one lane. Jobs are compared by identity."""
 
     @property
     def pairs(self) -> int:
-        """How many it has."""
+        """Number of pairs."""
 
     @property
     def client(self) -> str:
-        """Whose they are."""
+        """Client that the pairs belong to."""
 
     @property
     def weight(self) -> float:
-        """The client's, above 0."""
+        """Weight of the client, above 0."""
 
     @property
     def lane(self) -> Hashable:
-        """What they can share a batch with."""
+        """Lane: only pairs of the same lane share a batch."""
 
     @property
     def deadline_s(self) -> float:
-        """When they are due; inf for never."""
+        """Deadline in seconds; inf if there is none."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
-class Share(NamedTuple, Generic[AnyJob]):
+class JobSlice(NamedTuple, Generic[AnyJob]):
     """Pairs `start` to `stop` (exclusive) of a job."""
 
     job: AnyJob
@@ -65,25 +66,25 @@ class Share(NamedTuple, Generic[AnyJob]):
 class _Client(Generic[AnyJob]):
     start: float
     weight: float = 1.0
-    waiting: bool = False
+    backlogged: bool = False
     lanes: dict[Hashable, list[tuple[float, int, AnyJob]]] = field(default_factory=dict)
 
     def copy(self) -> _Client[AnyJob]:
         lanes = {lane: heap.copy() for lane, heap in self.lanes.items()}
-        return _Client(self.start, self.weight, self.waiting, lanes)
+        return _Client(self.start, self.weight, self.backlogged, lanes)
 
 
 class FairQueue(Generic[AnyJob]):
-    """Jobs of many clients, taken in fair order; within a client by deadline (none: inf), then arrival.
+    """Jobs of many clients, taken in fair order; within a client by deadline, then by arrival.
 
     Args:
-        quantum: most pairs of one client before the next one's turn
-        batch_pairs: most pairs that a client may be ahead of others who wait in another lane
+        quantum: most pairs of one client before the next client's turn
+        batch_pairs: most pairs that a client may be ahead of backlogged clients of other lanes
     """
 
     def __init__(self, quantum: int, batch_pairs: int) -> None:
         self._quantum, self._batch_pairs = quantum, batch_pairs
-        self._turn = 0
+        self._sequence = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -91,95 +92,91 @@ class FairQueue(Generic[AnyJob]):
         self._virtual = 0.0
         self._clients: dict[str, _Client[AnyJob]] = {}
         self._order: list[tuple[float, bool, int, _Client[AnyJob]]] = []
-        self._taken: dict[AnyJob, int] = {}  # of every job with pairs left
+        self._taken: dict[AnyJob, int] = {}  # for every job that still has pairs queued
         self._entries = 0
-        self._forget_at = _SPARE
+        self._prune_clients_at = _STALE_ENTRIES
 
     def __contains__(self, job: AnyJob) -> bool:
         return job in self._taken
 
-    def left(self, job: AnyJob) -> int:
-        """How many of a job's pairs are queued."""
+    def remaining_pairs(self, job: AnyJob) -> int:
+        """Return how many of a job's pairs are queued."""
         return job.pairs - self._taken[job] if job in self._taken else 0
 
     def add(self, job: AnyJob) -> None:
-        """Queue all of a job's pairs."""
+        """Add all of a job's pairs to the queue."""
         client = self._clients.setdefault(job.client, _Client(self._virtual))
         client.weight = job.weight
-        heapq.heappush(client.lanes.setdefault(job.lane, []), (job.deadline_s, self._next_turn(), job))
+        heapq.heappush(client.lanes.setdefault(job.lane, []), (job.deadline_s, self._next_sequence(), job))
         self._entries += 1
         self._taken[job] = 0
         self.pairs += job.pairs
-        if not client.waiting:
-            client.waiting = True
+        if not client.backlogged:
+            client.backlogged = True
             client.start = max(client.start, self._virtual)
-            # Of equal tags the newcomer's goes first: the paper leaves it open, and light callers gain by it.
-            heapq.heappush(self._order, (client.start, False, self._next_turn(), client))
+            # Of equal tags the new client's goes first: the paper leaves it open, and light clients benefit.
+            heapq.heappush(self._order, (client.start, False, self._next_sequence(), client))
 
     def remove(self, job: AnyJob) -> int:
-        """Drop what is left of a job.
-
-        Returns:
-            so many pairs
-        """
-        left = self.left(job)
+        """Remove the queued pairs of a job and return their number."""
+        remaining = self.remaining_pairs(job)
         self._taken.pop(job, None)
-        self.pairs -= left
-        self._tidy()
-        return left
+        self.pairs -= remaining
+        self._compact()
+        return remaining
 
-    def take(self, most: int) -> list[Share[AnyJob]]:
-        """Take up to `most` pairs of one lane; something, if anything is queued."""
-        shares: list[Share[AnyJob]] = []
-        passed: list[tuple[float, bool, int, _Client[AnyJob]]] = []
+    def take(self, max_pairs: int) -> list[JobSlice[AnyJob]]:
+        """Take up to `max_pairs` pairs of one lane, and at least one if any are queued."""
+        slices: list[JobSlice[AnyJob]] = []
+        skipped: list[tuple[float, bool, int, _Client[AnyJob]]] = []
         lane: Hashable = None
-        while most and self._order:
-            place = heapq.heappop(self._order)
-            start, _, _, client = place
+        while max_pairs and self._order:
+            entry = heapq.heappop(self._order)
+            start, _, _, client = entry
             head = self._head(client)
             if head is None:
-                client.waiting = False
+                client.backlogged = False
                 continue
-            lane = lane if shares else head.lane
-            least = passed[0][0] if passed else start
-            allowed = int(self._batch_pairs - (start - least) * client.weight + _ROUNDING)
+            lane = lane if slices else head.lane
+            lowest_start = skipped[0][0] if skipped else start
+            allowed = int(self._batch_pairs - (start - lowest_start) * client.weight + _ROUNDING)
             if lane not in client.lanes or allowed < 1:
-                passed.append(place)
+                skipped.append(entry)
                 continue
-            self._virtual = least
-            share = self._share(client, lane, min(most, allowed, self._quantum))
-            shares.append(share)
-            most -= share.stop - share.start
-        for place in passed:
-            heapq.heappush(self._order, place)
-        self._tidy()
-        return shares
+            self._virtual = lowest_start
+            taken = self._take_slice(client, lane, min(max_pairs, allowed, self._quantum))
+            slices.append(taken)
+            max_pairs -= taken.stop - taken.start
+        for entry in skipped:
+            heapq.heappush(self._order, entry)
+        self._compact()
+        return slices
 
-    def peek(self, most: int) -> list[Share[AnyJob]]:
-        """What `take` would give now; takes nothing."""
+    def peek(self, max_pairs: int) -> list[JobSlice[AnyJob]]:
+        """Return what `take` would return now, without taking it."""
         copies = {name: client.copy() for name, client in self._clients.items()}
         copy_of = {id(client): copies[name] for name, client in self._clients.items()}
         other: FairQueue[AnyJob] = FairQueue(self._quantum, self._batch_pairs)
-        other.pairs, other._virtual, other._turn = self.pairs, self._virtual, self._turn
+        other.pairs, other._virtual, other._sequence = self.pairs, self._virtual, self._sequence
         other._clients, other._taken, other._entries = copies, self._taken.copy(), self._entries
-        other._order = [(*place[:3], copy_of[id(place[3])]) for place in self._order]
-        return other.take(most)
+        other._order = [(*entry[:3], copy_of[id(entry[3])]) for entry in self._order]
+        return other.take(max_pairs)
 
-    def _share(self, client: _Client[AnyJob], lane: Hashable, most: int) -> Share[AnyJob]:
+    def _take_slice(self, client: _Client[AnyJob], lane: Hashable, max_pairs: int) -> JobSlice[AnyJob]:
         job = client.lanes[lane][0][2]
         start = self._taken[job]
-        stop = min(job.pairs, start + most)
+        stop = min(job.pairs, start + max_pairs)
         if stop == job.pairs:
             del self._taken[job]
         else:
             self._taken[job] = stop
         self.pairs -= stop - start
         client.start += (stop - start) / client.weight
-        heapq.heappush(self._order, (client.start, True, self._next_turn(), client))
-        return Share(job, start, stop)
+        heapq.heappush(self._order, (client.start, True, self._next_sequence(), client))
+        return JobSlice(job, start, stop)
 
     def _head(self, client: _Client[AnyJob]) -> AnyJob | None:
-        """The client's first job, after forgetting those that are gone from the front of its lanes."""
+        """Return the client's first job; drop stale entries from the front of its lanes."""
         heads = []
         for lane, heap in list(client.lanes.items()):
             while heap and heap[0][2] not in self._taken:
@@ -191,20 +188,22 @@ class FairQueue(Generic[AnyJob]):
                 del client.lanes[lane]
         return min(heads)[2] if heads else None
 
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
 
-    def _tidy(self) -> None:
-        """Keep memory in proportion to what is queued."""
-        if not self._taken:  # nobody waits, so nobody can be behind: a new busy period
+    def _compact(self) -> None:
+        """Keep memory proportional to what is queued."""
+        if not self._taken:  # no client is backlogged, so none can be behind: a new busy period
             self._clear()
-        elif self._entries > 2 * len(self._taken) + _SPARE:
+        elif self._entries > 2 * len(self._taken) + _STALE_ENTRIES:
             self._drop_stale_entries()
-        if len(self._clients) > self._forget_at:
-            # A start tag that v has passed no longer says anything about a client.
-            self._clients = {n: c for n, c in self._clients.items() if c.waiting or c.start > self._virtual}
-            self._forget_at = 2 * len(self._clients) + _SPARE
+        if len(self._clients) > self._prune_clients_at:
+            # A start tag below v has no influence on a client any more.
+            self._clients = {
+                n: c for n, c in self._clients.items() if c.backlogged or c.start > self._virtual
+            }
+            self._prune_clients_at = 2 * len(self._clients) + _STALE_ENTRIES
 
     def _drop_stale_entries(self) -> None:
         self._entries = 0

@@ -1,15 +1,9 @@
-"""The queue before the device: threads, timing and what goes wrong. No torch, no web.
+"""Scheduler in front of the device: threads, timing and failures. Imports neither torch nor a web framework.
 
-One thread drives the device. Whenever it is free it takes a batch of what is waiting, in fair order
-(`reward_service.scheduler.fair_queue`): there is no timer to wait out. A second thread attends to
-callers: answers, deadlines and the watchdog, so that neither a slow callback nor a hung device holds up the
-other. docs/scheduling.md says what is promised.
-
-The next batch gets ready while one runs: pairs are prepared ahead on a thread of their own.
-
-What is staged is a forecast, not a promise. When the device is free the batch is formed anew, in fair order,
-from what is waiting then; whatever of it has not been prepared is prepared on the spot. So nobody who comes
-while a batch runs waits for another one to pass because it had been staged.
+The device thread runs the batches. Whenever it is free it takes a batch of what is queued, in fair order
+(`reward_service.scheduler.fair_queue`), without waiting for a timer. The callback thread settles futures,
+enforces deadlines and watches for a hung device, so that neither a slow callback nor a hung device delays the
+other. docs/scheduling.md states the guarantees.
 """
 
 from __future__ import annotations
@@ -21,81 +15,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from reward_service.scheduler.batching import BatchSize, BatchTime, run_isolated
+from reward_service.scheduler.batching import BatchSize, BatchTime, Prefetcher, Prepare, run_isolated
 from reward_service.scheduler.requests import (
-    Backlog,
     ClosedError,
     Completed,
     DeadlineError,
-    Ending,
+    FinishedRequest,
+    Input,
+    NullObserver,
     Observer,
+    OpenRequests,
     PairFailedError,
+    QueuedRequest,
     QueueFullError,
-    Request,
+    RequestPair,
+    Result,
     StuckError,
-    Unit,
-    Unobserved,
 )
-
-Work = TypeVar("Work")
-Result = TypeVar("Result")
-
-Prepare = Callable[[Sequence[Work], Hashable], Sequence[Any]]
-
-
-class Stage(Generic[Work, Result]):
-    """Prepares what will probably be run next.
-
-    Args:
-        prepare: makes works of one lane ready, each for itself, in order; never called twice at once
-        upcoming: the pairs of the next batch as it would be now, all of one lane
-    """
-
-    def __init__(self, prepare: Prepare[Work], upcoming: Callable[[], Sequence[Unit[Work, Result]]]) -> None:
-        self._prepare, self._upcoming = prepare, upcoming
-        self._preparing = threading.Lock()
-        self._due = threading.Event()
-        self._stopped = False
-        threading.Thread(target=self._loop, name="stage", daemon=True).start()
-
-    def look_ahead(self) -> None:
-        """There may be something to prepare; returns at once."""
-        self._due.set()
-
-    def stop(self) -> None:
-        """Prepare no more ahead."""
-        self._stopped = True
-        self._due.set()
-
-    def ready(self, units: Sequence[Unit[Work, Result]]) -> list[Any]:
-        """The prepared works of a batch, in order.
-
-        Raises:
-            Exception: whatever `prepare` raised
-        """
-        with self._preparing:
-            self._make_ready(units)
-        return [request.prepared[place] for request, place in units]
-
-    def _loop(self) -> None:
-        while self._due.wait() and not self._stopped:
-            self._due.clear()
-            # What goes wrong here goes wrong again, and is told, when the batch runs.
-            with self._preparing, suppress(Exception):
-                self._make_ready(self._upcoming())
-
-    def _make_ready(self, units: Sequence[Unit[Work, Result]]) -> None:
-        missing = [unit for unit in units if unit.place not in unit.request.prepared]
-        if not missing:
-            return
-        prepared = self._prepare([unit.work for unit in missing], missing[0].request.lane)
-        for (request, place), ready in zip(missing, prepared, strict=True):
-            request.prepared[place] = ready
-
 
 __all__ = [
     "ClosedError",
@@ -103,32 +42,35 @@ __all__ = [
     "DeadlineError",
     "Observer",
     "PairFailedError",
+    "Prepare",
     "QueueFullError",
     "Scheduler",
     "StuckError",
 ]
 
-_FIRST_GUESS_S_PER_PAIR = 0.01
-_LAST_ANSWERS_S = 5.0
+_INITIAL_S_PER_PAIR = 0.01
+_FINAL_CALLBACKS_S = 5.0
 _QUANTA_PER_BATCH = 8
-_LONGEST_RETRY_S = 600
+_MAX_RETRY_AFTER_S = 600
 _logger = logging.getLogger(__name__)
 
 
-class Scheduler(Generic[Work, Result]):
-    """Runs requests' pairs in batches on one thread.
+class Scheduler(Generic[Input, Result]):
+    """Runs the pairs of requests in batches on one thread.
 
     Args:
-        run: scores a batch of one lane, results in order; gets what `prepare` made, or the works themselves;
-            called on one thread only. An OutOfMemoryError of it (`reward_service.engine.types`) has a smaller
-            batch tried, a FatalDeviceError ends it all, anything else has the pair at fault sought
+        run: scores a batch of one lane and returns results in order; gets what `prepare` returned, or the
+            inputs themselves; called on one thread only. After an OutOfMemoryError
+            (`reward_service.engine.types`) smaller batches are tried, a FatalDeviceError ends the scheduler,
+            and after any other exception the failing pair is isolated
         batch_pairs: most pairs of a batch
-        max_queued_pairs: most pairs admitted and not yet dispatched
-        quantum_pairs: pairs of one client before the next one's turn; None for an eighth of a batch
-        prepare: makes works ready for `run`, each for itself, on the CPU while another batch runs
-        hang_s: a run that takes longer has hung; None to wait for ever
-        on_stuck: called once when nothing more can be scored, after everybody has been told
-        clock: seconds, running at the speed of real time
+        max_queued_pairs: most pairs that are admitted and not dispatched
+        quantum_pairs: pairs of one client before the next client's turn; None for an eighth of a batch
+        prepare: prepares inputs for `run`, each independently, on the CPU while another batch runs
+        hang_s: seconds after which a run counts as hung; None for no limit
+        on_stuck: called once when nothing more can be scored, after all futures are settled
+        observer: receives the events
+        clock: returns seconds, at the speed of real time
     """
 
     def __init__(
@@ -138,289 +80,286 @@ class Scheduler(Generic[Work, Result]):
         batch_pairs: int,
         max_queued_pairs: int,
         quantum_pairs: int | None = None,
-        prepare: Prepare[Work] | None = None,
+        prepare: Prepare[Input] | None = None,
         hang_s: float | None = None,
         on_stuck: Callable[[StuckError], None] = lambda _: None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._clock, self._observer = run, clock, observer or Unobserved()
+        self._run, self._clock, self._observer = run, clock, observer or NullObserver()
         self._hang_s, self._on_stuck = hang_s, on_stuck
         quantum = quantum_pairs or max(1, batch_pairs // _QUANTA_PER_BATCH)
-        self._backlog: Backlog[Work, Result] = Backlog(batch_pairs, quantum, max_queued_pairs)
-        self._sizes, self._times = BatchSize(batch_pairs), BatchTime(_FIRST_GUESS_S_PER_PAIR)
-        # Nothing is refused for its deadline on a guess.
+        self._requests: OpenRequests[Input, Result] = OpenRequests(batch_pairs, quantum, max_queued_pairs)
+        self._sizes, self._times = BatchSize(batch_pairs), BatchTime(_INITIAL_S_PER_PAIR)
+        # The guess is 0: no deadline is refused before the lane has been measured.
         self._lane_times: defaultdict[Hashable, BatchTime] = defaultdict(lambda: BatchTime(0.0))
         self._lock = threading.Lock()
-        self._work, self._news = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._post: list[Callable[[], object]] = []
+        self._device_wake = threading.Condition(self._lock)
+        self._callback_wake = threading.Condition(self._lock)
+        self._callbacks: list[Callable[[], object]] = []
         self._running_pairs = 0
-        self._run_since: float | None = None
-        self._wake_s = math.inf
-        self._refusal: Callable[[], Exception] | None = None  # of new work
-        self._given_up = self._driver_gone = False
-        self._stage = Stage(prepare, self._upcoming) if prepare else None
-        self._attendant = threading.Thread(target=self._attend, name="scheduler", daemon=True)
-        self._attendant.start()
-        threading.Thread(target=self._drive, name="device", daemon=True).start()
+        self._run_started_s: float | None = None
+        self._next_wake_s = math.inf
+        self._make_refusal: Callable[[], Exception] | None = None  # error for every new request, if set
+        self._aborted = self._device_loop_ended = False
+        self._prefetcher = Prefetcher(prepare, self._next_batch_forecast) if prepare else None
+        self._callback_thread = threading.Thread(target=self._callback_loop, name="scheduler", daemon=True)
+        self._callback_thread.start()
+        threading.Thread(target=self._device_loop, name="device", daemon=True).start()
 
     @property
     def queued_pairs(self) -> int:
-        """Pairs admitted and not yet dispatched."""
-        return self._backlog.queued_pairs
+        """Pairs that are admitted and not dispatched."""
+        return self._requests.queued_pairs
 
     @property
     def batch_pairs(self) -> int:
         """Most pairs of a batch at present: fewer than configured after memory ran out."""
-        return self._sizes.now
+        return self._sizes.current
 
     def submit(
         self,
-        works: Sequence[Work],
+        inputs: Sequence[Input],
         lane: Hashable = None,
         *,
         client: str = "",
         weight: float = 1.0,
         deadline_s: float | None = None,
     ) -> Future[Completed[Result]]:
-        """Admit a request, whole or not at all. To leave, cancel its future.
+        """Admit a request as a whole. Cancel the future to withdraw it.
 
         Args:
+            inputs: one per pair
             lane: only requests of equal lanes share a batch
-            client: among whom the device is shared, in proportion to `weight`
+            client: clients share the device in proportion to their `weight`
+            weight: a finite number above 0
             deadline_s: on the scheduler's clock; the future is settled by then
 
         Returns:
-            fails with `PairFailedError` if a pair cannot be scored, `DeadlineError`, `ClosedError` or
-            `StuckError`
+            the future result; its exception is a `PairFailedError` if a pair cannot be scored, a
+            `DeadlineError`, a `ClosedError` or a `StuckError`
 
         Raises:
-            QueueFullError: there is no room for all of its pairs
-            DeadlineError: the deadline has passed, or the device is busy and needs longer for this alone
-            ClosedError: shutting down
+            QueueFullError: the queue has no room for all pairs
+            DeadlineError: the deadline has passed, or the device is busy and needs longer for this request
+            ClosedError: the scheduler is closing
             StuckError: nothing more can be scored
-            ValueError: no works, or a weight that is not a finite number above 0
+            ValueError: no inputs, or an invalid weight
         """
         now, deadline = self._clock(), math.inf if deadline_s is None else deadline_s
-        request = Request[Work, Result](works, lane, client, weight, deadline, now)
+        request = QueuedRequest[Input, Result](inputs, lane, client, weight, deadline, now)
         with self._lock:
-            if self._refusal:
-                raise self._refusal()
-            self._refuse_if_full(len(works))
+            if self._make_refusal:
+                raise self._make_refusal()
+            if not self._requests.has_room(request.pairs):
+                raise QueueFullError(self._retry_after_s())
             self._refuse_if_late(request)
-            forecast_full = self._backlog.queued_pairs >= self._sizes.now
-            future = self._backlog.add(request)
-            self._work.notify()
-            if deadline < self._wake_s:
-                self._news.notify()
-            if self._stage and self._running_pairs and not forecast_full:
-                self._stage.look_ahead()
-        future.add_done_callback(lambda done: self._leave(request) if done.cancelled() else None)
+            next_batch_full = self._requests.queued_pairs >= self._sizes.current
+            future = self._requests.add(request)
+            self._device_wake.notify()
+            if deadline < self._next_wake_s:
+                self._callback_wake.notify()
+            if self._prefetcher and self._running_pairs and not next_batch_full:
+                self._prefetcher.start_next()
+        future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
-    def check_room(self, pairs: int = 1) -> None:
-        """Nothing if `pairs` more may queue. An empty queue takes any request, however large.
-
-        Raises:
-            QueueFullError: they may not
-        """
-        with self._lock:
-            self._refuse_if_full(pairs)
-
     def retry_after_s(self) -> int:
-        """Seconds, at least 1, until what is admitted now will probably be done."""
+        """Return the estimated seconds, at least 1, until everything admitted now is scored."""
         with self._lock:
             return self._retry_after_s()
 
     def close(self, timeout_s: float) -> bool:
-        """Take nothing more and finish what was admitted.
+        """Refuse new requests and finish the admitted ones.
 
         Returns:
-            whether it was all finished in time; what was not fails with `ClosedError`
+            whether all were finished in time; the others fail with `ClosedError`
         """
         with self._lock:
-            self._refusal = self._refusal or _closing
-            self._work.notify()
-        self._attendant.join(timeout_s)
-        in_time = not self._attendant.is_alive() and not self._given_up
-        if self._attendant.is_alive():
+            self._make_refusal = self._make_refusal or _closing
+            self._device_wake.notify()
+        self._callback_thread.join(timeout_s)
+        in_time = not self._callback_thread.is_alive() and not self._aborted
+        if self._callback_thread.is_alive():
             with self._lock:
-                self._give_up(lambda: ClosedError("the service shut down before this was scored"))
-            self._attendant.join(_LAST_ANSWERS_S)
-        if self._stage:
-            self._stage.stop()
+                self._abort(lambda: ClosedError("the service shut down before this was scored"))
+            self._callback_thread.join(_FINAL_CALLBACKS_S)
+        if self._prefetcher:
+            self._prefetcher.stop()
         return in_time
 
-    # Everything with a leading underscore and "lock held" is called with the lock held, and the
-    # rest without it: a future's callbacks are the callers' code and may come back in.
+    # Private methods whose docstring says "Lock held" are called with the lock held, all others without it:
+    # callbacks of a future are foreign code that may call the scheduler again.
 
-    def _refuse_if_full(self, pairs: int) -> None:
-        """Lock held."""
-        if not self._backlog.has_room(pairs):
-            raise QueueFullError(self._retry_after_s())
+    def _refuse_if_late(self, request: QueuedRequest[Input, Result]) -> None:
+        """Lock held. Raise DeadlineError if the device is busy and the request cannot be done in time.
 
-    def _refuse_if_late(self, request: Request[Work, Result]) -> None:
-        """Lock held. An idle device tries in any case: only a run can correct a wrong estimate."""
+        An idle device tries in any case: only a run can correct a wrong estimate.
+        """
         left_s = request.deadline_s - request.submitted_s
-        busy = self._running_pairs > 0 or self._backlog.queued_pairs > 0
+        busy = self._running_pairs > 0 or self._requests.queued_pairs > 0
         if left_s <= 0 or (busy and left_s < self._lane_s(request.lane, request.pairs)):
-            self._send(partial(self._observer.on_expired, request.pairs))
+            self._post(partial(self._observer.on_expired, request.pairs))
             raise DeadlineError("the deadline is too early for this many pairs")
 
     def _retry_after_s(self) -> int:
         """Lock held."""
-        pairs = self._backlog.queued_pairs + self._running_pairs
-        return min(_LONGEST_RETRY_S, max(1, math.ceil(self._times.seconds(pairs, self._sizes.now))))
+        pairs = self._requests.queued_pairs + self._running_pairs
+        return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self._times.seconds(pairs, self._sizes.current))))
 
     def _lane_s(self, lane: Hashable, pairs: int) -> float:
-        """Lock held."""
-        return self._lane_times[lane].seconds(pairs, self._sizes.now)
+        """Lock held. Return the estimated seconds of `pairs` in a lane."""
+        return self._lane_times[lane].seconds(pairs, self._sizes.current)
 
-    def _leave(self, request: Request[Work, Result]) -> None:
+    def _cancel(self, request: QueuedRequest[Input, Result]) -> None:
         with self._lock:
-            if dropped := self._backlog.leave(request):
-                self._send(partial(self._observer.on_cancelled, dropped))
+            if dropped := self._requests.cancel(request):
+                self._post(partial(self._observer.on_cancelled, dropped))
 
-    def _send(self, message: Callable[[], object]) -> None:
-        """Lock held. To be called by the attendant."""
-        self._post.append(message)
-        self._news.notify()
+    def _post(self, callback: Callable[[], object]) -> None:
+        """Lock held. Have the callback thread call it."""
+        self._callbacks.append(callback)
+        self._callback_wake.notify()
 
-    def _end(self, endings: Iterable[Ending[Result]]) -> None:
+    def _post_finished(self, finished: Iterable[FinishedRequest[Result]]) -> None:
         """Lock held."""
-        for ending in endings:
-            self._send(ending.deliver)
-            if ending.dropped and isinstance(ending.outcome, DeadlineError):
-                self._send(partial(self._observer.on_expired, ending.dropped))
+        for request in finished:
+            self._post(request.settle)
+            if request.dropped and isinstance(request.outcome, DeadlineError):
+                self._post(partial(self._observer.on_expired, request.dropped))
 
-    def _give_up(self, error: Callable[[], Exception]) -> None:
-        """Lock held. Nothing more is run, and everybody is told."""
-        self._given_up = True
-        self._refusal = self._refusal or error
-        self._end(self._backlog.end_all(error))
-        self._work.notify()
-        self._news.notify()
+    def _abort(self, make_error: Callable[[], Exception]) -> None:
+        """Lock held. Run nothing more and fail all open requests."""
+        self._aborted = True
+        self._make_refusal = self._make_refusal or make_error
+        self._post_finished(self._requests.fail_all(make_error))
+        self._device_wake.notify()
+        self._callback_wake.notify()
 
-    def _get_stuck(self, reason: str, cause: BaseException | None = None) -> None:
-        """Lock held."""
-        if self._given_up:
+    def _abort_stuck(self, reason: str, cause: BaseException | None = None) -> None:
+        """Lock held. Abort because the device hangs or has failed."""
+        if self._aborted:
             return
 
-        def stuck() -> StuckError:
+        def make_error() -> StuckError:
             error = StuckError(reason)
             error.__cause__ = cause
             return error
 
-        self._refusal = stuck
-        self._give_up(stuck)
-        self._send(partial(self._on_stuck, stuck()))
+        self._make_refusal = make_error
+        self._abort(make_error)
+        self._post(partial(self._on_stuck, make_error()))
 
-    # The device's thread.
+    # Device thread ------------------------------------------------------------------------------------
 
-    def _drive(self) -> None:
+    def _device_loop(self) -> None:
         try:
-            while units := self._next_batch():
-                self._run_batch(units)
-        except BaseException as error:  # a driver that is gone must not leave anybody waiting
+            while batch := self._next_batch():
+                self._run_batch(batch)
+        except BaseException as error:  # without a device thread no request may stay open
             _logger.exception("the device has failed")
             with self._lock:
-                self._get_stuck(f"the device has failed: {type(error).__name__}", error)
+                self._abort_stuck(f"the device has failed: {type(error).__name__}", error)
         finally:
             with self._lock:
-                self._driver_gone = True
-                self._news.notify()
+                self._device_loop_ended = True
+                self._callback_wake.notify()
 
-    def _next_batch(self) -> list[Unit[Work, Result]]:
-        """Wait for work and dispatch a batch; nothing once closed and empty, or given up."""
+    def _next_batch(self) -> list[RequestPair[Input, Result]]:
+        """Wait for requests and dispatch a batch; return an empty one once closed and empty, or aborted."""
         with self._lock:
             self._running_pairs = 0
-            while not self._given_up:
+            while not self._aborted:
                 now = self._clock()
                 self._drop_overdue(now)
-                if units := self._backlog.take(self._sizes.now, now):
-                    self._running_pairs = len(units)
-                    if self._stage:
-                        self._stage.look_ahead()
-                    return units
-                if self._refusal:
+                if batch := self._requests.take(self._sizes.current, now):
+                    self._running_pairs = len(batch)
+                    if self._prefetcher:
+                        self._prefetcher.start_next()
+                    return batch
+                if self._make_refusal:
                     break
-                self._work.wait()
+                self._device_wake.wait()
             return []
 
     def _drop_overdue(self, now: float) -> None:
         """Lock held."""
-        self._end(self._backlog.expire(now))
-        pairs = min(self._sizes.now, self._backlog.queued_pairs)
-        self._end(self._backlog.drop_late(now, partial(self._lane_s, pairs=pairs)))
+        self._post_finished(self._requests.expire(now))
+        pairs = min(self._sizes.current, self._requests.queued_pairs)
+        self._post_finished(self._requests.drop_late(now, partial(self._lane_s, pairs=pairs)))
 
-    def _run_batch(self, units: Sequence[Unit[Work, Result]]) -> None:
-        started, capacity = self._clock(), self._sizes.now
-        waits = [started - request.submitted_s for request, place in units if place == 0]
-        for part, outcome in run_isolated(units, self._call, self._wanted, self._sizes, self._tell_oom):
+    def _run_batch(self, batch: Sequence[RequestPair[Input, Result]]) -> None:
+        started, capacity = self._clock(), self._sizes.current
+        queue_s = [started - request.submitted_s for request, position in batch if position == 0]
+        for part, outcome in run_isolated(batch, self._call, self._is_open, self._sizes, self._post_oom):
             with self._lock:
                 if isinstance(outcome, Exception):
-                    self._end(self._backlog.fail(part[0], outcome))
+                    self._post_finished(self._requests.fail(part[0], outcome))
                 else:
-                    self._end(self._backlog.finish(part, outcome, self._clock()))
+                    self._post_finished(self._requests.complete(part, outcome, self._clock()))
         with self._lock:
             elapsed = self._clock() - started
-            self._send(partial(self._observer.on_batch, len(units), capacity, waits, elapsed))
+            self._post(partial(self._observer.on_batch, len(batch), capacity, queue_s, elapsed))
 
-    def _wanted(self, unit: Unit[Work, Result]) -> bool:
-        return unit.request in self._backlog
+    def _is_open(self, pair: RequestPair[Input, Result]) -> bool:
+        return pair.request in self._requests
 
-    def _tell_oom(self, pairs: int) -> None:
+    def _post_oom(self, pairs: int) -> None:
         with self._lock:
-            self._send(partial(self._observer.on_oom, pairs))
+            self._post(partial(self._observer.on_oom, pairs))
 
-    def _call(self, part: Sequence[Unit[Work, Result]]) -> Sequence[Result]:
+    def _call(self, part: Sequence[RequestPair[Input, Result]]) -> Sequence[Result]:
         lane = part[0].request.lane
-        started = self._run_since = self._clock()
+        started = self._run_started_s = self._clock()
         try:
-            ready = self._stage.ready(part) if self._stage else [unit.work for unit in part]
-            results = self._run(ready, lane)
+            inputs = (
+                self._prefetcher.prepared_inputs(part) if self._prefetcher else [pair.input for pair in part]
+            )
+            results = self._run(inputs, lane)
         finally:
-            self._run_since = None
+            self._run_started_s = None
         with self._lock:
             for times in (self._times, self._lane_times[lane]):
                 times.add(len(part), self._clock() - started)
         return results
 
-    def _upcoming(self) -> Sequence[Unit[Work, Result]]:
+    def _next_batch_forecast(self) -> Sequence[RequestPair[Input, Result]]:
+        """Return the next batch as it would be now; called on the prefetch thread."""
         with self._lock:
-            return self._backlog.upcoming(self._sizes.now) if self._running_pairs else []
+            return self._requests.peek(self._sizes.current) if self._running_pairs else []
 
-    # The attendant's thread.
+    # Callback thread ----------------------------------------------------------------------------------
 
-    def _attend(self) -> None:
-        while messages := self._await_news():
-            for message in messages:
+    def _callback_loop(self) -> None:
+        while callbacks := self._wait_for_callbacks():
+            for callback in callbacks:
                 try:
-                    message()
-                except Exception:  # an observer's fault is not the callers'
+                    callback()
+                except Exception:  # an observer's fault must not affect the requests
                     _logger.exception("an observer of the scheduler failed")
 
-    def _await_news(self) -> list[Callable[[], object]]:
-        """What to tell whom; nothing once there will be no more."""
+    def _wait_for_callbacks(self) -> list[Callable[[], object]]:
+        """Return the callbacks to call; an empty list once there will be no more."""
         with self._lock:
             while True:
                 now = self._clock()
-                self._end(self._backlog.expire(now))
-                self._watch(now)
-                if self._post or self._given_up or self._driver_gone:
-                    messages, self._post = self._post, []
-                    return messages
-                self._wake_s = min(self._backlog.next_deadline_s, self._next_look_s(now))
-                self._news.wait(None if self._wake_s == math.inf else max(0.0, self._wake_s - now))
+                self._post_finished(self._requests.expire(now))
+                self._check_hang(now)
+                if self._callbacks or self._aborted or self._device_loop_ended:
+                    callbacks, self._callbacks = self._callbacks, []
+                    return callbacks
+                self._next_wake_s = min(self._requests.next_deadline_s, self._next_hang_check_s(now))
+                timeout_s = None if self._next_wake_s == math.inf else max(0.0, self._next_wake_s - now)
+                self._callback_wake.wait(timeout_s)
 
-    def _watch(self, now: float) -> None:
+    def _check_hang(self, now: float) -> None:
         """Lock held."""
-        since = self._run_since
-        if self._hang_s is not None and since is not None and now - since > self._hang_s:
-            self._get_stuck(f"the device has not answered for {self._hang_s:g} s")
+        started = self._run_started_s
+        if self._hang_s is not None and started is not None and now - started > self._hang_s:
+            self._abort_stuck(f"the device has not responded for {self._hang_s:g} s")
 
-    def _next_look_s(self, now: float) -> float:
-        """Lock held. When to look at the device again."""
+    def _next_hang_check_s(self, now: float) -> float:
+        """Lock held."""
         return math.inf if self._hang_s is None else now + self._hang_s / 4
 
 

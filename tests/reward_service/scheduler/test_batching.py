@@ -1,4 +1,4 @@
-"""What batches take, learnt from those that ran."""
+"""Estimates of a batch's duration and size limit."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from reward_service.scheduler.batching import BatchSize, BatchTime
 
 
-def test_a_failed_attempt_at_a_larger_batch_costs_little() -> None:
-    """It goes back to what is known to fit, not below, and waits longer before the next one."""
+def test_batch_size_backs_off_after_a_failed_increase() -> None:
+    """The limit returns to the size that is known to fit, and the next attempt is later each time."""
     sizes = BatchSize(64)
     attempts = []
-    sizes.overflows(64)
+    sizes.record_oom(64)
     for batch in range(2000):
-        if sizes.now > 40:
+        if sizes.current > 40:
             attempts.append(batch)
-            sizes.overflows(sizes.now)
-            assert sizes.now == 40
-        sizes.fits(sizes.now)
+            sizes.record_oom(sizes.current)
+            assert sizes.current == 40
+        sizes.record_success(sizes.current)
     gaps = [later - earlier for earlier, later in pairwise(attempts)]
     assert len(gaps) >= 4
     assert gaps == sorted(set(gaps))
 
 
-def test_the_batch_time_is_learnt() -> None:
-    """Fixed and per-pair seconds come out of batches of several sizes, and a changed device is followed."""
+def test_batch_time_estimates_fixed_and_per_pair_seconds() -> None:
+    """Batches of several sizes determine both coefficients, which follow a device that changes."""
     times = BatchTime(guess_s=0.5)
     assert times.coefficients == (0.0, 0.5)
     times.add(64, 6.4)
@@ -44,8 +44,8 @@ def test_the_batch_time_is_learnt() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 1024), st.floats(0, 1e4)), min_size=1, max_size=30))
-def test_the_batch_time_is_never_negative(batches: list[tuple[int, float]]) -> None:
-    """Whatever was measured, more pairs do not take less time."""
+def test_batch_time_is_never_negative(batches: list[tuple[int, float]]) -> None:
+    """For any measurements, more pairs are not estimated to take less time."""
     times = BatchTime(0.01)
     for pairs, seconds in batches:
         times.add(pairs, seconds)

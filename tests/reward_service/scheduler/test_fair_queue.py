@@ -1,4 +1,4 @@
-"""The fair queue, the open requests and the isolation of failures, against a model. No threads, no clock."""
+"""Fair queue, open requests and failure isolation, against a reference model without threads or clocks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from reward_service.engine.types import OutOfMemoryError
 from reward_service.scheduler.batching import BatchSize, run_isolated
 from reward_service.scheduler.fair_queue import FairQueue
 from reward_service.scheduler.requests import (
-    Backlog,
     ClosedError,
     Completed,
     DeadlineError,
-    Ending,
+    FinishedRequest,
+    OpenRequests,
     PairFailedError,
-    Request,
-    Unit,
+    QueuedRequest,
+    RequestPair,
 )
 
 WEIGHTS = {"light": 0.5, "plain": 1.0, "other": 1.0, "heavy": 3.0}
@@ -41,51 +41,53 @@ MAX_QUEUED = 60
 
 
 @dataclass(eq=False)
-class Asked:
-    """What the model knows of a request."""
+class ModelRequest:
+    """State of a request in the model."""
 
-    request: Request[int, int]
+    request: QueuedRequest[int, int]
     future: Future[Completed[int]]
     poison: frozenset[int]
     dispatched: set[int] = field(default_factory=set)
-    over: bool = False
+    finished: bool = False
 
     @property
-    def waiting(self) -> int:
-        return 0 if self.over else self.request.pairs - len(self.dispatched)
+    def queued_pairs(self) -> int:
+        return 0 if self.finished else self.request.pairs - len(self.dispatched)
 
     @property
-    def urgency(self) -> float:
+    def deadline_s(self) -> float:
         return self.request.deadline_s
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Random callers, a device with poison and little memory, cancellations, deadlines and a close."""
+    """Random requests, failing pairs, changing memory, cancellations, deadlines and a close."""
 
     lanes: Sequence[str] = ("a", "b", "c")
-    asked = Bundle("asked")
+    model = Bundle("model")
 
     @initialize(batch=st.integers(1, 12), quantum=st.integers(1, 4))
     def start(self, batch: int, quantum: int) -> None:
         self.batch, self.quantum = batch, min(quantum, batch)
-        self.backlog: Backlog[int, int] = Backlog(batch, self.quantum, MAX_QUEUED)
+        self.open: OpenRequests[int, int] = OpenRequests(batch, self.quantum, MAX_QUEUED)
         self.sizes = BatchSize(batch)
         self.memory = batch
         self.now = 0.0
         self.closed = False
-        self.wrong: list[str] = []
-        self.leaving: list[Asked] = []
-        self.all: dict[Request[int, int], Asked] = {}
-        self.works = itertools.count()
+        self.violations: list[str] = []
+        self.cancel_during_run: list[ModelRequest] = []
+        self.requests: dict[QueuedRequest[int, int], ModelRequest] = {}
+        self.numbers = itertools.count()
         self.poison: set[int] = set()
-        self.ran: Counter[int] = Counter()
-        self.running: Iterator[tuple[Sequence[Unit[int, int]], Sequence[int] | Exception]] | None = None
+        self.run_counts: Counter[int] = Counter()
+        self.running: Iterator[tuple[Sequence[RequestPair[int, int]], Sequence[int] | Exception]] | None = (
+            None
+        )
         self.served: defaultdict[str, float] = defaultdict(float)
         self.ahead: dict[tuple[str, str], tuple[float, float]] = {}
 
     @precondition(lambda self: not self.closed)
     @rule(
-        target=asked,
+        target=model,
         client=st.sampled_from(sorted(WEIGHTS)),
         lane=st.integers(0, 2),
         pairs=st.integers(1, 30),
@@ -93,78 +95,80 @@ class QueueMachine(RuleBasedStateMachine):
         poison=st.sets(st.integers(0, 29), max_size=2),
     )
     def submit(self, client: str, lane: int, pairs: int, due: int | None, poison: set[int]) -> Any:
-        waiting = sum(asked.waiting for asked in self.all.values())
-        assert self.backlog.has_room(pairs) == (waiting == 0 or waiting + pairs <= MAX_QUEUED)
-        if not self.backlog.has_room(pairs):
+        queued = sum(model.queued_pairs for model in self.requests.values())
+        assert self.open.has_room(pairs) == (queued == 0 or queued + pairs <= MAX_QUEUED)
+        if not self.open.has_room(pairs):
             return multiple()
-        works = list(itertools.islice(self.works, pairs))
-        bad = frozenset(works[place] for place in poison if place < pairs)
+        numbers = list(itertools.islice(self.numbers, pairs))
+        bad = frozenset(numbers[index] for index in poison if index < pairs)
         deadline = math.inf if due is None else self.now + due
         lane_name = self.lanes[lane % len(self.lanes)]
-        request = Request[int, int](works, lane_name, client, WEIGHTS[client], deadline, self.now)
-        self.all[request] = Asked(request, self.backlog.add(request), bad)
+        request = QueuedRequest[int, int](numbers, lane_name, client, WEIGHTS[client], deadline, self.now)
+        self.requests[request] = ModelRequest(request, self.open.add(request), bad)
         self.poison |= bad
-        return self.all[request]
+        return self.requests[request]
 
     @precondition(lambda self: self.running is None)
     @rule(estimate_s=st.sampled_from([0.0, 0.0, 2.0]))
     def dispatch(self, estimate_s: float) -> None:
-        self.end(self.backlog.expire(self.now))
-        before = self.backlog.queued_pairs
-        self.end(self.backlog.drop_late(self.now, lambda _: estimate_s), self.now + estimate_s)
-        waiting = sum(asked.waiting for asked in self.all.values())
-        assert bool(waiting) == bool(before), "an estimate alone does not empty the queue"
+        self.check_finished(self.open.expire(self.now))
+        queued_before = self.open.queued_pairs
+        self.check_finished(self.open.drop_late(self.now, lambda _: estimate_s), self.now + estimate_s)
+        queued = sum(model.queued_pairs for model in self.requests.values())
+        assert bool(queued) == bool(queued_before), "an estimate alone never empties the queue"
         backlogged = self.backlogged()
-        forecast = self.backlog.upcoming(self.sizes.now)
-        units = self.backlog.take(self.sizes.now, self.now)
-        assert units == forecast, "what is staged is what is taken, if nothing comes between"
-        assert bool(units) == bool(waiting), "the device is not idle while something waits"
-        assert len(units) <= self.sizes.now
-        assert len({unit.request.lane for unit in units}) <= 1
-        if units:
-            self.check_order(units)
-        for unit in units:
-            asked = self.all[unit.request]
-            assert not asked.over, "a caller who left or was answered is not worked for"
-            assert unit.place not in asked.dispatched
-            asked.dispatched.add(unit.place)
-            self.served[unit.request.client] += 1 / unit.request.weight
+        forecast = self.open.peek(self.sizes.current)
+        batch = self.open.take(self.sizes.current, self.now)
+        assert batch == forecast, "the forecast is the next batch if nothing changes"
+        assert bool(batch) == bool(queued), "the device is not idle while pairs are queued"
+        assert len(batch) <= self.sizes.current
+        assert len({pair.request.lane for pair in batch}) <= 1
+        if batch:
+            self.check_order(batch)
+        for pair in batch:
+            model = self.requests[pair.request]
+            assert not model.finished, "pairs of finished requests are never dispatched"
+            assert pair.position not in model.dispatched
+            model.dispatched.add(pair.position)
+            self.served[pair.request.client] += 1 / pair.request.weight
         self.check_shares(backlogged & self.backlogged())
-        self.running = run_isolated(units, self.device, lambda unit: unit.request in self.backlog, self.sizes)
+        self.running = run_isolated(batch, self.device, lambda pair: pair.request in self.open, self.sizes)
 
     @precondition(lambda self: self.running is not None)
     @rule()
     def proceed(self) -> None:
-        """One part of the batch is done."""
+        """Run one more part of the batch."""
         assert self.running is not None
         part, outcome = next(self.running, ([], []))
-        assert not self.wrong
+        assert not self.violations
         if not part:
             self.running = None
         elif isinstance(outcome, Exception):
             assert len(part) == 1
-            self.end(self.backlog.fail(part[0], outcome))
+            self.check_finished(self.open.fail(part[0], outcome))
         else:
-            self.end(self.backlog.finish(part, outcome, self.now))
+            self.check_finished(self.open.complete(part, outcome, self.now))
 
-    @rule(asked=asked)
-    def leave(self, asked: Asked) -> None:
-        can_leave = asked.request in self.backlog or asked.future.cancelled()
-        left = asked.waiting
-        assert asked.future.cancel() == can_leave
-        assert self.backlog.leave(asked.request) == left
-        asked.over = True
+    @rule(model=model)
+    def cancel(self, model: ModelRequest) -> None:
+        can_cancel = model.request in self.open or model.future.cancelled()
+        queued = model.queued_pairs
+        assert model.future.cancel() == can_cancel
+        assert self.open.cancel(model.request) == queued
+        model.finished = True
 
-    @rule(asked=asked)
-    def leave_during_the_next_run(self, asked: Asked) -> None:
-        self.leaving.append(asked)
+    @rule(model=model)
+    def cancel_in_next_run(self, model: ModelRequest) -> None:
+        self.cancel_during_run.append(model)
 
     @rule(seconds=st.integers(1, 5))
     def wait(self, seconds: int) -> None:
         self.now += seconds
-        due = {a.request for a in self.all.values() if not a.over and a.urgency <= self.now}
-        self.end(self.backlog.expire(self.now))
-        assert all(self.all[request].over for request in due), "nobody waits beyond the deadline"
+        due = {a.request for a in self.requests.values() if not a.finished and a.deadline_s <= self.now}
+        self.check_finished(self.open.expire(self.now))
+        assert all(self.requests[request].finished for request in due), (
+            "no request stays open beyond its deadline"
+        )
 
     @rule(memory=st.integers(0, 12))
     def change_memory(self, memory: int) -> None:
@@ -176,98 +180,100 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.closed)
     @rule()
-    def abandon(self) -> None:
-        """The time for an orderly end is over."""
-        self.end(self.backlog.end_all(lambda: ClosedError("over")))
-        assert self.backlog.queued_pairs == 0
+    def abort(self) -> None:
+        """Fail what is not finished when the time for closing is over."""
+        self.check_finished(self.open.fail_all(lambda: ClosedError("closed")))
+        assert self.open.queued_pairs == 0
 
     @invariant()
     def counts_agree(self) -> None:
-        if not hasattr(self, "all"):
+        if not hasattr(self, "requests"):
             return
-        waiting = [asked.waiting for asked in self.all.values() if asked.waiting]
-        assert self.backlog.queued_pairs == sum(waiting)
-        assert sum(waiting) <= MAX_QUEUED
+        queued = [model.queued_pairs for model in self.requests.values() if model.queued_pairs]
+        assert self.open.queued_pairs == sum(queued)
+        assert sum(queued) <= MAX_QUEUED
         backlogged = self.backlogged()
         self.ahead = {pair: ahead for pair, ahead in self.ahead.items() if backlogged.issuperset(pair)}
-        deadlines = [asked.urgency for asked in self.all.values() if not asked.over]
-        assert self.backlog.next_deadline_s == min(deadlines, default=math.inf)
+        deadlines = [model.deadline_s for model in self.requests.values() if not model.finished]
+        assert self.open.next_deadline_s == min(deadlines, default=math.inf)
 
     def teardown(self) -> None:
-        """Shutting down answers everything that was admitted."""
-        if not hasattr(self, "all"):
+        """Check that closing finishes every admitted request."""
+        if not hasattr(self, "requests"):
             return
-        while self.running is not None or self.backlog.queued_pairs:
+        while self.running is not None or self.open.queued_pairs:
             if self.running is None:
                 self.dispatch(0.0)
             self.proceed()
-        assert all(asked.over for asked in self.all.values())
-        assert all(asked.future.done() for asked in self.all.values())
+        assert all(model.finished for model in self.requests.values())
+        assert all(model.future.done() for model in self.requests.values())
 
-    def device(self, units: Sequence[Unit[int, int]]) -> list[int]:
-        # What is raised here is taken for a pair's fault: noted, and asserted outside.
-        if not 0 < len(units) <= self.sizes.now:
-            self.wrong.append("a batch is no larger than what fitted")
-        if any(self.all[unit.request].over for unit in units):
-            self.wrong.append("what nobody wants any more is not run")
-        while self.leaving:
-            self.leave(self.leaving.pop())
-        if len(units) > self.memory:
+    def device(self, batch: Sequence[RequestPair[int, int]]) -> list[int]:
+        # An exception raised here would count as a failing pair: violations are asserted outside.
+        if not 0 < len(batch) <= self.sizes.current:
+            self.violations.append("a batch is larger than its limit")
+        if any(self.requests[pair.request].finished for pair in batch):
+            self.violations.append("a finished request is run")
+        while self.cancel_during_run:
+            self.cancel(self.cancel_during_run.pop())
+        if len(batch) > self.memory:
             raise OutOfMemoryError
-        works = [unit.work for unit in units]
-        if self.poison & set(works):
+        numbers = [pair.input for pair in batch]
+        if self.poison & set(numbers):
             raise ValueError("poison")
-        self.ran.update(works)
-        return [2 * work for work in works]
+        self.run_counts.update(numbers)
+        return [2 * number for number in numbers]
 
-    def end(self, endings: Sequence[Ending[int]], due_s: float | None = None) -> None:
-        """Each request ends once, with its own results in order or with its own error."""
-        for ending in endings:
-            [asked] = [asked for asked in self.all.values() if asked.future is ending.future]
-            assert not asked.over
-            assert ending.dropped == asked.waiting
-            asked.over = True
-            ending.deliver()
-            self.check_outcome(asked, ending.outcome, self.now if due_s is None else due_s)
+    def check_finished(self, finished: Sequence[FinishedRequest[int]], due_s: float | None = None) -> None:
+        """Check that each request ends once, with its own results in order or with its own error."""
+        for ended in finished:
+            [model] = [model for model in self.requests.values() if model.future is ended.future]
+            assert not model.finished
+            assert ended.dropped == model.queued_pairs
+            model.finished = True
+            ended.settle()
+            self.check_outcome(model, ended.outcome, self.now if due_s is None else due_s)
 
-    def check_outcome(self, asked: Asked, outcome: Completed[int] | Exception, due_s: float) -> None:
-        works = asked.request.works
+    def check_outcome(self, model: ModelRequest, outcome: Completed[int] | Exception, due_s: float) -> None:
+        numbers = model.request.inputs
         if isinstance(outcome, Completed):
-            assert outcome.results == [2 * work for work in works]
-            assert all(self.ran[work] == 1 for work in works), "each pair is run to its end once"
-            assert not asked.poison
+            assert outcome.results == [2 * number for number in numbers]
+            assert all(self.run_counts[number] == 1 for number in numbers), "each pair completes once"
+            assert not model.poison
         elif isinstance(outcome, PairFailedError):
             alone_too_large = isinstance(outcome.__cause__, OutOfMemoryError)
-            assert works[outcome.index] in asked.poison or alone_too_large
+            assert numbers[outcome.index] in model.poison or alone_too_large
         elif isinstance(outcome, DeadlineError):
-            assert asked.urgency <= due_s
+            assert model.deadline_s <= due_s
         else:
             assert isinstance(outcome, ClosedError)
             assert self.closed
 
     def backlogged(self) -> set[str]:
-        return {asked.request.client for asked in self.all.values() if asked.waiting}
+        return {model.request.client for model in self.requests.values() if model.queued_pairs}
 
-    def check_order(self, units: Sequence[Unit[int, int]]) -> None:
-        """Within a client and lane: by deadline, then arrival. The first pair is its client's most urgent."""
-        position = {request: number for number, request in enumerate(self.all)}
-        first = units[0].request
-        own = [a.request for a in self.all.values() if a.waiting and a.request.client == first.client]
-        assert first is min(own, key=lambda request: (request.deadline_s, position[request]))
-        for client in {unit.request.client for unit in units}:
-            taken = [unit for unit in units if unit.request.client == client]
-            keys = [(unit.request.deadline_s, position[unit.request], unit.place) for unit in taken]
+    def check_order(self, batch: Sequence[RequestPair[int, int]]) -> None:
+        """Check the order within a client and lane: by deadline, then by arrival."""
+        arrival = {request: number for number, request in enumerate(self.requests)}
+        first = batch[0].request
+        own = [
+            a.request for a in self.requests.values() if a.queued_pairs and a.request.client == first.client
+        ]
+        assert first is min(own, key=lambda request: (request.deadline_s, arrival[request]))
+        for client in {pair.request.client for pair in batch}:
+            taken = [pair for pair in batch if pair.request.client == client]
+            keys = [(pair.request.deadline_s, arrival[pair.request], pair.position) for pair in taken]
             assert keys == sorted(keys)
             rest = [
-                (asked.urgency, position[asked.request])
-                for asked in self.all.values()
-                if (asked.request.client, asked.request.lane) == (client, first.lane)
-                and asked.waiting > sum(unit.request is asked.request for unit in taken)
+                (model.deadline_s, arrival[model.request])
+                for model in self.requests.values()
+                if (model.request.client, model.request.lane) == (client, first.lane)
+                and model.queued_pairs > sum(pair.request is model.request for pair in taken)
             ]
             assert not rest or keys[-1][:2] <= min(rest)
 
     def check_shares(self, backlogged: set[str]) -> None:
-        """Theorem 1 of start-time fair queueing, over every interval in which both of two clients wait."""
+        """Check theorem 1 of start-time fair queueing over every interval with two backlogged clients."""
         most = self.quantum if len(self.lanes) == 1 else self.batch
         pairs = set(itertools.combinations(sorted(backlogged), 2))
         ahead = {}
@@ -280,7 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 class OneLaneMachine(QueueMachine):
-    """All requests alike: the bound is a quantum each."""
+    """Requests of a single lane: the bound is one quantum each."""
 
     lanes = ("a",)
 
@@ -293,8 +299,8 @@ TestOneLane.settings = LONG
 
 
 @dataclass(eq=False)
-class Plain:
-    """A job."""
+class PlainJob:
+    """Job of the fair queue."""
 
     pairs: int
     client: str
@@ -303,84 +309,84 @@ class Plain:
     deadline_s: float = math.inf
 
 
-def served(queue: FairQueue[Plain], batches: int, most: int) -> Counter[str]:
+def served(queue: FairQueue[PlainJob], batches: int, most: int) -> Counter[str]:
     count: Counter[str] = Counter()
     for _ in range(batches):
-        for share in queue.take(most):
-            count[share.job.client] += share.stop - share.start
+        for taken in queue.take(most):
+            count[taken.job.client] += taken.stop - taken.start
     return count
 
 
-def test_the_device_is_shared_by_weight() -> None:
-    """Three clients with endless work get shares in proportion to their weights."""
-    queue: FairQueue[Plain] = FairQueue(2, 16)
+def test_device_is_shared_by_weight() -> None:
+    """Three clients that are always backlogged get shares in proportion to their weights."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 16)
     for client, weight in (("a", 1.0), ("b", 2.0), ("c", 5.0)):
-        queue.add(Plain(10_000, client, weight=weight))
+        queue.add(PlainJob(10_000, client, weight=weight))
     count = served(queue, 100, 16)
     assert abs(count["a"] - 200) <= 4
     assert abs(count["b"] - 400) <= 6
     assert abs(count["c"] - 1000) <= 10
 
 
-def test_a_light_caller_is_in_the_next_batch() -> None:
-    """However much others have queued, and however long they have been served."""
-    queue: FairQueue[Plain] = FairQueue(8, 64)
+def test_light_client_is_in_the_next_batch() -> None:
+    """This holds for any queue length of the other clients, and however long they have been served."""
+    queue: FairQueue[PlainJob] = FairQueue(8, 64)
     for heavy in range(100):
-        queue.add(Plain(10_000, f"heavy {heavy}"))
+        queue.add(PlainJob(10_000, f"heavy {heavy}"))
     served(queue, 50, 64)
-    queue.add(Plain(1, "light"))
+    queue.add(PlainJob(1, "light"))
     assert served(queue, 1, 64)["light"] == 1
 
 
-def test_absence_earns_no_credit() -> None:
-    """Who comes late gets a fair share from then on, not what they could have had before."""
-    queue: FairQueue[Plain] = FairQueue(2, 8)
-    queue.add(Plain(10_000, "early"))
+def test_new_client_gets_no_credit_for_the_past() -> None:
+    """A client that starts late gets a fair share from then on, and nothing for the time before."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 8)
+    queue.add(PlainJob(10_000, "early"))
     served(queue, 100, 8)
-    queue.add(Plain(10_000, "late"))
+    queue.add(PlainJob(10_000, "late"))
     count = served(queue, 10, 8)
     assert abs(count["early"] - count["late"]) <= 4
 
 
-def test_a_pause_earns_no_credit() -> None:
-    """Who was served, paused and comes back gets a fair share from then on, too."""
-    queue: FairQueue[Plain] = FairQueue(2, 8)
-    queue.add(Plain(10_000, "steady"))
-    queue.add(Plain(4, "pausing"))
+def test_pause_earns_no_credit() -> None:
+    """A client that pauses and returns gets a fair share from then on, and nothing for the pause."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 8)
+    queue.add(PlainJob(10_000, "steady"))
+    queue.add(PlainJob(4, "pausing"))
     served(queue, 100, 8)
-    queue.add(Plain(10_000, "pausing"))
+    queue.add(PlainJob(10_000, "pausing"))
     count = served(queue, 10, 8)
     assert abs(count["steady"] - count["pausing"]) <= 4
 
 
-def test_a_small_client_cannot_lift_others_of_its_lane() -> None:
-    """Batches that one client begins again and again are not filled with its neighbour for ever.
+def test_small_client_does_not_favour_its_lane() -> None:
+    """Batches that a small client starts are not always filled with another client of its lane.
 
-    Without a limit `neighbour` would get 15 pairs with each of `drip`, `elsewhere` next to none.
+    Without a limit, `same lane` would get 15 pairs with each pair of `small`, and `other lane` almost none.
     """
-    queue: FairQueue[Plain] = FairQueue(5, 16)
-    queue.add(Plain(10_000, "neighbour", "a"))
-    queue.add(Plain(10_000, "elsewhere", "b"))
+    queue: FairQueue[PlainJob] = FairQueue(5, 16)
+    queue.add(PlainJob(10_000, "same lane", "a"))
+    queue.add(PlainJob(10_000, "other lane", "b"))
     count: Counter[str] = Counter()
     for _ in range(300):
-        queue.add(Plain(1, "drip", "a"))
+        queue.add(PlainJob(1, "small", "a"))
         count += served(queue, 1, 16)
-        assert abs(count["neighbour"] - count["elsewhere"]) <= 16
+        assert abs(count["same lane"] - count["other lane"]) <= 16
 
 
-def test_memory_follows_what_is_queued() -> None:
-    """A flood of names and of cancelled requests leaves nothing behind, even while somebody always waits."""
-    queue: FairQueue[Plain] = FairQueue(2, 8)
-    queue.add(Plain(10**9, "steady"))
+def test_memory_is_proportional_to_the_queue() -> None:
+    """Many client names and cancelled jobs leave nothing behind, even if one client is always backlogged."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 8)
+    queue.add(PlainJob(10**9, "steady"))
     for number in range(5_000):
-        job = Plain(1, f"name {number}")
+        job = PlainJob(1, f"name {number}")
         queue.add(job)
         if number % 2:
             queue.remove(job)
         else:
             queue.take(8)
     served(queue, 100, 8)
-    queue.remove(Plain(1, "x"))
+    queue.remove(PlainJob(1, "x"))
     assert len(queue._clients) < 300
     assert len(queue._order) < 300
     assert queue._entries < 300

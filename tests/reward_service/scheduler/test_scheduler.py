@@ -1,4 +1,4 @@
-"""The queue before the device."""
+"""Scheduler: batching, deadlines, cancellation, closing and preparation ahead."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from contextlib import contextmanager
 import pytest
 
 from reward_service.scheduler.scheduler import ClosedError, DeadlineError, QueueFullError, Scheduler
-from tests.support.service.devices import WAIT_S, Device, Numbers, Watcher, hold
+from tests.support.service.devices import WAIT_S, Device, NumberScheduler, RecordingObserver, keep_busy
 
 
-def test_waiting_requests_share_a_batch() -> None:
-    """While the device is busy requests gather; then they go together, results each to their own."""
+def test_queued_requests_share_a_batch() -> None:
+    """Requests that queue while the device is busy run together, and each gets its own results."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=100)
-    hold(device, scheduler)
-    futures = [scheduler.submit(works) for works in ([1, 2], [3], [4, 5, 6])]
+    scheduler = NumberScheduler(device, batch_pairs=8, max_queued_pairs=100)
+    keep_busy(device, scheduler)
+    futures = [scheduler.submit(inputs) for inputs in ([1, 2], [3], [4, 5, 6])]
     device.free.set()
     assert [future.result(WAIT_S).results for future in futures] == [[2, 4], [6], [8, 10, 12]]
     assert [batch for batch, _ in device.batches] == [[0], [1, 2, 3, 4, 5, 6]]
     scheduler.close(WAIT_S)
 
 
-def test_a_large_request_is_cut_into_batches() -> None:
-    """No batch exceeds its bound, and the order within a request is kept."""
+def test_large_request_is_split_into_batches() -> None:
+    """No batch exceeds its limit, and the order within a request is kept."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=4, max_queued_pairs=4)
+    scheduler = NumberScheduler(device, batch_pairs=4, max_queued_pairs=4)
     assert scheduler.submit(range(11)).result(WAIT_S).results == [2 * n for n in range(11)]
     assert [len(batch) for batch, _ in device.batches] == [4, 4, 3]
     scheduler.close(WAIT_S)
 
 
-def test_lanes_do_not_mix() -> None:
-    """Requests with other options never share a batch."""
+def test_lanes_never_share_a_batch() -> None:
+    """Requests with different options run in different batches."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=100)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=8, max_queued_pairs=100)
+    keep_busy(device, scheduler)
     futures = [scheduler.submit([n], lane) for n, lane in ((1, "a"), (2, "b"), (3, "a"))]
     device.free.set()
     assert [future.result(WAIT_S).results for future in futures] == [[2], [4], [6]]
@@ -49,11 +49,11 @@ def test_lanes_do_not_mix() -> None:
     scheduler.close(WAIT_S)
 
 
-def test_the_queue_is_bounded() -> None:
-    """A request that does not fit whole is refused with a time to come back, and the rest is served."""
+def test_queue_is_bounded() -> None:
+    """A request that does not fit as a whole is refused with a retry time; the others are scored."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=5)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=2, max_queued_pairs=5)
+    keep_busy(device, scheduler)
     accepted = scheduler.submit([1, 2, 3])
     with pytest.raises(QueueFullError) as refused:
         scheduler.submit([4, 5, 6])
@@ -65,24 +65,24 @@ def test_the_queue_is_bounded() -> None:
     scheduler.close(WAIT_S)
 
 
-def test_a_caller_who_left_is_not_worked_for() -> None:
-    """A cancelled request is never run and frees its room."""
+def test_cancelled_request_is_never_run() -> None:
+    """A cancelled request frees its room in the queue and does not reach the device."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=3)
-    hold(device, scheduler)
-    gone = scheduler.submit([1, 2, 3])
-    assert gone.cancel()
+    scheduler = NumberScheduler(device, batch_pairs=8, max_queued_pairs=3)
+    keep_busy(device, scheduler)
+    cancelled = scheduler.submit([1, 2, 3])
+    assert cancelled.cancel()
     device.free.set()
     assert scheduler.close(WAIT_S)
     assert [batch for batch, _ in device.batches] == [[0]]
     assert scheduler.queued_pairs == 0
 
 
-def test_closing_finishes_what_was_admitted() -> None:
-    """After close nothing more comes in, and everything that had come in is answered."""
+def test_close_finishes_admitted_requests() -> None:
+    """After close, new requests are refused and all admitted ones have their results."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=100)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=2, max_queued_pairs=100)
+    keep_busy(device, scheduler)
     futures = [scheduler.submit([n]) for n in range(1, 6)]
     device.free.set()
     assert scheduler.close(WAIT_S)
@@ -91,11 +91,11 @@ def test_closing_finishes_what_was_admitted() -> None:
         scheduler.submit([1])
 
 
-def test_closing_does_not_wait_for_ever() -> None:
-    """A device that hangs leaves the rest with an error instead of silence."""
+def test_close_times_out_on_a_hung_device() -> None:
+    """Requests behind a hung device fail with an error instead of waiting for ever."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=1, max_queued_pairs=100)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=1, max_queued_pairs=100)
+    keep_busy(device, scheduler)
     waiting = scheduler.submit([1])
     assert not scheduler.close(0.05)
     assert isinstance(waiting.exception(WAIT_S), ClosedError)
@@ -104,17 +104,17 @@ def test_closing_does_not_wait_for_ever() -> None:
         scheduler.submit([2])
 
 
-def test_a_light_caller_waits_for_one_batch_at_most() -> None:
-    """Behind the running batch comes one with the newcomer in it, also when another had been prepared."""
+def test_light_client_waits_for_one_batch_at_most() -> None:
+    """The batch after the running one has the new request in it, even if another was already prepared."""
     device, prepared = Device(), threading.Event()
 
-    def prepare(works: Sequence[int], lane: Hashable) -> Sequence[int]:
-        if 8 in works:
+    def prepare(inputs: Sequence[int], lane: Hashable) -> Sequence[int]:
+        if 8 in inputs:
             prepared.set()
-        return works
+        return inputs
 
-    scheduler = Numbers(device, batch_pairs=4, max_queued_pairs=100, prepare=prepare)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=4, max_queued_pairs=100, prepare=prepare)
+    keep_busy(device, scheduler)
     heavy = scheduler.submit(range(5, 50), client="heavy")
     assert prepared.wait(WAIT_S)
     light = scheduler.submit([1], client="light")
@@ -125,61 +125,61 @@ def test_a_light_caller_waits_for_one_batch_at_most() -> None:
     assert scheduler.close(WAIT_S)
 
 
-def test_pairs_are_prepared_once_while_the_device_works() -> None:
-    """What `run` gets is what `prepare` made, and the next batch's is made before this one is done."""
-    made: Counter[int] = Counter()
-    ahead = threading.Event()
+def test_pairs_are_prepared_once_while_the_device_runs() -> None:
+    """`run` gets the results of `prepare`, and the next batch is prepared before this one is finished."""
+    prepare_calls: Counter[int] = Counter()
+    second_batch_prepared = threading.Event()
 
-    def prepare(works: Sequence[int], lane: Hashable) -> list[str]:
-        made.update(works)
-        if 5 in works:
-            ahead.set()
-        return [f"{lane} {work}" for work in works]
+    def prepare(inputs: Sequence[int], lane: Hashable) -> list[str]:
+        prepare_calls.update(inputs)
+        if 5 in inputs:
+            second_batch_prepared.set()
+        return [f"{lane} {number}" for number in inputs]
 
     def run(ready: Sequence[str], lane: Hashable) -> list[str]:
         if "x 5" not in ready and "x 0" in ready:
-            assert ahead.wait(WAIT_S)
+            assert second_batch_prepared.wait(WAIT_S)
         return [text.upper() for text in ready]
 
     scheduler: Scheduler[int, str] = Scheduler(run, batch_pairs=4, max_queued_pairs=100, prepare=prepare)
     results = scheduler.submit(range(12), "x").result(WAIT_S).results
     assert results == [f"X {n}" for n in range(12)]
     assert scheduler.close(WAIT_S)
-    assert set(made.values()) == {1}
+    assert set(prepare_calls.values()) == {1}
 
 
-def test_nobody_waits_beyond_the_deadline() -> None:
-    """A deadline that passes in the queue or on a busy device is told then; what had not begun never runs."""
-    device, watcher = Device(), Watcher()
-    scheduler = Numbers(device, batch_pairs=2, max_queued_pairs=100, observer=watcher)
+def test_requests_fail_at_their_deadline() -> None:
+    """They fail when it passes, whether queued or running; pairs that were not dispatched never run."""
+    device, observer = Device(), RecordingObserver()
+    scheduler = NumberScheduler(device, batch_pairs=2, max_queued_pairs=100, observer=observer)
     device.free.clear()
-    running = scheduler.submit([0], deadline_s=time.monotonic() + 0.1)
+    running = scheduler.submit([0], deadline_s=time.monotonic() + 1.0)
     assert device.entered.wait(WAIT_S)
-    queued = scheduler.submit([1, 2, 3], deadline_s=time.monotonic() + 0.1)
-    patient = scheduler.submit([4])
+    queued = scheduler.submit([1, 2, 3], deadline_s=time.monotonic() + 1.0)
+    no_deadline = scheduler.submit([4])
     for future in (running, queued):
         assert isinstance(future.exception(WAIT_S), DeadlineError)
     assert not device.free.is_set()
     device.free.set()
-    assert patient.result(WAIT_S).results == [8]
+    assert no_deadline.result(WAIT_S).results == [8]
     assert scheduler.close(WAIT_S)
     assert [batch for batch, _ in device.batches] == [[0], [4]]
-    assert ("expired", 3) in watcher.told
+    assert ("expired", 3) in observer.events
 
 
-def test_the_impossible_is_refused_at_once() -> None:
-    """A deadline in the past, or one that a busy device cannot keep."""
+def test_unreachable_deadline_is_refused_at_once() -> None:
+    """A deadline in the past, or one that a busy device cannot meet."""
     device = Device()
 
-    def slow(works: Sequence[int], lane: Hashable) -> list[int]:
-        time.sleep(0.05 * len(works))
-        return device(works, lane)
+    def slow(inputs: Sequence[int], lane: Hashable) -> list[int]:
+        time.sleep(0.05 * len(inputs))
+        return device(inputs, lane)
 
-    scheduler = Numbers(slow, batch_pairs=4, max_queued_pairs=1000)
+    scheduler = NumberScheduler(slow, batch_pairs=4, max_queued_pairs=1000)
     with pytest.raises(DeadlineError):
         scheduler.submit([1], deadline_s=time.monotonic() - 1)
     scheduler.submit([1, 2, 3]).result(WAIT_S)
-    hold(device, scheduler)
+    keep_busy(device, scheduler)
     with pytest.raises(DeadlineError):
         scheduler.submit(range(100), deadline_s=time.monotonic() + 1)
     assert scheduler.queued_pairs == 0
@@ -187,41 +187,41 @@ def test_the_impossible_is_refused_at_once() -> None:
     assert scheduler.close(WAIT_S)
 
 
-def test_urgent_work_goes_first_within_a_client() -> None:
-    """Earliest deadline, then those without one in the order they came."""
+def test_earliest_deadline_goes_first_within_a_client() -> None:
+    """Then come the requests without a deadline, in the order of their arrival."""
     device = Device()
-    scheduler = Numbers(device, batch_pairs=1, max_queued_pairs=100)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=1, max_queued_pairs=100)
+    keep_busy(device, scheduler)
     now = time.monotonic()
-    for work, due in ((1, None), (2, now + 900), (3, None), (4, now + 600)):
-        scheduler.submit([work], deadline_s=due)
+    for number, due in ((1, None), (2, now + 900), (3, None), (4, now + 600)):
+        scheduler.submit([number], deadline_s=due)
     device.free.set()
     assert scheduler.close(WAIT_S)
     assert [batch for batch, _ in device.batches] == [[0], [4], [2], [1], [3]]
 
 
-def test_the_time_to_come_back_follows_the_queue() -> None:
-    """At least a second; more with more in the queue, by what batches have taken."""
+def test_retry_after_grows_with_the_queue() -> None:
+    """It is at least a second, and more for a longer queue, by the measured duration of batches."""
     device = Device()
 
-    def run(works: Sequence[int], lane: Hashable) -> list[int]:
-        time.sleep(0.02 * len(works))
-        return device(works, lane)
+    def run(inputs: Sequence[int], lane: Hashable) -> list[int]:
+        time.sleep(0.02 * len(inputs))
+        return device(inputs, lane)
 
-    scheduler = Numbers(run, batch_pairs=4, max_queued_pairs=10_000)
+    scheduler = NumberScheduler(run, batch_pairs=4, max_queued_pairs=10_000)
     scheduler.submit(range(8)).result(WAIT_S)
     assert scheduler.retry_after_s() == 1
-    hold(device, scheduler)
-    gone = scheduler.submit(range(1000))
+    keep_busy(device, scheduler)
+    long_request = scheduler.submit(range(1000))
     assert scheduler.retry_after_s() >= 15
-    gone.cancel()
+    long_request.cancel()
     device.free.set()
     assert scheduler.close(WAIT_S)
 
 
-def test_senseless_requests_are_refused() -> None:
-    """No pairs, or a weight that shares nothing."""
-    scheduler = Numbers(Device(), batch_pairs=4, max_queued_pairs=100)
+def test_invalid_requests_are_refused() -> None:
+    """A request without pairs or with a weight that is not a finite number above 0."""
+    scheduler = NumberScheduler(Device(), batch_pairs=4, max_queued_pairs=100)
     with pytest.raises(ValueError, match="one pair"):
         scheduler.submit([])
     for weight in (0.0, -1.0, float("inf"), float("nan")):
@@ -230,34 +230,34 @@ def test_senseless_requests_are_refused() -> None:
     assert scheduler.close(WAIT_S)
 
 
-class Picture:
-    """Something whose end can be seen."""
+class Image:
+    """Object whose deallocation a weak reference can detect."""
 
 
-@pytest.mark.parametrize("end", ["scored", "failed", "cancelled"])
-def test_images_are_freed_with_their_answer(end: str) -> None:
-    """However a request ends, no ring of references keeps its works until the collector comes round."""
+@pytest.mark.parametrize("outcome", ["scored", "failed", "cancelled"])
+def test_images_are_freed_when_a_request_ends(outcome: str) -> None:
+    """For every outcome, no reference cycle keeps the inputs until the next garbage collection."""
 
-    def run(works: Sequence[Picture], lane: Hashable) -> list[int]:
-        if end == "failed":
+    def run(inputs: Sequence[Image], lane: Hashable) -> list[int]:
+        if outcome == "failed":
             raise ValueError
-        return [1] * len(works)
+        return [1] * len(inputs)
 
-    with collector_off():
-        scheduler: Scheduler[Picture, int] = Scheduler(run, batch_pairs=2, max_queued_pairs=100)
-        image = Picture()
-        seen = weakref.ref(image)
+    with garbage_collection_disabled():
+        scheduler: Scheduler[Image, int] = Scheduler(run, batch_pairs=2, max_queued_pairs=100)
+        image = Image()
+        reference = weakref.ref(image)
         future = scheduler.submit([image, image, image])
-        if end == "cancelled":
+        if outcome == "cancelled":
             future.cancel()
         scheduler.close(WAIT_S)
         assert future.done()
         del image, future
-        assert seen() is None
+        assert reference() is None
 
 
 @contextmanager
-def collector_off() -> Iterator[None]:
+def garbage_collection_disabled() -> Iterator[None]:
     gc.disable()
     try:
         yield

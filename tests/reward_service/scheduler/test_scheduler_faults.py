@@ -1,4 +1,4 @@
-"""The scheduler when pairs, memory or the device fail, and with many threads at once."""
+"""Scheduler under failing pairs, lack of memory, a failing device and many threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reward_service.scheduler.scheduler import (
     QueueFullError,
     StuckError,
 )
-from tests.support.service.devices import WAIT_S, Device, Numbers, Watcher, hold
+from tests.support.service.devices import WAIT_S, Device, NumberScheduler, RecordingObserver, keep_busy
 
 
 @given(
@@ -31,38 +31,38 @@ from tests.support.service.devices import WAIT_S, Device, Numbers, Watcher, hold
     batch=st.integers(1, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_only_the_request_at_fault_fails(sizes: list[int], poison: set[int], batch: int) -> None:
-    """Whatever is poisoned, wherever it lies in the batches: every other request is answered correctly."""
+def test_only_the_request_of_a_failing_pair_fails(sizes: list[int], poison: set[int], batch: int) -> None:
+    """Wherever failing pairs are in the batches, every other request gets its correct results."""
     device = Device(sorted(poison))
-    scheduler = Numbers(device, batch_pairs=batch, max_queued_pairs=1000)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=batch, max_queued_pairs=1000)
+    keep_busy(device, scheduler)
     numbers = iter(range(1, 1000))
     requests = [[next(numbers) for _ in range(size)] for size in sizes]
-    futures = [scheduler.submit(works) for works in requests]
+    futures = [scheduler.submit(inputs) for inputs in requests]
     device.free.set()
-    for works, future in zip(requests, futures, strict=True):
-        if poison & set(works):
+    for inputs, future in zip(requests, futures, strict=True):
+        if poison & set(inputs):
             error = future.exception(WAIT_S)
             assert isinstance(error, PairFailedError)
-            assert works[error.index] in poison
+            assert inputs[error.index] in poison
             assert isinstance(error.__cause__, ValueError)
         else:
-            assert future.result(WAIT_S).results == [2 * work for work in works]
+            assert future.result(WAIT_S).results == [2 * number for number in inputs]
     assert scheduler.close(WAIT_S)
     assert scheduler.queued_pairs == 0
 
 
-def test_what_cannot_be_prepared_fails_alone() -> None:
-    """An error of `prepare` is the pair's own, like one of `run`."""
+def test_failure_to_prepare_a_pair_fails_its_request_only() -> None:
+    """An error of `prepare` is attributed to the pair, like an error of `run`."""
 
-    def prepare(works: Sequence[int], lane: Hashable) -> Sequence[int]:
-        if 3 in works:
-            raise ValueError("unpreparable")
-        return works
+    def prepare(inputs: Sequence[int], lane: Hashable) -> Sequence[int]:
+        if 3 in inputs:
+            raise ValueError("cannot be prepared")
+        return inputs
 
     device = Device()
-    scheduler = Numbers(device, batch_pairs=8, max_queued_pairs=100, prepare=prepare)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(device, batch_pairs=8, max_queued_pairs=100, prepare=prepare)
+    keep_busy(device, scheduler)
     good, bad = scheduler.submit([1, 2]), scheduler.submit([4, 3])
     device.free.set()
     assert good.result(WAIT_S).results == [2, 4]
@@ -72,10 +72,10 @@ def test_what_cannot_be_prepared_fails_alone() -> None:
     assert scheduler.close(WAIT_S)
 
 
-def test_running_out_of_memory_halves_and_remembers() -> None:
-    """Everybody is answered, later batches keep to what fits, and in time larger ones are tried again."""
-    device, watcher = Device(memory=20), Watcher()
-    scheduler = Numbers(device, batch_pairs=64, max_queued_pairs=10_000, observer=watcher)
+def test_out_of_memory_halves_the_batch_size() -> None:
+    """All pairs are scored, later batches keep to the size that fits, and larger ones are retried later."""
+    device, observer = Device(memory=20), RecordingObserver()
+    scheduler = NumberScheduler(device, batch_pairs=64, max_queued_pairs=10_000, observer=observer)
     assert scheduler.submit(range(64)).result(WAIT_S).results == [2 * n for n in range(64)]
     assert scheduler.batch_pairs == 16
     device.batches.clear()
@@ -85,21 +85,21 @@ def test_running_out_of_memory_halves_and_remembers() -> None:
     scheduler.submit(range(6_000)).result(WAIT_S)
     assert scheduler.batch_pairs == 64
     assert scheduler.close(WAIT_S)
-    assert [told for told in watcher.told if told[0] == "oom"] == [("oom", 64), ("oom", 32)]
-    assert ("batch", 64, 64, 1) in watcher.told
+    assert [event for event in observer.events if event[0] == "oom"] == [("oom", 64), ("oom", 32)]
+    assert ("batch", 64, 64, 1) in observer.events
 
 
-def test_a_pair_too_large_for_the_device_fails_alone() -> None:
-    """It does not make the batches of the others small."""
+def test_pair_too_large_for_the_memory_fails_its_request_only() -> None:
+    """The batch size for other requests is not reduced."""
     device = Device()
 
-    def run(works: Sequence[int], lane: Hashable) -> list[int]:
-        if 13 in works:
+    def run(inputs: Sequence[int], lane: Hashable) -> list[int]:
+        if 13 in inputs:
             raise OutOfMemoryError
-        return device(works, lane)
+        return device(inputs, lane)
 
-    scheduler = Numbers(run, batch_pairs=16, max_queued_pairs=100)
-    hold(device, scheduler)
+    scheduler = NumberScheduler(run, batch_pairs=16, max_queued_pairs=100)
+    keep_busy(device, scheduler)
     good, giant = scheduler.submit([1, 2, 3]), scheduler.submit([12, 13])
     device.free.set()
     assert good.result(WAIT_S).results == [2, 4, 6]
@@ -110,19 +110,19 @@ def test_a_pair_too_large_for_the_device_fails_alone() -> None:
     assert scheduler.close(WAIT_S)
 
 
-def test_a_hung_device_is_given_up() -> None:
-    """Everybody is told, the owner once, and nothing more comes in."""
+def test_hung_device_fails_all_requests() -> None:
+    """Open requests fail, `on_stuck` is called once, and new requests are refused."""
     device, stuck = Device(), []
-    told = threading.Event()
+    reported = threading.Event()
 
     def on_stuck(error: StuckError) -> None:
         stuck.append(error)
-        told.set()
+        reported.set()
 
-    scheduler = Numbers(device, batch_pairs=1, max_queued_pairs=100, hang_s=0.2, on_stuck=on_stuck)
-    futures = [hold(device, scheduler), scheduler.submit([1, 2])]
+    scheduler = NumberScheduler(device, batch_pairs=1, max_queued_pairs=100, hang_s=1.0, on_stuck=on_stuck)
+    futures = [keep_busy(device, scheduler), scheduler.submit([1, 2])]
     assert all(isinstance(future.exception(WAIT_S), StuckError) for future in futures)
-    assert told.wait(WAIT_S)
+    assert reported.wait(WAIT_S)
     with pytest.raises(StuckError):
         scheduler.submit([3])
     device.free.set()
@@ -132,16 +132,16 @@ def test_a_hung_device_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("fault", [FatalDeviceError("ECC"), SystemExit("a bug")])
-def test_a_broken_device_is_given_up(fault: BaseException) -> None:
-    """A fault that a smaller batch does not help against fails all that is open, with its cause."""
+def test_failed_device_fails_all_requests(fault: BaseException) -> None:
+    """A fatal error fails all open requests and is their cause."""
     device, stuck = Device(), threading.Event()
 
-    def run(works: Sequence[int], lane: Hashable) -> list[int]:
-        device(works, lane)
+    def run(inputs: Sequence[int], lane: Hashable) -> list[int]:
+        device(inputs, lane)
         raise fault
 
-    scheduler = Numbers(run, batch_pairs=1, max_queued_pairs=100, on_stuck=lambda _: stuck.set())
-    futures = [hold(device, scheduler), scheduler.submit([1])]
+    scheduler = NumberScheduler(run, batch_pairs=1, max_queued_pairs=100, on_stuck=lambda _: stuck.set())
+    futures = [keep_busy(device, scheduler), scheduler.submit([1])]
     device.free.set()
     for future in futures:
         error = future.exception(WAIT_S)
@@ -151,17 +151,17 @@ def test_a_broken_device_is_given_up(fault: BaseException) -> None:
     assert not scheduler.close(WAIT_S)
 
 
-def test_many_threads_at_once() -> None:
-    """Thousands of pairs of many callers, with poison, too little memory, deadlines and people who leave."""
-    device, watcher = Device(range(0, 100_000, 97), memory=20), Watcher()
-    scheduler = Numbers(device, batch_pairs=32, max_queued_pairs=5_000, observer=watcher)
+def test_requests_of_many_threads_end_correctly() -> None:
+    """Thousands of pairs, with failing pairs, too little memory, deadlines and cancellations."""
+    device, observer = Device(range(0, 100_000, 97), memory=20), RecordingObserver()
+    scheduler = NumberScheduler(device, batch_pairs=32, max_queued_pairs=5_000, observer=observer)
     outcomes: list[tuple[list[int], Future[Completed[int]]]] = []
 
-    def call(number: int) -> None:
+    def submit_requests(number: int) -> None:
         rng = random.Random(number)
-        works = iter(range(number * 1000 + 1, (number + 1) * 1000 + 1))
+        numbers = iter(range(number * 1000 + 1, (number + 1) * 1000 + 1))
         for _ in range(50):
-            own = [next(works) for _ in range(rng.randint(1, 20))]
+            own = [next(numbers) for _ in range(rng.randint(1, 20))]
             due = time.monotonic() + rng.uniform(0.001, 1) if rng.random() < 0.2 else None
             try:
                 future = scheduler.submit(
@@ -173,32 +173,32 @@ def test_many_threads_at_once() -> None:
             if rng.random() < 0.2:
                 future.cancel()
 
-    run_together([partial(call, number) for number in range(12)])
-    assert scheduler.close(60)
-    ends: Counter[str] = Counter()
+    run_together([partial(submit_requests, number) for number in range(12)])
+    assert scheduler.close(WAIT_S)
+    outcome_counts: Counter[str] = Counter()
     for own, future in outcomes:
         assert future.done()
-        ends[check_outcome(own, future, device.poison)] += 1
-    assert ends["results"] > 100
-    assert ends["PairFailedError"] > 10
-    assert ends["cancelled"] > 10
+        outcome_counts[check_outcome(own, future, device.poison)] += 1
+    assert outcome_counts["results"] > 100
+    assert outcome_counts["PairFailedError"] > 10
+    assert outcome_counts["cancelled"] > 10
     scored = [batch for batch, _ in device.batches if len(batch) <= 20 and not device.poison & set(batch)]
-    once = Counter(work for batch in scored for work in batch)
-    assert set(once.values()) == {1}
-    assert once.keys() >= {work for own, future in outcomes if is_answered(future) for work in own}
+    runs = Counter(number for batch in scored for number in batch)
+    assert set(runs.values()) == {1}
+    assert runs.keys() >= {number for own, future in outcomes if has_results(future) for number in own}
 
 
-def is_answered(future: Future[Completed[int]]) -> bool:
+def has_results(future: Future[Completed[int]]) -> bool:
     return not future.cancelled() and future.exception() is None
 
 
 def check_outcome(own: list[int], future: Future[Completed[int]], poison: set[int]) -> str:
-    """The name of how it ended, which must be its own way."""
+    """Check the outcome of a request and return its kind."""
     if future.cancelled():
         return "cancelled"
     error = future.exception()
     if error is None:
-        assert future.result().results == [2 * work for work in own]
+        assert future.result().results == [2 * number for number in own]
         assert not poison & set(own)
         return "results"
     if isinstance(error, PairFailedError):
@@ -213,5 +213,5 @@ def run_together(calls: Sequence[Callable[[], None]]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(WAIT_S)
         assert not thread.is_alive()

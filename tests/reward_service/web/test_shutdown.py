@@ -105,8 +105,8 @@ def test_a_hung_device_ends_the_process() -> None:
         _, log = process.communicate(timeout=END_S)
     assert process.returncode == 2
     (line,) = [event for event in events(log) if event.endswith("so that it can be started anew")]
-    assert "has not answered for 1 s" in line
-    assert log.splitlines()[-1] == "reward-service: the device has not answered for 1 s"
+    assert "has not responded for 1 s" in line
+    assert log.splitlines()[-1] == "reward-service: the device has not responded for 1 s"
 
 
 def test_an_evaluator_that_is_down_and_a_full_disk_cost_what_they_must() -> None:

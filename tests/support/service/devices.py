@@ -1,4 +1,4 @@
-"""Devices that do as they are told, for the scheduler's tests."""
+"""Controllable device and recording observer for the scheduler's tests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from reward_service.engine.types import OutOfMemoryError
 from reward_service.scheduler.scheduler import Completed, Scheduler
 
-WAIT_S = 10.0
-Numbers = Scheduler[int, int]
+WAIT_S = 60.0  # until an event that a loaded machine may delay; it never passes in a correct run
+NumberScheduler = Scheduler[int, int]
 
 
 class Device:
-    """Doubles numbers; refuses those in `poison` and more than `memory` at once; can be held busy."""
+    """Doubles numbers; fails on those in `poison` and on more than `memory` at once; can be kept busy."""
 
     def __init__(self, poison: Sequence[int] = (), memory: int = 1000) -> None:
         self.poison, self.memory = set(poison), memory
@@ -24,19 +24,19 @@ class Device:
         self.free.set()
         self.entered = threading.Event()
 
-    def __call__(self, works: Sequence[int], lane: Hashable) -> list[int]:
+    def __call__(self, inputs: Sequence[int], lane: Hashable) -> list[int]:
         self.entered.set()
         assert self.free.wait(WAIT_S)
-        self.batches.append((list(works), lane))
-        if len(works) > self.memory:
+        self.batches.append((list(inputs), lane))
+        if len(inputs) > self.memory:
             raise OutOfMemoryError
-        if self.poison & set(works):
+        if self.poison & set(inputs):
             raise ValueError("poison")
-        return [2 * work for work in works]
+        return [2 * number for number in inputs]
 
 
-def hold(device: Device, scheduler: Scheduler[int, int]) -> Future[Completed[int]]:
-    """Keep the device busy with one pair, so that what is submitted next has to queue."""
+def keep_busy(device: Device, scheduler: Scheduler[int, int]) -> Future[Completed[int]]:
+    """Keep the device busy with one pair, so that requests submitted next are queued."""
     device.free.clear()
     device.entered.clear()
     future = scheduler.submit([0])
@@ -44,23 +44,23 @@ def hold(device: Device, scheduler: Scheduler[int, int]) -> Future[Completed[int
     return future
 
 
-class Watcher:
-    """Writes down what it is told."""
+class RecordingObserver:
+    """Observer that records the events."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] = []
 
     def on_batch(self, pairs: int, capacity: int, queue_s: Sequence[float], run_s: float) -> None:
         assert all(wait >= 0 for wait in queue_s)
         assert run_s >= 0
-        self.told.append(("batch", pairs, capacity, len(queue_s)))
+        self.events.append(("batch", pairs, capacity, len(queue_s)))
 
     def on_cancelled(self, pairs: int) -> None:
-        self.told.append(("cancelled", pairs))
+        self.events.append(("cancelled", pairs))
 
     def on_expired(self, pairs: int) -> None:
-        self.told.append(("expired", pairs))
+        self.events.append(("expired", pairs))
 
     def on_oom(self, size: int) -> None:
-        self.told.append(("oom", size))
-        raise RuntimeError("an observer with a fault of its own")
+        self.events.append(("oom", size))
+        raise RuntimeError("an observer that fails")
