@@ -7,13 +7,11 @@ drawn. docs/prompts.md says what each filter is for. DiffusionDB (Wang et al. 20
 import hashlib
 import html
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from html.entities import html5
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +25,7 @@ from trainer.data.near_duplicates import Features, distinct, words
 from trainer.data.prompts import Prompt, cleaned
 from trainer.data.tokenizer import TokenCounter
 from trainer.runtime.errors import reason
-from trainer.runtime.files import write_atomically, write_synced
+from trainer.runtime.files import write_atomically
 
 REPOSITORY, METADATA = "poloclub/diffusiondb", "metadata.parquet"
 COLUMNS = ("prompt", "user_name", "prompt_nsfw")
@@ -127,7 +125,7 @@ def prepare(
     settings = asdict(filters) | {"tokenizer": counter and counter.name, "revision": revision}
     card = card_of(taken, out, digest, source, settings)
     for path, text in zip(cards, (json.dumps(card, indent=2) + "\n", markdown(card)), strict=True):
-        write_atomically(path, partial(write_synced, content=text.encode()))
+        write_atomically(path, text.encode())
     return card
 
 
@@ -300,8 +298,6 @@ def _write_prompts(out: Path, taken: Taken) -> str:
                 line = (json.dumps({"prompt": named.pop("text")} | named, ensure_ascii=False) + "\n").encode()
                 digest.update(line)
                 file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
 
     write_atomically(out, write)
     return digest.hexdigest()

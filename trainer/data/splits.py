@@ -21,7 +21,7 @@ from trainer.config import ConfigError, PromptsConfig
 from trainer.data.near_duplicates import components, near_duplicates
 from trainer.data.prompts import Prompt, cleaned, read_prompt_set
 from trainer.runtime.errors import LeakError, reason
-from trainer.runtime.files import write_atomically, write_synced
+from trainer.runtime.files import write_atomically
 
 REMEDY = "restore the file, or begin a new experiment"
 FORMAT = "reward-trainer splits 1"
@@ -82,7 +82,7 @@ class ExperimentSplits:
     def save(self, path: Path) -> None:
         """Write splits.json, a prompt a line, atomically."""
         text = _shown(self.folds, self.test, self._groups, self.near_duplicate)
-        write_atomically(path, lambda target: write_synced(target, text.encode()))
+        write_atomically(path, text.encode())
 
     @classmethod
     def load(cls, path: Path, config: PromptsConfig) -> "ExperimentSplits":

@@ -21,7 +21,7 @@ from trainer.config import EvaluationConfig
 from trainer.evaluation.intervals import Groups, Interval, clusters, interval
 from trainer.rl.rewards import Floats, Images, composite
 from trainer.runtime.errors import StorageError
-from trainer.runtime.files import write_atomically, write_synced
+from trainer.runtime.files import write_atomically
 
 
 class Measurement(NamedTuple):
@@ -61,8 +61,7 @@ class Measurement(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. The prompts are kept elsewhere, in prompts.json."""
-        content = self.encode()
-        write_atomically(path, lambda target: write_synced(target, content))
+        write_atomically(path, self.encode())
 
     @classmethod
     def load(cls, path: Path, prompts: Sequence[str]) -> Self:

@@ -21,7 +21,7 @@ from trainer.runs.checkpoints import BASE_FILE
 from trainer.runs.folder import METRICS_FILE, RunFolder, is_finished
 from trainer.runs.train import train_run
 from trainer.runtime.errors import DivergenceError, EvaluationError, RolloutError, reason
-from trainer.runtime.files import write_atomically, write_synced
+from trainer.runtime.files import write_atomically
 
 SEARCH, TRIALS = "search", "trials"
 
@@ -103,8 +103,7 @@ def _trained(
 def _copy_measurement(source: Path, target: Path) -> None:
     """The base is the same in all trials: it is measured once."""
     if source.exists() and not target.exists():
-        content = source.read_bytes()
-        write_atomically(target, lambda partial: write_synced(partial, content))
+        write_atomically(target, source.read_bytes())
 
 
 def _curve(run: RunFolder) -> list[tuple[int, float]]:

@@ -1,8 +1,6 @@
-"""Templates to pages: text is escaped wherever it comes from, and a page fetches nothing.
+"""Content of a report page: its types, the prompts whose images are shown, and the templates.
 
-Images for a report: which prompts are shown, and their images as data URIs.
-
-All that the report of a run or an experiment says.
+All text is escaped, and a page fetches nothing: images are data URIs.
 """
 
 import base64
@@ -20,22 +18,22 @@ from PIL import Image
 from trainer.evaluation.comparison import Measurement
 from trainer.report.provenance import Provenance
 from trainer.report.run_data import Row, counted, plain, shown, signed
-from trainer.report.trials import Search, value_text
+from trainer.report.trials import SearchReport, value_text
 from trainer.rl.rewards import Floats, Images, composite, weight_vector
-from trainer.runtime.files import write_atomically, write_synced
+from trainer.runtime.files import write_atomically
 
-EACH = 4  # prompts of a kind
-SHOWN = 4  # images of a prompt and policy
-LOSSLESS_PX, LARGEST_PX, QUALITY = 96, 256, 88  # longest side up to which an image is kept as it is; at most
+EACH = 4  # prompts of each kind
+SHOWN = 4  # images per prompt and policy
+LOSSLESS_PX, LARGEST_PX, QUALITY = 96, 256, 88  # longest side: kept lossless up to; reduced to
 
 KINDS = (
     ("Best", "the largest gains of the composite"),
-    ("Median", "those around the median change of the composite"),
+    ("Median", "changes around the median of the composite"),
     ("Worst", "the smallest gains, or largest losses, of the composite"),
 )
 
 
-class Score(NamedTuple):
+class PromptScore(NamedTuple):
     """One evaluator's mean raw score of a prompt's images, before and after."""
 
     name: str
@@ -44,7 +42,7 @@ class Score(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """One image."""
+    """One image as a data URI, with its composite."""
 
     uri: str
     composite: float
@@ -52,23 +50,23 @@ class Shot(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A prompt's images by base and tuned policy from the same random streams."""
+    """Images of a prompt by base and tuned policy, from the same random streams."""
 
-    number: int  # the prompt's place among the validation prompts, from 1
+    number: int  # position among the validation prompts, from 1
     prompt: str
     before: tuple[Shot, ...]
     after: tuple[Shot, ...]
-    composite: Score
-    scores: tuple[Score, ...]
+    composite: PromptScore
+    scores: tuple[PromptScore, ...]
 
     @property
     def change(self) -> float:
-        """Of the composite."""
+        """Change of the composite."""
         return self.composite.after - self.composite.before
 
 
 class Cases(NamedTuple):
-    """Prompts that were chosen in one way."""
+    """Prompts that were chosen by one criterion."""
 
     title: str
     how: str
@@ -76,21 +74,25 @@ class Cases(NamedTuple):
 
 
 def choose(change: Floats, each: int = EACH) -> list[tuple[str, str, list[int]]]:
-    """Places of the best, median and worst of changes (P,), none of them twice; then simply the first."""
+    """Choose positions of the best, median and worst changes (P,), without repetition, and the first ones."""
     order = [int(place) for place in np.argsort(-change, kind="stable")]
     size = min(each, len(order) // 3)
     middle = (len(order) - size) // 2
     parts = (order[:size], order[middle : middle + size], order[len(order) - size :][::-1])
     chosen = [(title, how, part) for (title, how), part in zip(KINDS, parts, strict=True) if part]
     first = list(range(min(each, len(order))))
-    return [*chosen, ("Not selected", "simply the first prompts of the file", first)]
+    return [*chosen, ("Not selected", "the first prompts of the file", first)]
 
 
 def cases(
     base: Measurement, tuned: Measurement, evaluators: Sequence[str], weights: dict[str, float]
 ) -> list[Cases]:
-    """Chosen prompts with their images. Raises ValueError where the arrays do not fit each other."""
-    totals = judged(base, tuned, evaluators, weights)
+    """Return chosen prompts with their images.
+
+    Raises:
+        ValueError: the arrays of base and tuned policy differ in shape
+    """
+    totals = composites(base, tuned, evaluators, weights)
     sound = np.flatnonzero(np.isfinite(totals[1] - totals[0]).all(axis=1))
     change = (totals[1] - totals[0]).mean(axis=1)[sound]
     return [
@@ -101,14 +103,18 @@ def cases(
     ]
 
 
-def judged(
+def composites(
     base: Measurement, tuned: Measurement, evaluators: Sequence[str], weights: dict[str, float]
 ) -> tuple[Floats, Floats]:
-    """Composites (P, G) of both. Raises ValueError where the arrays do not fit each other."""
+    """Return the composites (P, G) of both policies.
+
+    Raises:
+        ValueError: the arrays differ in shape, or the evaluators are unknown
+    """
     if base.z.shape != tuned.z.shape or base.images.shape != tuned.images.shape:
         raise ValueError("base and tuned policy were measured on different numbers of images")
     if base.z.shape[2] != len(evaluators) or not weight_vector(evaluators, weights).sum() > 0:
-        raise ValueError("which evaluators the scores are of is not known")
+        raise ValueError("the evaluators of the scores are unknown")
     return composite(base.z, evaluators, weights), composite(tuned.z, evaluators, weights)
 
 
@@ -121,13 +127,15 @@ def _case(
 ) -> Case:
     before, after = (shots(m, total, place) for m, total in zip((base, tuned), totals, strict=True))
     raw = [m.raw[place].mean(axis=0) for m in (base, tuned)]
-    scores = (Score(name, float(raw[0][k]), float(raw[1][k])) for k, name in enumerate(evaluators))
+    scores = (PromptScore(name, float(raw[0][k]), float(raw[1][k])) for k, name in enumerate(evaluators))
     means = [float(total[place].mean()) for total in totals]
-    return Case(place + 1, base.prompts[place], before, after, Score("composite", *means), tuple(scores))
+    return Case(
+        place + 1, base.prompts[place], before, after, PromptScore("composite", *means), tuple(scores)
+    )
 
 
 def shots(measured: Measurement, totals: Floats, place: int) -> tuple[Shot, ...]:
-    """The first images of the prompt at that place, with their composites of all (P, G)."""
+    """Return the first images of a prompt with their composites, from totals (P, G)."""
     pairs = zip(measured.images[place][:SHOWN], totals[place], strict=False)
     return tuple(_shot(image, float(total)) for image, total in pairs)
 
@@ -137,12 +145,12 @@ def _shot(image: Images, total: float) -> Shot:
 
 
 def data_uri(image: Images) -> str:
-    """An image (H, W, 3) as WebP: small ones without loss, others at most LARGEST_PX long and compressed."""
+    """Encode an image (H, W, 3) as a WebP data URI: small ones lossless, others reduced and compressed."""
     return image_uri(Image.fromarray(image), LARGEST_PX)
 
 
 def image_uri(image: Image.Image, largest_px: int) -> str:
-    """The same for an image, at most so many pixels long."""
+    """Encode a Pillow image as a WebP data URI, its longest side at most `largest_px`."""
     small = max(image.size) <= LOSSLESS_PX
     image = image.convert("RGB")
     image.thumbnail((largest_px, largest_px), Image.Resampling.LANCZOS)
@@ -155,22 +163,22 @@ T = TypeVar("T")
 
 
 class Chart(NamedTuple):
-    """A chart with what it shows."""
+    """Chart with its title."""
 
     title: str
     svg: Markup
 
 
-class Table(NamedTuple):
-    """Gains with intervals, and where they were measured."""
+class GainTable(NamedTuple):
+    """Table of gains with intervals."""
 
     title: str
     note: str
     rows: Sequence[Row]
 
 
-class Fold(NamedTuple):
-    """A line of the fold table."""
+class FoldRow(NamedTuple):
+    """Row of the fold table."""
 
     name: str
     prompts: int | None
@@ -182,8 +190,8 @@ class Fold(NamedTuple):
     guard: str
 
 
-class Guard(NamedTuple):
-    """What the guard says of a run."""
+class GuardResult(NamedTuple):
+    """Verdict of the reward-hacking guard on a run."""
 
     where: str
     tripped: bool
@@ -194,7 +202,7 @@ class Guard(NamedTuple):
 
 @dataclass
 class Report:
-    """All that the page says."""
+    """Content of the page."""
 
     name: str
     path: str
@@ -208,13 +216,13 @@ class Report:
     provenance: Provenance
     settings: dict[str, Any]
     confidence: float
-    tables: list[Table] = field(default_factory=list)
+    tables: list[GainTable] = field(default_factory=list)
     forest: list[Chart] = field(default_factory=list)
-    folds: list[Fold] = field(default_factory=list)
+    folds: list[FoldRow] = field(default_factory=list)
     chosen: int | None = None
-    tested: bool = False  # whether the test prompts have been looked at
-    search: Search | None = None
-    guards: list[Guard] = field(default_factory=list)
+    tested: bool = False  # True once the test prompts have been measured
+    search: SearchReport | None = None
+    guards: list[GuardResult] = field(default_factory=list)
     drift: Sequence[Row] = ()
     drift_said: Sequence[str] = ()
     curves: list[Chart] = field(default_factory=list)
@@ -229,7 +237,7 @@ class Report:
 
 
 def attempt(notes: list[str], what: str, add: Callable[..., T], *given: Any) -> T | None:
-    """What `add` returns; where a file's content is too odd for it, a note, and the other parts stand."""
+    """Call `add`; if the content of a file is unexpected, add a note and return None."""
     try:
         return add(*given)
     except (
@@ -242,18 +250,18 @@ def attempt(notes: list[str], what: str, add: Callable[..., T], *given: Any) -> 
         OSError,
         MemoryError,
     ) as error:
-        notes.append(f"The part on {what} is left out: what the files hold is not as expected ({error}).")
+        notes.append(f"The section on {what} is left out: the files have unexpected content ({error}).")
         return None
 
 
 def write_page(target: Path, template: str, **given: object) -> None:
-    """Fill a template and write the page, whole or not at all."""
+    """Render a template and write the page atomically."""
     text = environment().get_template(template).render(given)
-    write_atomically(target, lambda path: write_synced(path, text.encode("utf-8", "replace")))
+    write_atomically(target, text.encode("utf-8", "replace"))
 
 
 def environment() -> Environment:
-    """Of this package's templates."""
+    """Return the environment of this package's templates."""
     made = Environment(
         loader=PackageLoader("trainer.report"),
         autoescape=True,

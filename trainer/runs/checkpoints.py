@@ -43,15 +43,7 @@ from trainer.rl.train import TrainingState
 from trainer.runs.folder import RunFolder, check_same
 from trainer.runtime.distributed import Processes
 from trainer.runtime.errors import StorageError
-from trainer.runtime.files import (
-    clear_stale,
-    naming,
-    remove_folder,
-    replace_folder,
-    staging,
-    write_atomically,
-    write_synced,
-)
+from trainer.runtime.files import clear_stale, remove_folder, replacing, write_atomically
 
 FORMAT = 1
 TRAINING_KEY = "learner"  # of state.json: the name that format 1 has for `Snapshot.training`
@@ -95,7 +87,7 @@ def capture(training: TrainingState, **more: Any) -> Snapshot:
     values = {
         "updates": training.average.updates,
         "deviations_weight": training.deviations.weight,
-        "drops": {"asked": training.drops.asked, "dropped": training.drops.dropped},
+        "drops": {"asked": training.drops.requested, "dropped": training.drops.dropped},
         "optimizer": optimizer["param_groups"],
     }
     copies = {
@@ -115,7 +107,7 @@ def restore(training: TrainingState, snapshot: Snapshot) -> None:
         training.deviations = Deviations(
             snapshot.tensors["deviations/variance"].clone(), snapshot.training["deviations_weight"]
         )
-        training.drops.asked = snapshot.training["drops"]["asked"]
+        training.drops.requested = snapshot.training["drops"]["asked"]
         training.drops.dropped = snapshot.training["drops"]["dropped"]
         _restore_optimizer(training, snapshot)
         training.done = snapshot.done
@@ -180,14 +172,10 @@ class Checkpoints:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, then remove those that are one too many. A full disk raises an OSError."""
-        path = self._path(snapshot.done)
-        with naming(path):
-            self.folder.mkdir(exist_ok=True)
-            with staging(self.folder, path.name) as target:
-                write_stored(target, encode(snapshot, self.provenance))
-                replace_folder(target, path)
-            self.compare_with_best(snapshot)
-            self._prune()
+        with replacing(self._path(snapshot.done)) as staging:
+            write_stored(staging, encode(snapshot, self.provenance))
+        self.compare_with_best(snapshot)
+        self._prune()
 
     def compare_with_best(self, snapshot: Snapshot) -> None:
         """Mark a saved snapshot as the best where its evaluation says so."""
@@ -198,7 +186,7 @@ class Checkpoints:
     def mark_best(self, done: int, composite: float) -> None:
         """Have the checkpoint after `done` iterations kept, as that of the best evaluation so far."""
         content = json.dumps({"iteration": done, "composite": composite}, allow_nan=False).encode()
-        write_atomically(self.folder / BEST, lambda path: write_synced(path, content))
+        write_atomically(self.folder / BEST, content)
 
     def best(self) -> tuple[int, float] | None:
         """Which checkpoint the evaluation liked best, and its composite; None where no file says so."""
@@ -247,9 +235,9 @@ def write_stored(folder: Path, stored: Stored) -> None:
     """Write a checkpoint's files, the manifest last."""
     files = {STATE: stored.state, TENSORS: stored.tensors}
     for name, content in files.items():
-        write_synced(folder / name, content)
+        (folder / name).write_bytes(content)
     manifest = {"format": FORMAT, "files": {name: _seal(content) for name, content in files.items()}}
-    write_synced(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=2).encode())
 
 
 def read_stored(folder: Path) -> Stored:
@@ -316,7 +304,7 @@ def go_on(
     reads; the others get what it read. Raises ConfigError where the configuration is not the checkpoint's.
     """
     processes = training.processes
-    with processes.one_fate():
+    with processes.fail_together():
         stored = checkpoints.latest(console.print) if processes.main else None
         if processes.main and stored is None and checkpoints.paths():
             raise StorageError(
@@ -343,7 +331,7 @@ def go_on(
 def go_back_to_best(training: TrainingState, checkpoints: Checkpoints) -> None:
     """Restore the trainer from the checkpoint that the evaluations liked best. Raises StorageError."""
     processes = training.processes
-    with processes.one_fate():
+    with processes.fail_together():
         stored = checkpoints.best_stored() if processes.main else None
     stored = _from_main(stored, processes)
     if stored.state:

@@ -3,12 +3,10 @@
 What a run that goes on must have in common with the run that began; checked before any model is loaded.
 """
 
-import fcntl
 import json
 import os
 import re
 import shlex
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,14 @@ from safetensors import SafetensorError
 from trainer.config import LORA_FILE, ConfigError, TrainerConfig, flat, load_trainer_config
 from trainer.data.splits import Split, read_splits
 from trainer.runtime.errors import StorageError, reason
-from trainer.runtime.files import clear_stale, naming, replace_folder, staging, write_atomically, write_synced
+from trainer.runtime.files import (
+    Lock,
+    LockHeldError,
+    add_path_to_errors,
+    clear_stale,
+    replacing,
+    write_atomically,
+)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -35,11 +40,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._unlock: Callable[[], object] = tuple
+        self._lock: Lock | None = None
 
     def close(self) -> None:
-        """Let others write here."""
-        self._unlock()
+        """Unlock the folder: other processes may write here."""
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def create(cls, config: TrainerConfig, path: Path | None = None) -> "RunFolder":
@@ -47,7 +53,7 @@ class RunFolder:
         wanted = path or config.runs_dir / config.name
         try:
             run = cls(_make_empty(path) if path else _make_next_free(wanted))
-            run._lock()
+            run._acquire_lock()
             clear_stale(run.path)
             run.write_config(config)
         except OSError as error:
@@ -62,23 +68,18 @@ class RunFolder:
         Raises StorageError where another trainer is writing it.
         """
         run = cls(path)
-        run._lock()
+        run._acquire_lock()
         clear_stale(path)
         return run
 
-    def _lock(self) -> None:
-        descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        self._unlock = weakref.finalize(self, os.close, descriptor)
+    def _acquire_lock(self) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            writer = os.read(descriptor, 20).decode(errors="replace") or "unknown"
+            self._lock = Lock(self.path / LOCK_FILE)
+        except LockHeldError as error:
             raise StorageError(
-                f"{self.path}: another trainer (process {writer}) is writing this run; "
+                f"{self.path}: another trainer (process {error.process}) is writing this run; "
                 "wait until it ends, or stop it"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
 
     @property
     def lora(self) -> Path:
@@ -97,7 +98,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
-        write_atomically(self.path / name, lambda target: write_synced(target, text.encode()))
+        write_atomically(self.path / name, text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically. A number that is not finite is an error."""
@@ -119,7 +120,7 @@ class RunFolder:
         """Append one line to metrics.jsonl, on the disk before a checkpoint that counts on it."""
         line = json.dumps(record, allow_nan=False)
         path = self.path / METRICS_FILE
-        with naming(path), path.open("a", encoding="utf-8") as file:
+        with add_path_to_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -148,13 +149,12 @@ class RunFolder:
 
     def save_lora(self, save: Callable[[Path], object], card: str) -> None:
         """Write lora/: what `save` puts there and a README.md; an older one is replaced as a whole."""
-        with naming(self.lora), staging(self.path, "lora-") as folder:
+        with replacing(self.lora) as folder:
             try:
                 save(folder)
             except SafetensorError as error:  # what safetensors makes of an error in writing
                 raise StorageError(f"{self.lora}: cannot be written ({reason(error)})") from error
             (folder / "README.md").write_text(card, encoding="utf-8")
-            replace_folder(folder, self.lora)
 
 
 # ------------------------------------------------------------------------------------------- folders

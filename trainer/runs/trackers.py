@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainer.config import ConfigError, TrainerConfig
 from trainer.runs.folder import RunFolder
 from trainer.runtime.errors import reason
-from trainer.runtime.files import naming
+from trainer.runtime.files import add_path_to_errors
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb.json"
 
@@ -87,23 +87,23 @@ class TensorBoard:
 
     def __init__(self, run: RunFolder, done: int) -> None:
         self._path = run.path / TENSORBOARD
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             self._writer = SummaryWriter(str(self._path), purge_step=done + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See `Listener.scalars`."""
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
         """See `Listener.image`."""
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """See `Listener.close`."""
-        with naming(self._path):
+        with add_path_to_errors(self._path):
             self._writer.close()
 
 
