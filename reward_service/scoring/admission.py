@@ -1,6 +1,7 @@
-"""How much may be under way: pairs, bytes of bodies and of decoded images, per client and in all.
+"""Admission control: limits on pairs, body bytes and decoded bytes in progress, per client and in total.
 
-A request is counted from before its body is read until its answer. No torch, no web.
+A request counts from before its body is read until its response. This module imports neither torch nor a web
+framework.
 """
 
 from __future__ import annotations
@@ -16,165 +17,164 @@ from reward_service.config import Limits
 from reward_service.protocol import ProblemError
 from reward_service.scoring.auth import Client
 
-Kind = Literal["pairs", "body bytes", "decoded bytes"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Resource = Literal["pairs", "body bytes", "decoded bytes"]
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
 
-_LITTLE = 1 / 16
-_KEPT_FOR_LITTLE = 1 / 8
+# The last eighth of each total limit is reserved for clients that use less than a sixteenth of it.
+_LIGHT_CLIENT = 1 / 16
+_RESERVED_FOR_LIGHT = 1 / 8
+
+_TOO_LARGE = "pictures_too_large"
 
 
 @dataclass
 class _Account:
-    """What a client has under way, by kind, and by how many requests of which of its parts."""
+    """Resources that a client has in use, and the number of requests in progress of each of its parts."""
 
-    used: Counter[Kind] = field(default_factory=Counter)
+    used: Counter[Resource] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
 
 
 class Admission:
-    """Counts what is under way against the limits; any thread may ask.
+    """Thread-safe accounts of the resources in use, checked against the limits.
 
     Args:
-        retry_after_s: when there will probably be room again
+        limits: per client and in total
+        retry_after_s: returns the estimated seconds until there is room again
     """
 
     def __init__(self, limits: Limits, retry_after_s: Callable[[], int] = lambda: 1) -> None:
-        self._retry_after_s = retry_after_s
-        self._limits = limits
-        self._client_bounds: dict[Kind, int] = {
+        self._limits, self._retry_after_s = limits, retry_after_s
+        self._client_limits: dict[Resource, int] = {
             "pairs": limits.max_client_pairs,
             "body bytes": limits.max_client_bytes,
             "decoded bytes": limits.max_client_decoded_bytes,
         }
-        self._bounds: dict[Kind, int] = {
+        self._total_limits: dict[Resource, int] = {
             "pairs": limits.max_queued_pairs,
             "body bytes": limits.max_inflight_bytes,
             "decoded bytes": limits.max_decoded_bytes,
         }
         self._lock = threading.Lock()
         self._accounts: dict[str, _Account] = {}
-        self._used: Counter[Kind] = Counter()
-        self._open = 0
+        self._used: Counter[Resource] = Counter()
+        self._open_requests = 0
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way."""
-        return self._open == 0
+        """True if no request is in progress."""
+        return self._open_requests == 0
 
     @property
-    def used(self) -> dict[Kind, int]:
-        """What is under way in all."""
+    def used(self) -> dict[Resource, int]:
+        """Resources in use by all requests."""
         with self._lock:
-            return {kind: self._used[kind] for kind in KINDS}
+            return {resource: self._used[resource] for resource in RESOURCES}
 
-    def enter(self, client: Client, body_bytes: int | None) -> Ticket:
-        """Let a request in before its body is read, as one pair at first.
+    def admit(self, client: Client, body_bytes: int | None) -> Ticket:
+        """Admit a request before its body is read; it counts as one pair at first.
 
         Args:
-            body_bytes: as announced; None where it is not, which counts as the longest body
+            client: sender of the request
+            body_bytes: announced size; None if it was not announced, which counts as the largest body
 
         Returns:
-            a context manager; what it holds is given back at its end
+            a context manager that releases the request's resources at its end
 
         Raises:
-            ProblemError: `client_busy` for the client's own limits, `queue_full` for the service's
+            ProblemError: `client_busy` for the client's own limits, `queue_full` for the total ones
         """
         size = self._limits.max_body_bytes if body_bytes is None else body_bytes
         ticket = Ticket(self, client)
         with self._lock:
-            self._open += 1
+            self._open_requests += 1
             self._accounts.setdefault(client.account, _Account()).parts[client.part] += 1
         try:
-            ticket.grow("pairs", 1)
-            ticket.grow("body bytes", size)
+            ticket.reserve("pairs", 1)
+            ticket.reserve("body bytes", size)
         except ProblemError:
             ticket.close()
             raise
         return ticket
 
-    def take(self, ticket: Ticket, kind: Kind, more: int) -> None:
-        """Count `more` of a kind for a ticket.
+    def reserve(self, ticket: Ticket, resource: Resource, amount: int) -> None:
+        """Add `amount` of a resource to a ticket.
 
         Raises:
-            ProblemError: there is no room for it
+            ProblemError: it would exceed a limit, or the ticket is closed
         """
         with self._lock:
             if ticket.closed:
-                raise ProblemError("deadline_exceeded", "the request was given up")
-            problem = self._problem(ticket, kind, more)
+                raise ProblemError("deadline_exceeded", "the request was cancelled")
+            problem = self._problem(ticket, resource, amount)
             if problem is None:
-                self._add(ticket, kind, more)
+                self._add(ticket, resource, amount)
                 return
         code, detail = problem
         raise ProblemError(code, detail, retry_after_s=None if code == _TOO_LARGE else self._retry_after_s())
 
-    def give_back(self, ticket: Ticket, kind: Kind, less: int) -> None:
-        """Count so much less of a kind for a ticket."""
+    def release(self, ticket: Ticket, resource: Resource, amount: int) -> None:
+        """Remove `amount` of a resource from a ticket; do nothing if it is closed."""
         with self._lock:
             if not ticket.closed:
-                self._add(ticket, kind, -less)
+                self._add(ticket, resource, -amount)
 
-    def leave(self, ticket: Ticket) -> None:
-        """The request is answered; again does nothing."""
+    def close(self, ticket: Ticket) -> None:
+        """Release all resources of a ticket; do nothing if it is closed."""
         with self._lock:
             if ticket.closed:
                 return
             ticket.closed = True
-            for kind, amount in list(ticket.used.items()):
-                self._add(ticket, kind, -amount)
+            for resource, amount in list(ticket.used.items()):
+                self._add(ticket, resource, -amount)
             account = self._accounts[ticket.client.account]
             account.parts[ticket.client.part] -= 1
-            account.parts += Counter()  # forgets the parts at 0
+            account.parts += Counter()  # drops the parts at 0
             if not account.parts:
                 del self._accounts[ticket.client.account]
-            self._open -= 1
+            self._open_requests -= 1
 
     def weight(self, client: Client) -> float:
-        """A client's share of the device: its parts under way divide the key's among them."""
+        """Return a client's share of the device: the parts in progress divide the key's weight equally."""
         if not client.name:
             return client.weight
         with self._lock:
             account = self._accounts.get(client.account)
             return client.weight / max(1, len(account.parts) if account else 1)
 
-    def _add(self, ticket: Ticket, kind: Kind, more: int) -> None:
+    def _add(self, ticket: Ticket, resource: Resource, amount: int) -> None:
         for used in (ticket.used, self._accounts[ticket.client.account].used, self._used):
-            used[kind] += more
+            used[resource] += amount
 
-    def _problem(self, ticket: Ticket, kind: Kind, more: int) -> tuple[str, str] | None:
-        """Code and detail of what speaks against it. The lock is held."""
-        client, own = ticket.client, ticket.used[kind] + more
-        bound = self._client_bounds[kind]
-        if kind == "pairs" and client.max_pairs is not None:
-            bound = client.max_pairs
-        if kind == "decoded bytes" and own > min(bound, self._bounds[kind]):
-            limit = min(bound, self._bounds[kind]) / 2**20
-            return _TOO_LARGE, f"the images exceed {limit:g} MiB when decoded; send fewer pairs a request"
-        held = self._accounts[client.account].used[kind] + more
-        if held > own and held > bound:
-            detail = f"this client's requests under way may have {bound} {kind} together; wait for an answer"
-            return "client_busy", detail
-        total, most = self._used[kind] + more, self._bounds[kind]
-        if held > most * _LITTLE:
-            most = int(most * (1 - _KEPT_FOR_LITTLE))
-        if total > own and total > most:
-            return (
-                "queue_full",
-                f"requests under way have all the {kind} that the service takes; try again",
-            )
+    def _problem(self, ticket: Ticket, resource: Resource, amount: int) -> tuple[str, str] | None:
+        """Return code and detail of the limit that would be exceeded, if any; the lock is held."""
+        client, own = ticket.client, ticket.used[resource] + amount
+        client_limit, total_limit = self._client_limits[resource], self._total_limits[resource]
+        if resource == "pairs" and client.max_pairs is not None:
+            client_limit = client.max_pairs
+        if resource == "decoded bytes" and own > min(client_limit, total_limit):
+            limit = min(client_limit, total_limit) / 2**20
+            return _TOO_LARGE, f"the images exceed {limit:g} MiB when decoded; send fewer pairs per request"
+        # A single request may exceed the limit of pairs, or it could never be scored.
+        client_used = self._accounts[client.account].used[resource] + amount
+        if client_used > own and client_used > client_limit:
+            detail = f"limit of {client_limit} {resource} for this client's requests in progress; "
+            return "client_busy", detail + "wait for a response before you send more"
+        total_used = self._used[resource] + amount
+        if client_used > total_limit * _LIGHT_CLIENT:
+            total_limit = int(total_limit * (1 - _RESERVED_FOR_LIGHT))
+        if total_used > own and total_used > total_limit:
+            return "queue_full", f"other requests in progress use all {resource} of the service; retry later"
         return None
 
 
-_TOO_LARGE = "pictures_too_large"
-
-
 class Ticket:
-    """One request's share of what is under way."""
+    """Resources of one admitted request."""
 
     def __init__(self, admission: Admission, client: Client) -> None:
         self._admission = admission
         self.client = client
-        self.used: Counter[Kind] = Counter()
+        self.used: Counter[Resource] = Counter()
         self.closed = False
 
     @property
@@ -182,29 +182,29 @@ class Ticket:
         """The client's share of the device at this moment."""
         return self._admission.weight(self.client)
 
-    def grow(self, kind: Kind, more: int) -> None:
-        """Count more of a kind.
+    def reserve(self, resource: Resource, amount: int) -> None:
+        """Add `amount` of a resource.
 
         Raises:
-            ProblemError: there is no room, or the request is over, so that nobody waits for it
+            ProblemError: it would exceed a limit, or the ticket is closed, so that the work can stop
         """
-        if more > 0:
-            self._admission.take(self, kind, more)
+        if amount > 0:
+            self._admission.reserve(self, resource, amount)
 
-    def set(self, kind: Kind, amount: int) -> None:
-        """Count exactly so much of a kind.
+    def set(self, resource: Resource, amount: int) -> None:
+        """Set the used amount of a resource.
 
         Raises:
-            ProblemError: there is no room for it
+            ProblemError: it would exceed a limit
         """
-        if (change := amount - self.used[kind]) > 0:
-            self.grow(kind, change)
+        if (change := amount - self.used[resource]) > 0:
+            self.reserve(resource, change)
         else:
-            self._admission.give_back(self, kind, -change)
+            self._admission.release(self, resource, -change)
 
     def close(self) -> None:
-        """Give everything back; again does nothing."""
-        self._admission.leave(self)
+        """Release all resources; further calls do nothing."""
+        self._admission.close(self)
 
     def __enter__(self) -> Self:
         return self
