@@ -1,7 +1,7 @@
-"""Charts as SVG to be put into a page: text that the page's own type is used for, no colour without a form.
+"""SVG charts for a page: text in the page's font, and every colour with its own marker and line style.
 
-The same numbers give the same bytes. Colours are Okabe and Ito's, which colour-blind people tell apart; every
-series has its own marker and line as well. Charts are small, to be read on a phone at their own size.
+The same numbers give the same bytes. Colours are Okabe and Ito's palette for colour-blind readers. Charts are
+small enough for a phone.
 """
 
 import io
@@ -30,7 +30,7 @@ VERDICT = {"rises": (BLUE, "o"), "falls": (VERMILLION, "D"), "unclear": (QUIET, 
 WIDTH, HEIGHT = 4.2, 2.6  # inches of 72 px
 STYLE: Any = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # measured with; the page's own is narrower
+    "font.family": "DejaVu Sans",  # for the layout; the page's own font is narrower
     "font.size": 9.5,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": QUIET,
@@ -49,7 +49,7 @@ STYLE: Any = {
 
 
 class Point(NamedTuple):
-    """A value after so many iterations; `low` and `high` bound it where an interval is known."""
+    """Value at an iteration; `low` and `high` bound its interval, if known."""
 
     x: float
     y: float
@@ -58,25 +58,25 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A named series."""
+    """Named series."""
 
     label: str
     points: Sequence[Point]
 
 
 class Bar(NamedTuple):
-    """A row of a forest plot: an estimate with its interval."""
+    """Row of a forest plot: an estimate with its interval."""
 
     label: str
     value: float
     low: float | None
     high: float | None
     verdict: str
-    summary: bool = False  # of several rows: drawn as a diamond
+    summary: bool = False  # of several rows; a diamond
 
 
 class Strand(NamedTuple):
-    """A trial in parallel coordinates: a height from 0 to 1 on each axis, None where it has no value."""
+    """Trial in parallel coordinates: a height from 0 to 1 on each axis, None without a value."""
 
     label: str
     heights: Sequence[float | None]
@@ -93,9 +93,9 @@ def curves(
     mark: float | None = None,
     chosen: str = "",
 ) -> Markup:
-    """Lines over iterations, each with its band; a dotted upright at `mark`.
+    """Plot lines over iterations with their bands, and a dotted vertical line at `mark`.
 
-    Where one is `chosen`, by its label, the others are only its background.
+    With `chosen`, a label, the other lines are grey background.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
@@ -140,7 +140,7 @@ def _line(axes: Axes, index: int, line: Line, *, alone: bool) -> None:
 
 
 def forest(name: str, alt: str, rows: Sequence[Bar], unit: str) -> Markup:
-    """An estimate and its interval on each row, over the line of no change."""
+    """Plot an estimate and its interval on each row, with a line at 0."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(WIDTH, 0.72 + 0.3 * len(rows))
         axes.axvline(0, color=QUIET, linewidth=1)
@@ -165,7 +165,7 @@ def forest(name: str, alt: str, rows: Sequence[Bar], unit: str) -> Markup:
 
 
 def bars(name: str, alt: str, values: Sequence[tuple[str, float]], unit: str) -> Markup:
-    """One bar a row, its share written beside it."""
+    """Plot one bar a row with its share beside it."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(WIDTH, 0.72 + 0.32 * len(values))
         places = range(len(values))
@@ -187,7 +187,7 @@ def bars(name: str, alt: str, values: Sequence[tuple[str, float]], unit: str) ->
 def parallel(
     name: str, alt: str, axes_labels: Sequence[tuple[str, str, str]], strands: Sequence[Strand]
 ) -> Markup:
-    """Trials as lines across upright axes, each (label, lowest, highest); the best is drawn last and bold."""
+    """Plot trials as lines across vertical axes (label, lowest, highest); the best is bold and on top."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(max(WIDTH, 1.9 * len(axes_labels) + 0.6), 3.4)
         shades = mpl.colormaps["cividis"]
@@ -234,9 +234,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str, alt: str) -> Markup:
-    """The figure as an <svg> element whose ids no other chart of the page has."""
+    """Return the figure as an <svg> element with ids that are unique in the page."""
     buffer = io.StringIO()
-    # Laid out once; savefig would draw everything a second time to do it again.
+    # Lay out once; savefig would render everything a second time to do it again.
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)
@@ -245,11 +245,11 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    for useless in (r"<metadata>.*?</metadata>", r"<style[^>]*>.*?</style>", r"<!--.*?-->"):
-        body = re.sub(useless, "", body, flags=re.DOTALL)
+    for unused in (r"<metadata>.*?</metadata>", r"<style[^>]*>.*?</style>", r"<!--.*?-->"):
+        body = re.sub(unused, "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = body.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    # The page's type; only the size is the chart's.
+    # The font is the page's; only the size is the chart's.
     body = re.sub(r"font: (?:\d+ )?([\d.]+px)[^;\"]*", r"font-size: \1", body)
     width, height = (72 * side for side in figure.get_size_inches())
     return Markup(

@@ -1,7 +1,7 @@
-"""`reward-trainer report --compare`: runs side by side, as far as they can be compared.
+"""Comparison of runs side by side, as far as they can be compared.
 
-Gains of two runs say something about each other only where the same service scored the same prompts, drawn in
-the same way from the same base. Runs that differ in any of these are shown apart, with a notice.
+Gains of two runs are comparable only if the same evaluators scored the same prompts, generated in the same
+way from the same base. Runs that differ in any of these are shown apart, with a notice.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.config import ConfigError, EvaluationConfig
-from trainer.evaluation.comparison import Measurement, compare
+from trainer.evaluation.comparison import COMPOSITE, Measurement, compare
 from trainer.report import charts
 from trainer.report.charts import Line
-from trainer.report.page import Chart, Report, Shot, attempt, choose, judged, shots, write_page
+from trainer.report.page import Chart, Report, Shot, attempt, choose, composites, shots, write_page
 from trainer.report.provenance import PLACES
 from trainer.report.report import as_bar, collect, gains_over_time
 from trainer.report.run_data import (
-    COMPOSITE,
-    Remains,
     Row,
+    RunData,
     composite_of,
     items,
     mapping,
@@ -34,8 +33,8 @@ from trainer.report.run_data import (
 )
 
 COMPARE_FILE = "compare.html"
-EACH = 2  # prompts of a kind whose images are shown
-DRAWING = ("stage", "seed", "images_per_prompt")  # of the evaluation: what decides on the images
+EACH = 2  # prompts of each kind
+GENERATION = ("stage", "seed", "images_per_prompt")  # settings of the evaluation that decide on the images
 
 
 @dataclass
@@ -44,19 +43,19 @@ class Entry:
 
     label: str
     report: Report
-    remains: Remains  # of what was measured: an experiment's final fit
+    run_data: RunData  # the measured run: an experiment's final fit
     basis: dict[str, Any]
     base: Measurement | None = None
     tuned: Measurement | None = None
 
     @property
     def rows(self) -> dict[str, Row]:
-        """Its gains by name."""
+        """Gains by name."""
         return {it.name: it for it in self.report.tables[0].rows} if self.report.tables else {}
 
 
-class Shown(NamedTuple):
-    """A prompt's images by the base and by each run."""
+class PromptImages(NamedTuple):
+    """Images of a prompt by the base and by each run."""
 
     prompt: str
     rows: tuple[tuple[str, tuple[Shot, ...]], ...]
@@ -64,20 +63,20 @@ class Shown(NamedTuple):
 
 @dataclass
 class Comparable:
-    """Runs that may be set against each other."""
+    """Runs that can be compared with each other."""
 
     entries: list[Entry]
     evaluators: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     against: str = ""
     differences: list[Row] = field(default_factory=list)
-    images: list[tuple[str, list[Shown]]] = field(default_factory=list)
+    images: list[tuple[str, list[PromptImages]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Page:
-    """All that the page says."""
+class ComparisonPage:
+    """Content of the page."""
 
     headline: str
     notices: list[str]
@@ -88,19 +87,28 @@ class Page:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page and say where. Raises ConfigError for fewer than two runs, StorageError for no run."""
+    """Write the page and return its path.
+
+    Raises:
+        ConfigError: fewer than two runs
+        StorageError: a folder is not that of a run or an experiment
+    """
     if len({run.resolve() for run in runs}) < 2:
-        raise ConfigError("report --compare: name two different runs at least")
+        raise ConfigError("report --compare: name at least two different runs")
     write_page(out, "compare.html.jinja", page=side_by_side(runs))
     return out
 
 
-def side_by_side(runs: Sequence[Path]) -> Page:
-    """Read the runs. Raises StorageError where one is none."""
+def side_by_side(runs: Sequence[Path]) -> ComparisonPage:
+    """Read and compare the runs.
+
+    Raises:
+        StorageError: a folder is not that of a run or an experiment
+    """
     labels = _labels(runs)
     entries = [_entry(path, label) for path, label in zip(runs, labels, strict=True)]
-    parts = [_part(number, members) for number, members in enumerate(_alike(entries))]
-    return Page(
+    parts = [_part(number, members) for number, members in enumerate(_comparable_groups(entries))]
+    return ComparisonPage(
         headline=_headline(parts),
         notices=_notices(parts),
         parts=parts,
@@ -111,7 +119,7 @@ def side_by_side(runs: Sequence[Path]) -> Page:
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest suffixes of the paths that are distinct."""
     parts = [path.resolve().parts for path in runs]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(it[-length:]) for it in parts]
@@ -122,34 +130,34 @@ def _labels(runs: Sequence[Path]) -> list[str]:
 
 def _entry(path: Path, label: str) -> Entry:
     report = collect(path)
-    outer = Remains(path)
-    remains = (outer.within("final") or outer) if outer.is_experiment else outer
-    entry = Entry(label, report, remains, _basis(outer, remains))
-    entry.base, entry.tuned = remains.measurement("base.npz"), remains.measurement("tuned.npz")
+    outer = RunData(path)
+    run_data = (outer.within("final") or outer) if outer.is_experiment else outer
+    entry = Entry(label, report, run_data, _basis(outer, run_data))
+    entry.base, entry.tuned = run_data.measurement("base.npz"), run_data.measurement("tuned.npz")
     return entry
 
 
-# ------------------------------------------------------------------------------------ what is alike
+# ------------------------------------------------------------------------------------- comparability
 
 
-def _basis(outer: Remains, remains: Remains) -> dict[str, Any]:
-    """What two runs must have in common for their gains to be compared; what is not known is like nothing."""
-    unknown = f"not known ({outer.path})"
-    config = remains.config or outer.config
+def _basis(outer: RunData, run_data: RunData) -> dict[str, Any]:
+    """Return what two runs must share for their gains to be comparable; an unknown equals nothing."""
+    unknown = f"unknown ({outer.path})"
+    config = run_data.config or outer.config
     evaluation, karlo = mapping(config.get("evaluation")), mapping(config.get("karlo"))
     model = {key: Path(str(it)).name if key == "path" else it for key, it in karlo.items()}
     sampling = {key: it for key, it in mapping(config.get("sampling")).items() if key != "micro_batch"}
-    drawing = {key: evaluation.get(key) for key in DRAWING}
+    generation = {key: evaluation.get(key) for key in GENERATION}
     return {
-        "the service": remains.identity or outer.identity or unknown,
-        "the prompts": list(texts(remains.prompts.get("validation"))) or unknown,
-        "the weights of the composite": remains.weights or unknown,
+        "the evaluators": run_data.identity or outer.identity or unknown,
+        "the prompts": list(texts(run_data.prompts.get("validation"))) or unknown,
+        "the weights of the composite": run_data.weights or unknown,
         "the base model": model or unknown,
-        "how images are drawn": sampling | drawing if config else unknown,
+        "how images are generated": sampling | generation if config else unknown,
     }
 
 
-def _alike(entries: Sequence[Entry]) -> list[list[Entry]]:
+def _comparable_groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     groups: list[list[Entry]] = []
     for entry in entries:
         for group in groups:
@@ -162,14 +170,14 @@ def _alike(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _notices(parts: Sequence[Comparable]) -> list[str]:
-    said = []
+    notices = []
     for one, other in combinations(parts, 2):
         a, b = one.entries[0], other.entries[0]
         aspects = [aspect for aspect in a.basis if a.basis[aspect] != b.basis[aspect]]
         names = [" and ".join(it.label for it in part.entries) for part in (one, other)]
         details = [_detail(aspect, a.basis[aspect], b.basis[aspect]) for aspect in aspects]
-        said.append(f"{names[0]} against {names[1]}: not the same are {'; '.join(details)}.")
-    return said
+        notices.append(f"{names[0]} against {names[1]}: different are {'; '.join(details)}.")
+    return notices
 
 
 def _detail(aspect: str, a: object, b: object) -> str:
@@ -179,8 +187,8 @@ def _detail(aspect: str, a: object, b: object) -> str:
             f"{aspect} ({', '.join(f'{key}: {shown(a.get(key))} and {shown(b.get(key))}' for key in keys)})"
         )
     if isinstance(a, list) and isinstance(b, list):
-        return f"{aspect} ({len(a)} and {len(b)}, {len(set(a) & set(b))} of them in both)"
-    return f"{aspect} ({', '.join(it for it in (a, b) if isinstance(it, str)) or 'not known of one'})"
+        return f"{aspect} ({len(a)} and {len(b)}, {len(set(a) & set(b))} in both)"
+    return f"{aspect} ({', '.join(it for it in (a, b) if isinstance(it, str)) or 'unknown for one'})"
 
 
 def _headline(parts: Sequence[Comparable]) -> str:
@@ -188,7 +196,7 @@ def _headline(parts: Sequence[Comparable]) -> str:
         return "These runs cannot all be compared: they are shown apart, and the notice says why."
     clear = [it for it in parts[0].differences if it.verdict != "unclear"]
     if not parts[0].differences:
-        return "The same service, prompts and random streams: these runs can be compared."
+        return "The same evaluators, prompts and random streams: these runs can be compared."
     if not clear:
         return f"No clear difference from {parts[0].against}: every interval includes 0."
     best = max(clear, key=lambda it: it.difference or 0.0)
@@ -199,7 +207,7 @@ def _headline(parts: Sequence[Comparable]) -> str:
 
 
 def _settings(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all, but for where runs lie."""
+    """Return the settings that differ, apart from paths and logging."""
     held = [it.report.settings for it in entries]
     keys = dict.fromkeys(key for settings in held for key in settings)
     lines = [(key, [shown(it[key]) if key in it else "not set" for it in held]) for key in keys]
@@ -207,7 +215,7 @@ def _settings(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
     return [line for line in lines if len(set(line[1])) > 1 and line[0].split(".")[0] not in places]
 
 
-# ----------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------- sections
 
 
 def _part(number: int, entries: list[Entry]) -> Comparable:
@@ -215,7 +223,7 @@ def _part(number: int, entries: list[Entry]) -> Comparable:
     part.evaluators = list(dict.fromkeys(name for it in entries for name in it.rows if name != COMPOSITE))
     attempt(part.notes, "charts", _add_charts, part, number)
     attempt(part.notes, "differences between the runs", _add_differences, part, number)
-    attempt(part.notes, "pictures", _add_images, part)
+    attempt(part.notes, "images", _add_images, part)
     return part
 
 
@@ -229,7 +237,7 @@ def _add_charts(part: Comparable, number: int) -> None:
     lines = [
         Line(it.label, points)
         for it in part.entries
-        if (points := gains_over_time(it.remains).get(COMPOSITE))
+        if (points := gains_over_time(it.run_data).get(COMPOSITE))
     ]
     if lines:
         alt = f"Composite gain of {len(lines)} runs over their iterations, with intervals."
@@ -243,22 +251,22 @@ def _measured(part: Comparable) -> list[Entry]:
 
 
 def _add_differences(part: Comparable, number: int) -> None:
-    """Every run against the first, image by image: tighter than two gains beside each other."""
+    """Add the paired differences of every run from the first, which are tighter than two separate gains."""
     found = _measured(part)
     if len(found) < 2:
         return
     first = found[0]
-    groups = [whole(it) for it in items(first.remains.prompts.get("groups"))]
-    known = len(groups) == len(first.base.prompts) and None not in groups  # type: ignore[union-attr]
+    groups = [whole(it) for it in items(first.run_data.prompts.get("groups"))]
+    complete = len(groups) == len(first.base.prompts) and None not in groups  # type: ignore[union-attr]
     config = EvaluationConfig(confidence=first.report.confidence)
     for entry in found[1:]:
         total = compare(
             first.tuned,  # type: ignore[arg-type]
             entry.tuned,  # type: ignore[arg-type]
-            first.remains.evaluators,
-            first.remains.weights,
+            first.run_data.evaluators,
+            first.run_data.weights,
             config,
-            groups if known else None,  # type: ignore[arg-type]
+            groups if complete else None,  # type: ignore[arg-type]
         ).composite
         if gain := row(entry.label, total.to_dict() | {"name": COMPOSITE}):
             part.differences.append(gain)
@@ -280,14 +288,14 @@ def _add_images(part: Comparable) -> None:
             "The base's own images are not the same to the bit in these runs (another machine or other "
             "versions); those of the first are shown."
         )
-    names, weights = first.remains.evaluators, first.remains.weights
-    totals = {it.label: judged(it.base, it.tuned, names, weights) for it in found}  # type: ignore[arg-type]
+    names, weights = first.run_data.evaluators, first.run_data.weights
+    totals = {it.label: composites(it.base, it.tuned, names, weights) for it in found}  # type: ignore[arg-type]
     change = (totals[last.label][1] - totals[first.label][1]).mean(axis=1)
     for title, _, places in choose(np.nan_to_num(change), EACH):
         chosen = []
         for place in places:
             base = ("base", shots(first.base, totals[first.label][0], place))  # type: ignore[arg-type]
             tuned = ((it.label, shots(it.tuned, totals[it.label][1], place)) for it in found)  # type: ignore[arg-type]
-            chosen.append(Shown(first.base.prompts[place], (base, *tuned)))  # type: ignore[union-attr]
+            chosen.append(PromptImages(first.base.prompts[place], (base, *tuned)))  # type: ignore[union-attr]
         heading = f"{title} for {last.label} against {first.label}" if title != "Not selected" else title
         part.images.append((heading, chosen))

@@ -224,7 +224,7 @@ class Report:
     search: SearchReport | None = None
     guards: list[GuardResult] = field(default_factory=list)
     drift: Sequence[Row] = ()
-    drift_said: Sequence[str] = ()
+    drift_sentences: Sequence[str] = ()
     curves: list[Chart] = field(default_factory=list)
     curve_note: str = ""
     drift_curves: list[Chart] = field(default_factory=list)

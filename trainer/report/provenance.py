@@ -1,4 +1,4 @@
-"""What was run on what: configuration, prompts, judge, versions, time."""
+"""Provenance of a run: configuration, prompts, evaluators, versions and time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reward_service.settings import DEFAULT_CONFIG
-from trainer.config import ConfigError, load_trainer_config
-from trainer.report.run_data import Remains, counted, duration, flat, items, mapping, shown, texts
+from trainer.config import ConfigError, flat, load_trainer_config
+from trainer.report.run_data import RunData, counted, duration, items, mapping, shown, texts
 
-# Where a run is and how it is logged: a difference in these is no difference in what was run.
+# Paths and logging: differences in these do not change the run.
 PLACES = (
     "name",
     "runs_dir",
@@ -23,7 +23,7 @@ PLACES = (
 
 
 class Difference(NamedTuple):
-    """A setting with another value than in what it is compared with."""
+    """Setting whose value differs from the reference configuration's."""
 
     key: str
     value: str
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 
 class EvaluatorUsed(NamedTuple):
-    """An evaluator's identity and its weight in the composite."""
+    """Identity of an evaluator and its weight in the composite."""
 
     name: str
     fingerprint: str
@@ -41,10 +41,10 @@ class EvaluatorUsed(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """All of it, ready to be shown."""
+    """Provenance as it is shown."""
 
     yaml: str
-    reference: str  # what the differences are from
+    reference: str  # configuration file of the differences
     differences: list[Difference]
     evaluators: list[EvaluatorUsed]
     versions: dict[str, str]
@@ -52,82 +52,80 @@ class Provenance:
     facts: list[tuple[str, str]]
 
 
-def provenance(remains: Remains, final: Remains) -> Provenance:
-    """Of a run, or of an experiment with its final fit."""
-    reference, differences = _differences(remains)
+def provenance(run_data: RunData, final: RunData) -> Provenance:
+    """Return the provenance of a run, or of an experiment with its final fit."""
+    reference, differences = _differences(run_data)
     return Provenance(
-        yaml=remains.yaml if remains.config else "",
+        yaml=run_data.yaml if run_data.config else "",
         reference=reference,
         differences=differences,
-        evaluators=_evaluators(remains),
-        versions=final.versions or next((it.versions for it in remains.folds.values() if it.versions), {}),
-        prompts=_prompts(remains),
-        facts=_facts(remains, final),
+        evaluators=_evaluators(run_data),
+        versions=final.versions or next((it.versions for it in run_data.folds.values() if it.versions), {}),
+        prompts=_prompts(run_data),
+        facts=_facts(run_data, final),
     )
 
 
-def _evaluators(remains: Remains) -> list[EvaluatorUsed]:
-    weights, guard = remains.weights, mapping(remains.config.get("guard")).get("evaluator")
+def _evaluators(run_data: RunData) -> list[EvaluatorUsed]:
+    weights, guard = run_data.weights, mapping(run_data.config.get("guard")).get("evaluator")
     found = []
-    for name, identity in sorted(remains.identity.items()):
+    for name, identity in sorted(run_data.identity.items()):
         fingerprint, _, calibration = identity.partition("/")
         weight = "guard" if name == guard else f"{weights[name]:g}" if weights.get(name) else "none"
         found.append(EvaluatorUsed(name, fingerprint, calibration, weight))
     return found
 
 
-def _facts(remains: Remains, final: Remains) -> list[tuple[str, str]]:
-    parts = [final, *remains.folds.values()] if remains.is_experiment else [remains]
+def _facts(run_data: RunData, final: RunData) -> list[tuple[str, str]]:
+    parts = [final, *run_data.folds.values()] if run_data.is_experiment else [run_data]
     seconds = sum(part.seconds for part in parts)
-    written = remains.written
-    evaluation = mapping(remains.config.get("evaluation"))
+    written = run_data.written
+    evaluation = mapping(run_data.config.get("evaluation"))
     facts = [
         ("last written", f"{written:%Y-%m-%d %H:%M} UTC" if written else ""),
         ("training took", duration(seconds) if seconds else ""),
-        ("seed", shown(remains.config.get("seed")) if "seed" in remains.config else ""),
+        ("seed", shown(run_data.config.get("seed")) if "seed" in run_data.config else ""),
         ("evaluation seed", shown(evaluation.get("seed")) if "seed" in evaluation else ""),
     ]
     return [(label, value) for label, value in facts if value]
 
 
-def _prompts(remains: Remains) -> list[str]:
-    said = []
-    train, validation = (texts(remains.prompts.get(key)) for key in ("train", "validation"))
+def _prompts(run_data: RunData) -> list[str]:
+    lines = []
+    train, validation = (texts(run_data.prompts.get(key)) for key in ("train", "validation"))
     if train or validation:
-        said.append(
+        lines.append(
             f"{counted(len(train), 'prompt')} to train on, {counted(len(validation), 'prompt')} held out."
         )
         shared = len(set(map(str.casefold, train)) & set(map(str.casefold, validation)))
-        said.append(
+        lines.append(
             f"Warning: {counted(shared, 'prompt')} on both sides."
             if shared
             else "No prompt is on both sides."
         )
-    groups = items(remains.prompts.get("groups"))
+    groups = items(run_data.prompts.get("groups"))
     if groups:
-        said.append(f"The held-out prompts are of {counted(len(set(map(str, groups))), 'group')}.")
-    splits = remains.json("splits.json") if remains.is_experiment else {}
+        lines.append(f"The held-out prompts are in {counted(len(set(map(str, groups))), 'group')}.")
+    splits = run_data.json("splits.json") if run_data.is_experiment else {}
     if folds := items(splits.get("folds")):
         sizes = ", ".join(str(len(items(fold))) for fold in folds)
-        said.append(
+        lines.append(
             f"{counted(len(folds), 'fold')} of {sizes} prompts; {len(items(splits.get('test')))} to test on."
         )
-        said.append(
-            "Near-duplicates and prompts of one user lie on one side; this was checked when it began."
-        )
-    configured = mapping(remains.config.get("prompts"))
+        lines.append("Near-duplicates and prompts of one user are on one side; checked at the start.")
+    configured = mapping(run_data.config.get("prompts"))
     names = [
         Path(str(configured[key])).name for key in ("train", "validation", "test") if configured.get(key)
     ]
-    return [*said, f"Files: {', '.join(names)}."] if names else said
+    return [*lines, f"Files: {', '.join(names)}."] if names else lines
 
 
 # ----------------------------------------------------------------------------------- configuration
 
 
-def _differences(remains: Remains) -> tuple[str, list[Difference]]:
-    """From that configuration of the shipped ones from which it differs least."""
-    if not remains.config:
+def _differences(run_data: RunData) -> tuple[str, list[Difference]]:
+    """Return the shipped configuration with the fewest differences, and the differences."""
+    if not run_data.config:
         return "", []
     found = []
     for path in sorted(DEFAULT_CONFIG.parent.glob("*.yaml")):
@@ -135,12 +133,12 @@ def _differences(remains: Remains) -> tuple[str, list[Difference]]:
             shipped = flat(load_trainer_config(path).model_dump(mode="json"))
         except ConfigError:
             continue
-        found.append((path.name, differing(remains.settings, shipped)))
+        found.append((path.name, differing(run_data.settings, shipped)))
     return min(found, key=lambda it: (len(it[1]), it[0] != DEFAULT_CONFIG.name), default=("", []))
 
 
 def differing(settings: dict[str, object], reference: dict[str, object]) -> list[Difference]:
-    """Settings whose values differ, by their keys; where a run is counts for nothing."""
+    """Return the settings whose values differ, apart from paths and logging."""
     keys = [key for key in {**reference, **settings} if not _is_place(key, PLACES)]
     pairs = ((key, _value(settings, key), _value(reference, key)) for key in keys)
     return [Difference(*it) for it in pairs if it[1] != it[2]]

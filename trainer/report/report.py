@@ -1,10 +1,6 @@
-"""`reward-trainer report`: one page about a run or an experiment, from the files that it left.
+"""Report of a run or an experiment: one HTML page from the files in its folder.
 
-Nothing is loaded and nobody is asked. The page is one file without scripts, that fetches nothing.
-
-The parts of a report that go over iterations.
-
-The parts of a report that hold gains: tables, folds, search, guard and drift.
+No model is loaded and no service is called. The page is one file without scripts that fetches nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +10,25 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from trainer.evaluation.comparison import COMPOSITE
 from trainer.report import charts
 from trainer.report.charts import Bar, Line, Point
-from trainer.report.page import Chart, Fold, Guard, Report, Table, attempt, cases, image_uri, write_page
+from trainer.report.page import (
+    Chart,
+    FoldRow,
+    GainTable,
+    GuardResult,
+    Report,
+    attempt,
+    cases,
+    image_uri,
+    write_page,
+)
 from trainer.report.provenance import provenance
 from trainer.report.run_data import (
-    COMPOSITE,
     Json,
-    Remains,
     Row,
+    RunData,
     composite_of,
     counted,
     ended,
@@ -30,7 +36,7 @@ from trainer.report.run_data import (
     items,
     mapping,
     number,
-    open_remains,
+    open_run_data,
     others,
     row,
     rows,
@@ -40,7 +46,7 @@ from trainer.report.run_data import (
 )
 from trainer.report.trials import read_search
 
-# What a training curve is called, by its name in metrics.jsonl; drawn where it was logged.
+# Titles of the training curves, by their key in metrics.jsonl.
 TRAINING = {
     "composite": "Composite of the training prompts (z)",
     "approx_kl": "KL of an iteration, nats per transition",
@@ -53,25 +59,25 @@ TRAINING = {
 }
 
 
-def gains_over_time(run: Remains) -> dict[str, list[Point]]:
-    """Gain of each row over the base, at each evaluation; the end included."""
+def gains_over_time(run: RunData) -> dict[str, list[Point]]:
+    """Return the gain of each row over the base, at each evaluation and at the end."""
     found: dict[str, dict[int, Point]] = {}
-    moments = [(int(it["iteration"]) + 1, mapping(it.get("evaluation"))) for it in run.metrics]
+    evaluations = [(int(it["iteration"]) + 1, mapping(it.get("evaluation"))) for it in run.metrics]
     if (done := whole(run.finished.get("done"))) is not None:
-        moments.append((done, mapping(run.evaluation.get("rows"))))
-    for done, held in moments:
+        evaluations.append((done, mapping(run.evaluation.get("rows"))))
+    for done, held in evaluations:
         for gain in rows(held):
             point = Point(done, gain.difference or 0.0, gain.low, gain.high)
             found.setdefault(gain.name, {0: Point(0, 0.0, 0.0, 0.0)})[done] = point
     return {name: [points[key] for key in sorted(points)] for name, points in found.items()}
 
 
-def add_curves(report: Report, remains: Remains, final: Remains) -> None:
-    """Gains on held-out prompts, drift and what training said of itself, over iterations."""
+def add_curves(report: Report, run_data: RunData, final: RunData) -> None:
+    """Add curves over iterations: gains on held-out prompts, drift and training diagnostics."""
     if report.kind == "experiment":
         lines = [
             Line(f"fold {place}", points)
-            for place, run in remains.folds.items()
+            for place, run in run_data.folds.items()
             if (points := gains_over_time(run).get(COMPOSITE))
         ]
         if lines:
@@ -80,7 +86,7 @@ def add_curves(report: Report, remains: Remains, final: Remains) -> None:
                 Chart("Composite gain of each fold (σ)", charts.curves("fold-curves", alt, lines))
             )
     else:
-        _add_run_curves(report, remains)
+        _add_run_curves(report, run_data)
     for key, title in TRAINING.items():
         points = [
             Point(int(it["iteration"]) + 1, value)
@@ -93,7 +99,7 @@ def add_curves(report: Report, remains: Remains, final: Remains) -> None:
             report.training.append(Chart(title, svg))
 
 
-def _add_run_curves(report: Report, run: Remains) -> None:
+def _add_run_curves(report: Report, run: RunData) -> None:
     gains = gains_over_time(run)
     best = whole(run.finished.get("done")) if run.finished else None
     for name in sorted(gains, key=lambda it: it != COMPOSITE):
@@ -105,11 +111,11 @@ def _add_run_curves(report: Report, run: Remains) -> None:
     limit = whole(mapping(run.config.get("evaluation")).get("every_limit"))
     report.curve_note = "Change against the base on the validation prompts; the band is the interval"
     report.curve_note += "" if best is None else "; the dotted line marks the policy that was saved"
-    report.curve_note += f". On the way only the first {limit} prompts were looked at." if limit else "."
+    report.curve_note += f". During training only the first {limit} prompts were evaluated." if limit else "."
     report.drift_curves = [Chart(title, svg) for title, svg in _drift_curves(run)]
 
 
-def _drift_curves(run: Remains) -> list[tuple[str, Markup]]:
+def _drift_curves(run: RunData) -> list[tuple[str, Markup]]:
     found: dict[str, list[Point]] = {}
     for record in run.metrics:
         drift = mapping(record.get("drift"))
@@ -125,29 +131,29 @@ def _drift_curves(run: Remains) -> list[tuple[str, Markup]]:
     ]
 
 
-def add_results(report: Report, remains: Remains, _: Remains) -> None:
-    """Gains of the test, of all folds together, or of the run."""
-    test = remains.json("test.json") if report.kind == "experiment" else {}
+def add_results(report: Report, run_data: RunData, _: RunData) -> None:
+    """Add tables of gains: of the test prompts, of all folds together, or of the run."""
+    test = run_data.json("test.json") if report.kind == "experiment" else {}
     if held := rows(test.get("rows")):
-        note = "Measured once, after everything else was decided; nothing had looked at these prompts before."
-        report.tables.append(Table(f"On {_of_prompts(test, 'test')}", note, held))
+        note = "Measured once, after everything else was decided; these prompts were never used before."
+        report.tables.append(GainTable(f"On {_of_prompts(test, 'test')}", note, held))
         report.tested = True
-    crossval = remains.json("crossval.json") if report.kind == "experiment" else {}
+    crossval = run_data.json("crossval.json") if report.kind == "experiment" else {}
     pooled = mapping(crossval.get("pooled"))
     if held := rows(pooled.get("rows")):
         note = (
-            "Each prompt is judged by the model of its own fold, which was not trained on it. Where a fold "
-            "took its best checkpoint on these same prompts, the gain flatters; the test gain does not."
+            "Each prompt is measured with the model of its own fold, which was not trained on it. If a fold "
+            "chose its best checkpoint on these same prompts, its gain is optimistic; the test gain is not."
         )
-        report.tables.append(Table(f"Over all folds, {_of_prompts(pooled, 'held-out')}", note, held))
-    if report.kind == "run" and (held := rows(remains.evaluation.get("rows"))):
-        patience = whole(mapping(remains.config.get("early_stopping")).get("patience"))
+        report.tables.append(GainTable(f"Over all folds, {_of_prompts(pooled, 'held-out')}", note, held))
+    if report.kind == "run" and (held := rows(run_data.evaluation.get("rows"))):
+        patience = whole(mapping(run_data.config.get("early_stopping")).get("patience"))
         note = (
-            "The checkpoint was chosen on these same prompts (early stopping), so the gain flatters a little."
+            "The checkpoint was chosen on these same prompts (early stopping): the gain is optimistic."
             if patience
-            else "Base and tuned policy draw each prompt from the same random streams."
+            else "Base and tuned policy generate each prompt from the same random streams."
         )
-        report.tables.append(Table(f"On {_of_prompts(remains.evaluation, 'held-out')}", note, held))
+        report.tables.append(GainTable(f"On {_of_prompts(run_data.evaluation, 'held-out')}", note, held))
     if report.tables:
         first = report.tables[0]
         if bars := [as_bar(it) for one in first.rows if (it := one.in_deviations()) is not None]:
@@ -158,34 +164,34 @@ def add_results(report: Report, remains: Remains, _: Remains) -> None:
 
 def _of_prompts(found: Json, what: str) -> str:
     prompts, images = whole(found.get("prompts")), whole(found.get("images_per_prompt"))
-    said = f"{what} prompts" if prompts is None else counted(prompts, f"{what} prompt")
-    return said if images is None else f"{said} × {images} images"
+    text = f"{what} prompts" if prompts is None else counted(prompts, f"{what} prompt")
+    return text if images is None else f"{text} × {images} images"
 
 
 def as_bar(gain: Row, label: str = "", *, summary: bool | None = None) -> Bar:
-    """A row of a forest plot; the composite is a summary unless told otherwise."""
+    """Return a row of a forest plot; by default the composite is the summary."""
     whole_row = gain.name == COMPOSITE if summary is None else summary
     return Bar(label or gain.name, gain.difference or 0.0, gain.low, gain.high, gain.verdict, whole_row)
 
 
-def add_folds(report: Report, remains: Remains, _: Remains) -> None:
-    """A line for each fold, from crossval.json; where that does not speak of one yet, from its folder."""
+def add_folds(report: Report, run_data: RunData, _: RunData) -> None:
+    """Add a row for each fold, from crossval.json or, for a fold that is not in it yet, from its folder."""
     if report.kind == "run":
         return
-    crossval = remains.json("crossval.json")
+    crossval = run_data.json("crossval.json")
     held = [mapping(it) for it in items(crossval.get("folds"))]
     report.chosen = whole(crossval.get("chosen_iterations"))
     report.folds = [_fold(it) for it in held]
-    known = {fold.name for fold in report.folds}
-    begun = remains.folds
-    configured = whole(mapping(remains.config.get("crossval")).get("folds")) or 0
-    if begun or held:
-        for place in sorted({*begun, *range(configured)} - {whole(it.get("fold")) for it in held}):
-            if f"fold {place}" not in known:
-                report.folds.append(_fold_from(place, begun.get(place), report.notes))
+    listed = {fold.name for fold in report.folds}
+    started = run_data.folds
+    configured = whole(mapping(run_data.config.get("crossval")).get("folds")) or 0
+    if started or held:
+        for place in sorted({*started, *range(configured)} - {whole(it.get("fold")) for it in held}):
+            if f"fold {place}" not in listed:
+                report.folds.append(_fold_from(place, started.get(place), report.notes))
     bars = [as_bar(fold.gain, fold.name, summary=False) for fold in report.folds if fold.gain]
     for label, name in (("all folds", "pooled"), ("test", "test.json")):
-        found = remains.json(name) if "." in name else mapping(crossval.get(name))
+        found = run_data.json(name) if "." in name else mapping(crossval.get(name))
         if total := composite_of(rows(found.get("rows"))):
             bars.append(as_bar(total, label, summary=True))
     if report.folds and bars:
@@ -193,9 +199,9 @@ def add_folds(report: Report, remains: Remains, _: Remains) -> None:
         report.forest.append(Chart("Folds", charts.forest("folds", alt, bars, "gain of the composite (σ)")))
 
 
-def _fold(held: Json) -> Fold:
+def _fold(held: Json) -> FoldRow:
     several = rows(held.get("rows"))
-    return Fold(
+    return FoldRow(
         name=f"fold {held.get('fold', '?')}",
         prompts=whole(held.get("prompts")),
         iterations=whole(held.get("iterations")),
@@ -207,15 +213,15 @@ def _fold(held: Json) -> Fold:
     )
 
 
-def _fold_from(place: int, run: Remains | None, notes: list[str]) -> Fold:
-    """A fold that crossval.json does not speak of yet, from its own folder."""
+def _fold_from(place: int, run: RunData | None, notes: list[str]) -> FoldRow:
+    """Return the row of a fold that is not in crossval.json yet."""
     if run is None:
-        return Fold(f"fold {place}", None, None, None, None, (), "not begun", "")
+        return FoldRow(f"fold {place}", None, None, None, None, (), "not started", "")
     notes += [f"folds/{place}/{note}" for note in run.notes]
     several = rows(run.evaluation.get("rows"))
     wanted = whole(run.config.get("iterations"))
     ending = "" if run.finished else f"unfinished: {run.done} of {wanted or '?'} iterations"
-    return Fold(
+    return FoldRow(
         name=f"fold {place}",
         prompts=whole(run.evaluation.get("prompts")) or len(texts(run.prompts.get("validation"))) or None,
         iterations=whole(run.finished.get("reached")) or run.done,
@@ -227,18 +233,18 @@ def _fold_from(place: int, run: Remains | None, notes: list[str]) -> Fold:
     )
 
 
-def add_search(report: Report, remains: Remains, _: Remains) -> None:
-    """What search.json says."""
-    found = remains.json("search.json") if report.kind == "experiment" else {}
+def add_search(report: Report, run_data: RunData, _: RunData) -> None:
+    """Add the search from search.json."""
+    found = run_data.json("search.json") if report.kind == "experiment" else {}
     if found:
-        report.search = read_search(found, mapping(mapping(remains.config.get("search")).get("space")))
+        report.search = read_search(found, mapping(mapping(run_data.config.get("search")).get("space")))
 
 
 # --------------------------------------------------------------------------------- guard and drift
 
 
 def guard_word(guard: Json) -> str:
-    """The guard's name and verdict."""
+    """Return the guard's name and verdict."""
     if not guard:
         return ""
     gain = row("guard", guard.get("gain"))
@@ -246,24 +252,24 @@ def guard_word(guard: Json) -> str:
     return f"{guard.get('name', 'guard')}: {verdict}"
 
 
-def add_guard(report: Report, remains: Remains, final: Remains) -> None:
-    """What the guards say, and how the images have drifted."""
+def add_guard(report: Report, run_data: RunData, final: RunData) -> None:
+    """Add the guards' verdicts and the drift of the images."""
     if report.kind == "experiment":
-        crossval = mapping(remains.json("crossval.json"))
+        crossval = mapping(run_data.json("crossval.json"))
         found = [(f"fold {it.get('fold')}", it) for it in map(mapping, items(crossval.get("folds")))]
-        held = mapping(remains.json("test.json"))
+        held = mapping(run_data.json("test.json"))
         found.append(("test", held))
     else:
         held = final.evaluation or _newest(final.metrics, "guard") or _newest(final.metrics, "drift")
         found = [("", held)]
-    said = [(where, mapping(it.get("guard"))) for where, it in found]
-    report.guards = [_guard(where, guard) for where, guard in said if guard]
+    verdicts = [(where, mapping(it.get("guard"))) for where, it in found]
+    report.guards = [_guard(where, guard) for where, guard in verdicts if guard]
     drift = mapping(held.get("drift"))
     report.drift = rows(drift.get("rows"))
-    report.drift_said = texts(drift.get("sentences"))
+    report.drift_sentences = texts(drift.get("sentences"))
 
 
-def _guard(where: str, guard: Json) -> Guard:
+def _guard(where: str, guard: Json) -> GuardResult:
     name = str(guard.get("name") or "guard")
     looks, level = whole(guard.get("looks")), number(guard.get("level"))
     note = ""
@@ -271,7 +277,7 @@ def _guard(where: str, guard: Json) -> Guard:
         shared = "one look" if looks == 1 else f"each of {looks} looks"
         note = f"{1 - 2 * level:.1%} interval: {shared} may raise a false alarm with a chance of {level:.2%}."
     sentence = str(guard.get("sentence") or "")
-    return Guard(where, guard.get("tripped") is True, sentence, row(name, guard.get("gain")), note)
+    return GuardResult(where, guard.get("tripped") is True, sentence, row(name, guard.get("gain")), note)
 
 
 def _newest(metrics: Sequence[Json], key: str) -> Json:
@@ -283,9 +289,12 @@ GRID_PX = 1400
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run or an experiment, and say where. Raises StorageError where the folder is none.
+    """Write the page of a run or an experiment and return its path.
 
-    What is missing, unfinished or damaged is said on the page.
+    The page lists files that are missing, unfinished or damaged.
+
+    Raises:
+        StorageError: the folder is not that of a run or an experiment
     """
     target = out or run / REPORT_FILE
     write_page(target, "report.html.jinja", report=collect(run))
@@ -293,36 +302,40 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def collect(path: Path) -> Report:
-    """Read the folder. Raises StorageError where it is no run."""
-    remains = open_remains(path)
-    final = (remains.within("final") or remains) if remains.is_experiment else remains
+    """Collect the content of the page.
+
+    Raises:
+        StorageError: the folder is not that of a run or an experiment
+    """
+    run_data = open_run_data(path)
+    final = (run_data.within("final") or run_data) if run_data.is_experiment else run_data
     report = Report(
-        name=remains.name,
+        name=run_data.name,
         path=path.resolve().name,
-        kind="experiment" if remains.is_experiment else "run",
+        kind="experiment" if run_data.is_experiment else "run",
         state="",
         headline="",
         tone="none",
         sentences=[],
         facts=[],
-        notes=remains.notes,
-        provenance=provenance(remains, final),
-        settings=remains.settings,
-        confidence=remains.confidence,
+        notes=run_data.notes,
+        provenance=provenance(run_data, final),
+        settings=run_data.settings,
+        confidence=run_data.confidence,
     )
-    parts: list[tuple[str, Callable[[Report, Remains, Remains], None]]] = [
+    parts: list[tuple[str, Callable[[Report, RunData, RunData], None]]] = [
         ("cross-validation", add_folds),
         ("search", add_search),
         ("results", add_results),
         ("guard", add_guard),
         ("curves", add_curves),
-        ("pictures", _add_images),
+        ("images", _add_images),
         ("events", _add_events),
         ("summary", _add_summary),
     ]
     for what, add in parts:
-        attempt(report.notes, what, add, report, remains, final)
-    if final is not remains:
+        attempt(report.notes, what, add, report, run_data, final)
+    if final is not run_data:
         report.notes += [f"final/{note}" for note in final.notes]
     return report
 
@@ -330,7 +343,7 @@ def collect(path: Path) -> Report:
 # ------------------------------------------------------------------------------- images and events
 
 
-def _add_images(report: Report, _: Remains, final: Remains) -> None:
+def _add_images(report: Report, _: RunData, final: RunData) -> None:
     base, tuned = final.measurement("base.npz"), final.measurement("tuned.npz")
     if base is not None and tuned is not None:
         report.cases = cases(base, tuned, final.evaluators, final.weights)
@@ -342,13 +355,13 @@ def _add_images(report: Report, _: Remains, final: Remains) -> None:
 
 
 def _karlo(source: Json) -> str:
-    """Arguments that load the base model, as Python."""
+    """Return the Python arguments that load the base model."""
     revision = f", revision={source['revision']!r}" if source.get("revision") else ""
     return f"{str(source.get('repo') or source.get('path') or 'kakaobrain/karlo-v1-alpha')!r}{revision}"
 
 
 def _newest_grid(path: Path) -> tuple[str, str] | None:
-    """Of a run that has not ended: the newest grid, before and after."""
+    """Return title and data URI of the newest before/after grid of an unfinished run."""
     for found in sorted((path / "grids").glob("iteration-*.png"), reverse=True):
         with Image.open(found) as image:
             done = int(found.stem.rpartition("-")[2])
@@ -356,40 +369,40 @@ def _newest_grid(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def _add_events(report: Report, _: Remains, final: Remains) -> None:
+def _add_events(report: Report, _: RunData, final: RunData) -> None:
     metrics = final.metrics
-    said = []
+    events = []
     for key, what in (
-        ("dropped_groups", "were dropped because their scores did not come back, even when asked for again"),
+        ("dropped_groups", "were dropped because their scores were missing even after retries"),
         (
             "zero_variance_groups",
-            "had no difference between their images: there was nothing to learn",
+            "had equal rewards for all images: nothing to learn",
         ),
     ):
         total = int(sum(number(it.get(key)) or 0 for it in metrics))
         if total:
-            said.append(f"{counted(total, 'group')} of images {what}.")
+            events.append(f"{counted(total, 'group')} of images {what}.")
     ratios = [value for it in metrics if (value := number(it.get("first_ratio"))) is not None]
     if ratios and (worst := float(np.max(np.abs(np.array(ratios) - 1)))) > 1e-3:
-        said.append(
-            f"Before the first update of an iteration the ratio was off 1 by up to {worst:.2g}: replay is "
-            "not exactly what was sampled (rounding, in half precision)."
+        events.append(
+            f"Before the first update of an iteration the ratio differed from 1 by up to {worst:.2g}: replay "
+            "differs from sampling (rounding, in half precision)."
         )
     clipped = [value for it in metrics if (value := number(it.get("grad_clip_fraction"))) is not None]
     if clipped:
-        said.append(f"{np.mean(clipped):.0%} of the updates had their gradient clipped.")
+        events.append(f"{np.mean(clipped):.0%} of the updates had their gradient clipped.")
     if ending := ended(final.evaluation.get("ending")):
-        said.append(f"It ended early ({ending}).")
-    report.events = said
+        events.append(f"It ended early ({ending}).")
+    report.events = events
 
 
 # ------------------------------------------------------------------------------------------- summary
 
 
-def _add_summary(report: Report, remains: Remains, final: Remains) -> None:
+def _add_summary(report: Report, run_data: RunData, final: RunData) -> None:
     total = composite_of(report.tables[0].rows) if report.tables else None
     wanted = whole(final.config.get("iterations"))
-    report.state = _state(report, remains, final, wanted)
+    report.state = _state(report, run_data, final, wanted)
     last = gains_over_time(final).get(COMPOSITE, []) if report.kind == "run" else []
     if total is not None:
         where = report.tables[0].title
@@ -402,7 +415,7 @@ def _add_summary(report: Report, remains: Remains, final: Remains) -> None:
             gain, f"at the last evaluation, after {counted(int(last[-1].x), 'iteration')}", report.confidence
         )
         report.sentences.append(
-            "What an unfinished run has gained is no result: it was looked at on the way."
+            "The gain of an unfinished run is not a result: it was observed during training."
         )
     elif report.search and report.search.fresh:
         where = "with the settings that the search chose, measured on fresh random streams"
@@ -426,12 +439,12 @@ def _add_summary(report: Report, remains: Remains, final: Remains) -> None:
     ]
 
 
-def _state(report: Report, remains: Remains, final: Remains, wanted: int | None) -> str:
+def _state(report: Report, run_data: RunData, final: RunData, wanted: int | None) -> str:
     if report.kind == "experiment":
-        return "finished" if report.tested else "not finished: the test prompts have not been looked at"
-    if not remains.finished:
-        return f"not finished: {remains.done} of {wanted or '?'} iterations"
-    done, reached = (whole(remains.finished.get(key)) for key in ("done", "reached"))
+        return "finished" if report.tested else "not finished: the test prompts have not been measured"
+    if not run_data.finished:
+        return f"not finished: {run_data.done} of {wanted or '?'} iterations"
+    done, reached = (whole(run_data.finished.get(key)) for key in ("done", "reached"))
     if reached is not None and done is not None and done < reached:
         return f"finished after {reached} iterations; the best, after {done}, was saved"
     return f"finished, {counted(reached or done or final.done, 'iteration')}"

@@ -1,9 +1,7 @@
-"""What a run or an experiment has left in its folder, read as far as it can be.
+"""Tolerant reader of a run's or an experiment's folder, and rows of gains with their wording.
 
-A report is wanted most of the run that crashed. So nothing here fails on a file that is missing, damaged or
-of another shape than expected: it yields nothing, and a note says so.
-
-Rows of gains as files hold them, and what they mean in words.
+Crashed runs need a report most. A file that is missing, damaged or of an unexpected shape therefore never
+raises: it yields nothing, and a note says so.
 """
 
 import json
@@ -18,60 +16,52 @@ from typing import Any
 
 import yaml
 
-from trainer.evaluation.comparison import Measurement
+from trainer.config import flat
+from trainer.evaluation.comparison import COMPOSITE, Measurement
 from trainer.runs.folder import CONFIG_FILE, METRICS_FILE
 from trainer.runtime.errors import StorageError, reason
 
 Json = Mapping[str, Any]
 
-# Any of these makes a folder one that there is something to say about.
+# A folder with any of these can be reported.
 SIGNS = (METRICS_FILE, "evaluation.json", "crossval.json", "search.json", "test.json", "splits.json")
-SHARED_OUT = re.compile(r"(?<=://)([^:/@\s]*):\S*(?=@)")  # user:password@ of an address
+PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):\S*(?=@)")  # user:password@ of an address
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return None
 
 
 def whole(value: object) -> int | None:
-    """A whole number, or None."""
+    """Return a whole number, or None."""
     found = number(value)
     return None if found is None or found != int(found) else int(found)
 
 
 def mapping(value: object) -> Json:
-    """A mapping; an empty one for anything else."""
+    """Return a mapping; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
 def items(value: object) -> Sequence[Any]:
-    """A list; an empty one for anything else."""
+    """Return a list; an empty one for anything else."""
     return value if isinstance(value, (list, tuple)) else ()
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """The strings of a list."""
+    """Return the strings of a list."""
     return tuple(item for item in items(value) if isinstance(item, str))
 
 
-def flat(values: Json, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
-
-
 @dataclass
-class Remains:
-    """The files of one folder; read once, kept. `notes` says what could not be read."""
+class RunData:
+    """Files of one run or experiment folder, read once; `notes` lists what could not be read."""
 
     path: Path
     notes: list[str] = field(default_factory=list)
@@ -88,7 +78,7 @@ class Remains:
     # ------------------------------------------------------------------------------------ reading
 
     def json(self, name: str) -> Json:
-        """A JSON object; empty where there is none."""
+        """Return a JSON object; an empty one if there is none."""
         if name not in self._kept:
             self._kept[name] = self._json(name)
         return self._kept[name]
@@ -102,25 +92,25 @@ class Remains:
             self.notes.append(f"{name} could not be read: {_cause(error)}")
             return {}
         if not isinstance(found, dict):
-            self.notes.append(f"{name} does not hold what was expected")
+            self.notes.append(f"{name} does not hold a JSON object")
         return mapping(found)
 
     def _config(self) -> Json:
         try:
             found = yaml.safe_load((self.path / CONFIG_FILE).read_bytes())
         except FileNotFoundError:
-            self.notes.append(f"{CONFIG_FILE} is missing: what was configured is not known")
+            self.notes.append(f"{CONFIG_FILE} is missing: the configuration is unknown")
             return {}
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             self.notes.append(f"{CONFIG_FILE} could not be read: {_cause(error)}")
             return {}
         section = mapping(mapping(found).get("trainer"))
         if not section:
-            self.notes.append(f"{CONFIG_FILE} has no trainer section: what was configured is not known")
+            self.notes.append(f"{CONFIG_FILE} has no trainer section: the configuration is unknown")
         return section
 
     def _metrics(self) -> list[Json]:
-        """The iterations in order; of one that was logged twice, the last."""
+        """Return the iterations in order; the last record of an iteration that was logged twice."""
         try:
             lines = (self.path / METRICS_FILE).read_bytes().splitlines()
         except FileNotFoundError:
@@ -137,7 +127,7 @@ class Remains:
         return [by_iteration[key] for key in sorted(by_iteration)]
 
     def measurement(self, name: str) -> Measurement | None:
-        """Images and scores of the validation prompts; None where there are none."""
+        """Return images and scores of the validation prompts, or None."""
         if not (self.path / name).exists():
             return None
         try:
@@ -150,7 +140,7 @@ class Remains:
 
     @property
     def name(self) -> str:
-        """The folder's; of a part of an experiment, from the experiment on."""
+        """Name of the folder; for a part of an experiment, the path from the experiment's folder."""
         parts = self.path.resolve().parts
         above = (
             1 if parts[-1] == "final" else {"folds": 2, "trials": 3}.get(parts[-2] if parts[1:] else "", 0)
@@ -159,50 +149,50 @@ class Remains:
 
     @property
     def is_experiment(self) -> bool:
-        """Whether this is the folder of a cross-validation or a search, rather than of one run."""
+        """True for the folder of a cross-validation or a search, False for that of one run."""
         files = any((self.path / name).exists() for name in ("crossval.json", "search.json", "splits.json"))
         folders = any((self.path / name).is_dir() for name in ("folds", "search", "final"))
         return files or (folders and not (self.path / METRICS_FILE).exists())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration with dotted keys, an address's password left out."""
+        """Configuration with dotted keys, passwords masked."""
         return {key: masked(value) for key, value in flat(self.config).items()}
 
     @property
     def yaml(self) -> str:
-        """The configuration as text, an address's password left out."""
+        """Configuration as YAML, passwords masked."""
         text = yaml.safe_dump({"trainer": dict(self.config)}, sort_keys=False, allow_unicode=True)
         return str(masked(text))
 
     @property
     def evaluators(self) -> tuple[str, ...]:
-        """Their names, in the order of the arrays' last axis."""
+        """Names of the evaluators, in the order of the arrays' last axis."""
         rows = [name for name in mapping(self.evaluation.get("rows")) if name != "composite"]
         logged = list(mapping(self.metrics[0].get("raw"))) if self.metrics else []
         return tuple(map(str, rows or logged or sorted(self.identity)))
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the composite that is reported."""
-        judged = mapping(self.config.get("evaluation")).get("weights")
-        chosen = mapping(judged or mapping(self.config.get("objective")).get("weights"))
+        """Weights of the reported composite."""
+        reported = mapping(self.config.get("evaluation")).get("weights")
+        chosen = mapping(reported or mapping(self.config.get("objective")).get("weights"))
         return {str(key): weight for key, it in chosen.items() if (weight := number(it)) is not None}
 
     @property
     def confidence(self) -> float:
-        """Of the intervals."""
+        """Confidence of the intervals."""
         configured = mapping(self.config.get("evaluation")).get("confidence")
         return number(self.evaluation.get("confidence")) or number(configured) or 0.95
 
     @property
     def done(self) -> int:
-        """Iterations behind the newest record."""
+        """Iterations completed at the newest record."""
         return int(self.metrics[-1]["iteration"]) + 1 if self.metrics else 0
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the libraries that its newest checkpoint was written with."""
+        """Versions of the libraries that wrote the newest checkpoint."""
         for path in sorted((self.path / "checkpoints").glob("iteration-*/state.json"), reverse=True):
             try:
                 state = mapping(json.loads(path.read_bytes()))
@@ -213,7 +203,7 @@ class Remains:
 
     @property
     def seconds(self) -> float:
-        """Spent on iterations and on the evaluations between them."""
+        """Seconds spent on iterations and the evaluations between them."""
         return sum(
             (number(record.get("seconds")) or 0.0)
             + (number(mapping(record.get("evaluation")).get("seconds")) or 0.0)
@@ -222,7 +212,7 @@ class Remains:
 
     @property
     def written(self) -> datetime | None:
-        """When its newest record or result was written, UTC."""
+        """Time of the newest record or result, UTC."""
         names = ("finished.json", "test.json", "crossval.json", "search.json", METRICS_FILE, CONFIG_FILE)
         for name in names:
             try:
@@ -231,34 +221,38 @@ class Remains:
                 continue
         return None
 
-    def within(self, *names: str) -> "Remains | None":
-        """A run folder inside this one, where there is one."""
+    def within(self, *names: str) -> "RunData | None":
+        """Return a run folder inside this one, or None."""
         path = self.path.joinpath(*names)
-        return Remains(path) if path.is_dir() else None
+        return RunData(path) if path.is_dir() else None
 
     @cached_property
-    def folds(self) -> dict[int, "Remains"]:
-        """Folds that have begun, by their number."""
+    def folds(self) -> dict[int, "RunData"]:
+        """Started folds by number."""
         found = [path for path in (self.path / "folds").glob("*") if path.name.isdecimal() and path.is_dir()]
-        return {int(path.name): Remains(path) for path in sorted(found, key=lambda it: int(it.name))}
+        return {int(path.name): RunData(path) for path in sorted(found, key=lambda it: int(it.name))}
 
 
-def open_remains(path: Path) -> Remains:
-    """What the folder holds. Raises StorageError, in one line, where that is no run."""
+def open_run_data(path: Path) -> RunData:
+    """Read a folder.
+
+    Raises:
+        StorageError: it is not the folder of a run or an experiment
+    """
     if not path.is_dir():
-        what = "this is a file" if path.exists() else "no such folder"
+        what = "it is a file" if path.exists() else "no such folder"
         raise StorageError(f"{path}: {what}; name the folder of a run or of an experiment")
-    remains = Remains(path)
-    if not remains.config and not any((path / name).exists() for name in SIGNS):
+    run_data = RunData(path)
+    if not run_data.config and not any((path / name).exists() for name in SIGNS):
         inner = sorted(it.parent.name for it in path.glob(f"*/{CONFIG_FILE}"))
-        advice = f"name one of those in it, such as {path / inner[0]}" if inner else "name a run's folder"
-        raise StorageError(f"{path}: no run or experiment (no {CONFIG_FILE} of one, no results); {advice}")
-    return remains
+        advice = f"name one inside it, such as {path / inner[0]}" if inner else "name a run's folder"
+        raise StorageError(f"{path}: not a run or experiment (no {CONFIG_FILE}, no results); {advice}")
+    return run_data
 
 
 def masked(value: object) -> object:
-    """The value; in text, what stands for a password in an address is taken out."""
-    return SHARED_OUT.sub(r"\1:***", value) if isinstance(value, str) else value
+    """Return the value with the password of an address masked."""
+    return PASSWORD.sub(r"\1:***", value) if isinstance(value, str) else value
 
 
 def _line(line: bytes) -> Json:
@@ -278,14 +272,13 @@ def _cause(error: BaseException) -> str:
     return reason(error) if isinstance(error, Exception) else type(error).__name__
 
 
-COMPOSITE = "composite"
 ARROWS = {"rises": "▲", "falls": "▼", "unclear": "●"}
 ENDS = ("low", "high")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluator's gain, or the composite's; None where the file has no finite number."""
+    """Gain of one evaluator or of the composite; None for a value that is missing or not finite."""
 
     name: str
     before: float | None
@@ -297,28 +290,28 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "rises", "falls" or "unclear": which side of 0 the interval lies on."""
+        """The side of 0 that the interval lies on: "rises", "falls" or "unclear"."""
         if self.low is not None and self.low > 0:
             return "rises"
         return "falls" if self.high is not None and self.high < 0 else "unclear"
 
     @property
     def arrow(self) -> str:
-        """The verdict as a sign."""
+        """Verdict as a symbol."""
         return ARROWS[self.verdict]
 
     @property
     def digits(self) -> int:
-        """Decimals that are worth reading."""
+        """Significant decimals."""
         return 3 if self.name == COMPOSITE else 4
 
     @property
     def interval(self) -> str:
-        """Both ends in words of figures."""
+        """Both ends as text."""
         return interval(self.low, self.high, self.digits)
 
     def in_deviations(self) -> "Row | None":
-        """The same in calibrated deviations (z), of which raw scores are multiples."""
+        """Return the gain in calibrated deviations (z), or None if it is unknown."""
         if self.name == COMPOSITE:
             return self
         if not self.difference or self.deviations is None:
@@ -329,7 +322,7 @@ class Row:
 
 
 def row(name: str, values: object) -> Row | None:
-    """The row that a file holds; None where it has no difference."""
+    """Return the row of a file's values; None without a difference."""
     found = mapping(values)
     fields = ("before", "after", "difference", "low", "high", "deviations")
     numbers = {key: number(found.get(key)) for key in fields}
@@ -337,21 +330,21 @@ def row(name: str, values: object) -> Row | None:
 
 
 def rows(values: object) -> tuple[Row, ...]:
-    """Rows by their names, evaluators first and the composite last."""
+    """Return the rows of a file, evaluators first and the composite last."""
     found = [it for name, held in mapping(values).items() if (it := row(str(name), held)) is not None]
     return tuple(sorted(found, key=lambda it: it.name == COMPOSITE))
 
 
 def composite_of(several: Iterable[Row]) -> Row | None:
-    """The composite among rows."""
+    """Return the composite's row, or None."""
     return next((it for it in several if it.name == COMPOSITE), None)
 
 
-# --------------------------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------------------- wording
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """With its sign, a true minus; a dash for no number."""
+    """Format a number with its sign and a true minus; a dash for None."""
     if value is None:
         return "–"
     text = f"{value:+.{digits}f}"
@@ -359,19 +352,19 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def plain(value: float | None, digits: int = 4) -> str:
-    """Without a plus."""
+    """Format a number without a plus sign."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    """Both ends; says so where there is none."""
+    """Format both ends of an interval, or "no interval"."""
     if low is None or high is None:
         return "no interval"
     return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def shown(value: object) -> str:
-    """A setting's value, short."""
+    """Format a setting's value."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
@@ -382,7 +375,7 @@ def shown(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it."""
+    """Format a duration in s, min or h."""
     minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -390,36 +383,36 @@ def duration(seconds: float) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things."""
+    """Format a count with its noun."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def ended(value: object) -> str:
-    """Why a fold ended before its last iteration; empty where it did not."""
+    """Format the reason of an early stop; an empty string if there is none."""
     if isinstance(value, Mapping):
         return ": ".join(str(value[key]) for key in ("by", "reason") if value.get(key))
     return str(value) if value else ""
 
 
 def others(several: Sequence[Row]) -> list[str]:
-    """What the evaluators beside the composite did: who rises, who falls, who neither."""
-    said = []
+    """List the evaluators that rise, fall and are not clear."""
+    sentences = []
     for verdict, words in (("rises", "Rising"), ("falls", "Falling"), ("unclear", "Not clear")):
         names = [it.name for it in several if it.verdict == verdict and it.name != COMPOSITE]
         if names:
-            said.append(f"{words}: {', '.join(names)}.")
-    return said
+            sentences.append(f"{words}: {', '.join(names)}.")
+    return sentences
 
 
 def gain_sentence(gain: Row, where: str, confidence: float) -> str:
-    """What became of the composite, in one sentence that claims no more than the interval does."""
+    """Describe the composite's change in one sentence that claims no more than its interval supports."""
     bounds = f"{confidence:.0%} interval {gain.interval}"
     change = f"{signed(gain.difference)}\u00a0σ"
     if gain.low is None or gain.high is None:
-        return f"The composite changed by {change} {where}; of so few prompts there is no interval."
+        return f"The composite changed by {change} {where}; there are too few prompts for an interval."
     if gain.verdict == "unclear":
-        said = f"the composite changed by {change} {where} ({bounds}, which includes 0)"
-        return f"Nothing improved for certain: {said}."
+        text = f"the composite changed by {change} {where} ({bounds}, which includes 0)"
+        return f"No significant improvement: {text}."
     word = "rose" if gain.verdict == "rises" else "fell"
     size = f"{abs(gain.difference or 0):.3f}\u00a0σ"
     return f"The composite {word} by {size} {where} ({bounds})."

@@ -1,4 +1,4 @@
-"""A search's trials for a report: a table, how much each setting mattered, and the winner's curse."""
+"""Trials of a search for a report: table, importance of settings, winner's curse."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from trainer.report import charts
 from trainer.report.charts import Bar, Line, Point, Strand
 from trainer.report.run_data import Json, Row, interval, items, mapping, number, row, shown, signed, whole
 
-FEW, TOO_FEW = 10, 4  # complete trials below which importance means little, or is not computed
+FEW, TOO_FEW = 10, 4  # complete trials below which importance is a hint only, or is not computed
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Trial:
 
     @property
     def complete(self) -> bool:
-        """Whether it has a value that counts."""
+        """True for a complete trial with a value."""
         return self.state == "complete" and self.value is not None
 
     @property
     def remark(self) -> str:
-        """What sets it apart, and why it ended."""
-        said = ("chosen" if self.winner else "", "null: changes nothing" if self.null else "", self.reason)
-        return "; ".join(it for it in said if it)
+        """Special role of the trial, and why it ended."""
+        parts = ("chosen" if self.winner else "", "null: changes nothing" if self.null else "", self.reason)
+        return "; ".join(it for it in parts if it)
 
 
 @dataclass(frozen=True)
-class Search:
-    """What search.json holds, and the charts of it."""
+class SearchReport:
+    """Content of search.json with its charts."""
 
     trials: tuple[Trial, ...]
     settings: tuple[str, ...]
@@ -63,22 +63,22 @@ class Search:
 
     @property
     def curse(self) -> str:
-        """What selecting cost, in words."""
+        """Sentence on the winner's curse; empty without a second measurement."""
         if self.selected is None or self.fresh is None:
             return ""
         old, new = self.selected.difference or 0.0, self.fresh.difference or 0.0
-        said = (
+        text = (
             f"Chosen for {signed(old)} σ; measured again on fresh random streams it gains {signed(new)} σ "
             f"({self.fresh.interval})."
         )
         if old > 0 and new < old:
             share = min(1.0, (old - new) / old)
-            return f"{said} {share:.0%} of the first was the luck of the choice (the winner's curse)."
-        return f"{said} The choice did not flatter it."
+            return f"{text} {share:.0%} of the first value was selection luck (the winner's curse)."
+        return f"{text} Selection did not inflate it."
 
 
-def read_search(found: Json, space: Json) -> Search:
-    """Of search.json and the configured space."""
+def read_search(found: Json, space: Json) -> SearchReport:
+    """Read search.json as far as possible, with the configured space."""
     winner = mapping(found.get("winner"))
     chosen = whole(winner.get("number"))
     trials = tuple(
@@ -96,8 +96,8 @@ def read_search(found: Json, space: Json) -> Search:
         made = _charts(trials, settings, space, remarks) | _curse_chart(winner)
     except (ValueError, TypeError, ArithmeticError) as error:
         made = {}
-        remarks.append(f"The charts are left out: the trials are not as expected ({error}).")
-    return Search(
+        remarks.append(f"The charts are left out: the trials have unexpected content ({error}).")
+    return SearchReport(
         trials=trials,
         settings=settings,
         states=states,
@@ -161,7 +161,7 @@ def _curve_label(trial: Trial) -> str:
 
 
 def _curse_chart(winner: Json) -> dict[str, Markup]:
-    """The chosen trial's gain, as it was chosen by and as it was measured again."""
+    """Return the chart of the chosen trial's gain, when chosen and when measured again."""
     kinds = (("when chosen", "selected"), ("on fresh streams", "fresh"))
     found = [(label, it) for label, key in kinds if (it := row("composite", winner.get(key))) is not None]
     if not found:
@@ -174,18 +174,16 @@ def _curse_chart(winner: Json) -> dict[str, Markup]:
 def importance(
     complete: Sequence[Trial], settings: Sequence[str], space: Json, remarks: list[str]
 ) -> list[tuple[str, float]]:
-    """Share of the variance of the trials' values that each setting explains, by fANOVA; remarks say how far
-    it can be believed."""
+    """Return the share of the trials' variance that each setting explains (fANOVA).
+
+    Adds a remark on its reliability to `remarks`.
+    """
     varied = [key for key in settings if len({shown(it.params.get(key)) for it in complete}) > 1]
     if len(complete) < TOO_FEW or not varied:
-        remarks.append(
-            f"Importance of settings is not shown: {len(complete)} complete trials say nothing about it."
-        )
+        remarks.append(f"Importance of settings is not shown: {len(complete)} complete trials are too few.")
         return []
     if len(complete) < FEW:
-        remarks.append(
-            f"With {len(complete)} complete trials importance means little: it is a hint, not a finding."
-        )
+        remarks.append(f"With {len(complete)} complete trials, importance is only a hint.")
     spread = {key: _distribution(key, complete, space) for key in varied}
     try:
         shares = _fanova([_frozen(it, spread) for it in complete if all(key in it.params for key in varied)])
@@ -220,7 +218,7 @@ def _frozen(trial: Trial, spread: Mapping[str, BaseDistribution]) -> FrozenTrial
 
 
 def _distribution(key: str, trials: Sequence[Trial], space: Json) -> BaseDistribution:
-    """As configured, widened to what was tried; where nothing is configured, as the values look."""
+    """Return the configured distribution, widened to the tried values, or one inferred from the values."""
     values = [it.params.get(key) for it in trials]
     numbers = [it for value in values if (it := number(value)) is not None]
     if len(numbers) < len(values) or mapping(space.get(key)).get("choices") is not None:
@@ -256,7 +254,7 @@ def _parallel(trials: Sequence[Trial], settings: Sequence[str], space: Json) -> 
 
 
 def _axis(key: str, trials: Sequence[Trial], space: Json) -> tuple[tuple[str, str, str], list[float | None]]:
-    """The axis of a setting, and each trial's height on it."""
+    """Return the axis of a setting, and each trial's height on it."""
     values = [it.params.get(key) for it in trials]
     numbers = [it for value in values if (it := number(value)) is not None]
     if values and len(numbers) == len(values):
@@ -276,7 +274,7 @@ def _height(value: float | None, low: float, high: float) -> float | None:
 
 
 def value_text(trial: Trial) -> str:
-    """Its gain with the interval."""
+    """Format a trial's gain with its interval."""
     if trial.value is None:
         return "–"
     bounds = "" if trial.low is None else f" ({interval(trial.low, trial.high)})"

@@ -213,7 +213,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "not finished: 5 of 6 iterations" in page.text
     assert "Not finished. The composite rose" in page.text
     assert "after 4 iterations" in page.text
-    assert "There is none yet" in page.text
+    assert "Not saved yet" in page.text
 
 
 def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_folds_that_are_missing_or_under_way_are_in_the_table(experiment: Path, 
     page = read(write_report(copy))
     check_page(page)
     assert "unfinished: 6 of 6 iterations" in page.text
-    assert "not begun" in page.text
+    assert "not started" in page.text
     assert "the test prompts have not been looked at" in page.text
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     """One line that says which folder, and where runs are where it holds some."""
     with pytest.raises(StorageError, match="no such folder"):
         write_report(tmp_path / "none")
-    with pytest.raises(StorageError, match="no run or experiment"):
+    with pytest.raises(StorageError, match="not a run or experiment"):
         write_report(tmp_path)
     make_run(tmp_path / "one")
     with pytest.raises(StorageError, match=r"one of those in it, such as .*one"):
@@ -311,7 +311,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_the_headline_claims_no_more_than_the_interval() -> None:
     """Rising, falling and unclear have sentences of their own."""
     unclear = Row("composite", 0.0, 0.1, 0.1, -0.1, 0.3, 0.1)
-    assert gain_sentence(unclear, "here", 0.95).startswith("Nothing improved for certain")
+    assert gain_sentence(unclear, "here", 0.95).startswith("No significant improvement")
     fell = Row("composite", 0.0, -0.1, -0.1, -0.3, -0.05, -0.1)
     assert "fell by 0.100" in gain_sentence(fell, "here", 0.95)
     single = Row("composite", 0.0, 0.1, 0.1, None, None, 0.1)
@@ -342,7 +342,7 @@ def test_best_median_and_worst_are_what_they_are_called() -> None:
 
 
 def test_importance_finds_the_setting_that_matters() -> None:
-    """The planted one comes first; with few trials it is said that this means little, or nothing is shown."""
+    """The planted one comes first; with few trials a remark says that it is a hint, or nothing is shown."""
     trials = read_search(search_of(30), {}).trials
     complete = [it for it in trials if it.complete and not it.null]
     settings = tuple(complete[0].params)
@@ -350,7 +350,7 @@ def test_importance_finds_the_setting_that_matters() -> None:
     assert importance(complete, settings, {}, remarks)[0][0] == "update.learning_rate"
     assert not remarks
     assert importance(complete[:6], settings, {}, remarks)
-    assert "means little" in remarks[0]
+    assert "is only a hint" in remarks[0]
     assert importance(complete[:3], settings, {}, remarks) == []
 
 
@@ -383,7 +383,7 @@ def test_runs_alike_are_set_against_each_other(tmp_path: Path) -> None:
     assert "update.learning_rate 0.001 0.01" in page.text
     assert "rollout" not in page.text
     assert "Best for strong against weak" in page.text
-    assert "Not to be compared" not in page.text
+    assert "Not comparable" not in page.text
 
 
 @pytest.mark.parametrize("what", ["judge", "prompts", "weights", "streams"])
@@ -400,7 +400,7 @@ def test_runs_measured_otherwise_are_shown_apart(tmp_path: Path, what: str) -> N
         (second / "scorer.json").write_text(json.dumps(dict.fromkeys(EVALUATORS, "other/table")))
     page = read(write_comparison([first, second], tmp_path / "compare.html"))
     check_page(page)
-    assert "Not to be compared" in page.text
+    assert "Not comparable" in page.text
     assert {"streams": "how images are drawn"}.get(what, what) in page.text
     assert "is better than" not in page.text
 
@@ -410,7 +410,7 @@ def test_a_judge_that_is_not_known_is_like_no_other(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     for run in runs:
         (run / "scorer.json").unlink()
-    assert "Not to be compared" in read(write_comparison(runs, tmp_path / "compare.html")).text
+    assert "Not comparable" in read(write_comparison(runs, tmp_path / "compare.html")).text
 
 
 def test_unfinished_runs_and_experiments_can_be_compared(experiment: Path, tmp_path: Path) -> None:
