@@ -218,8 +218,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Stop as stop:
         leave(_fail(_with_advice(stop), stop.code, quiet=not is_first_of_job()))
-    except (USAGE_ERROR, ConfigError, RewardClientError, RunError) as error:
-        message = error.format_message() if isinstance(error, USAGE_ERROR) else _with_advice(error)  # type: ignore[attr-defined]
+    except (typer.TyperException, ConfigError, RewardClientError, RunError) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else _with_advice(error)
         status = error.code if isinstance(error, RunError) else 2
         code = _fail(message, status, quiet=_reported_elsewhere(error))
     except OSError as error:  # a file that cannot be read or written; any other is a bug
@@ -235,10 +235,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-# typer's own errors (its copy of click's ClickException), found by way of the one that it exports.
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-
-
 def _fail(message: str, code: int, *, quiet: bool = False) -> int:
     if not quiet:
         print(f"reward-trainer: {one_line(message)}", file=sys.stderr)
@@ -252,7 +248,7 @@ def _reported_elsewhere(error: Exception) -> bool:
     """
     if isinstance(error, JobError):
         return error.quiet
-    return isinstance(error, (USAGE_ERROR, ConfigError)) and not is_first_on_machine()
+    return isinstance(error, (typer.TyperException, ConfigError)) and not is_first_on_machine()
 
 
 def _with_advice(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from requests.exceptions import ConnectionError as Refused
 from rich.console import Console
 
 from trainer.cli.jobs import table
-from trainer.cli.main import USAGE_ERROR, app
+from trainer.cli.main import app
 from trainer.config import ConfigError
 from trainer.jobs.docker import KEYS, engine, find_scorer, meaning, network_of, revive
 from trainer.jobs.jobs import JOB, SCORER, Job, Limits, Submission, read_key, submit
@@ -94,7 +94,7 @@ def test_a_mistake_costs_no_container(config, words, told):
 )  # fmt: skip
 def test_usage_is_checked_too(words):
     """Unknown options, values of a wrong kind and missing ones are told by the program's own parser."""
-    with pytest.raises(USAGE_ERROR):
+    with pytest.raises(typer.TyperException):
         check_command(ROOT, words)
 
 
