@@ -1,1 +1,1 @@
-"""Measurements: speed of the evaluators, how far their scores move, parity with the references."""
+"""Benchmarks: speed and numerics of evaluators, service and trainer; parity with the references."""

@@ -1,4 +1,4 @@
-"""How often the interval of a comparison misses the truth, on simulated experiments in which nothing changed.
+"""Coverage of a comparison's interval, on simulated experiments without an effect.
 
     python -m benchmarks.coverage [--experiments 1000]
 
@@ -34,7 +34,7 @@ EFFECTS: Mapping[str, Draw] = {
 
 
 class Grouping(NamedTuple):
-    """How prompts hang together."""
+    """Correlation of prompts within a group."""
 
     unequal: bool  # 1 to LARGEST prompts a group; otherwise each prompt is its own
     shared: float  # of the effects' variance, by the prompts of a group
@@ -60,14 +60,14 @@ def experiment(
 
 
 def measured(z: Floats) -> Measurement:
-    """Scores (P, G, K) without images to speak of."""
+    """Return a measurement of scores (P, G, K) with placeholder images."""
     prompts, images, _ = z.shape
     pixels = np.zeros((prompts, images, 1, 1, 3), dtype=np.uint8)
     return Measurement(tuple(f"prompt {i}" for i in range(prompts)), pixels, z, z)
 
 
 def misses(draw: Draw, grouping: Grouping, clusters: int, experiments: int, seed: int) -> tuple[float, float]:
-    """Shares of null experiments whose composite's interval misses 0: ours, and the plain percentile's."""
+    """Return the shares of null experiments whose interval misses 0: ours, and the percentile bootstrap's."""
     rng = np.random.default_rng(seed)
     missed = np.zeros(2)
     for _ in range(experiments):
@@ -81,7 +81,7 @@ def misses(draw: Draw, grouping: Grouping, clusters: int, experiments: int, seed
 
 
 def percentile(values: Floats, groups: list[int]) -> Floats:
-    """Ends of the plain percentile bootstrap's interval, (2,): what one would do first."""
+    """Ends of the plain percentile bootstrap's interval, (2,)."""
     totals, sizes = np.bincount(groups, values), np.bincount(groups)
     rng = np.random.default_rng(CONFIG.seed)
     drawn = rng.integers(len(totals), size=(CONFIG.resamples, len(totals)))
@@ -92,7 +92,7 @@ def percentile(values: Floats, groups: list[int]) -> Floats:
 
 
 def rows(experiments: int) -> Iterator[str]:
-    """The table, line by line, in Markdown."""
+    """Return the Markdown table, line by line."""
     yield "| effects of prompts | groups | " + " | ".join(map(str, CLUSTERS)) + " |"
     yield "|---|---|" + "---|" * len(CLUSTERS)
     for row, (effect, how) in enumerate(product(EFFECTS, GROUPINGS)):

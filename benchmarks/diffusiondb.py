@@ -1,4 +1,4 @@
-"""How long preparing DiffusionDB's prompts takes, and how much memory, on a file of its size and schema.
+"""Time and memory of preparing DiffusionDB's prompts, on a file of its size and schema.
 
     python -m benchmarks.diffusiondb [--rows 2000000] [--out benchmarks/results]
 
@@ -57,7 +57,7 @@ GROUP = 50_000  # rows in a row group
 
 @dataclass
 class Preparation(Report):
-    """A preparation of prompts."""
+    """Measured preparation of prompts."""
 
     name = "diffusiondb"
     titles = {  # noqa: RUF012
@@ -104,7 +104,7 @@ def _table(rng: np.random.Generator, start: int, prompts: list[str], users: list
 
 
 def _prompts(rng: np.random.Generator, users: int) -> Iterator[tuple[str, int]]:
-    """Prompts and their users without end: sessions of one user, in which an idea is tried in variations."""
+    """Yield prompts and users endlessly: sessions of one user who varies an idea."""
     words = np.array([_word(n) for n in range(VOCABULARY)], dtype=object)
     frequency = 1 / (np.arange(VOCABULARY) + 10)
     share = 1 / (np.arange(users) + 20)  # a few users ask for a lot
@@ -131,7 +131,7 @@ def _prompts(rng: np.random.Generator, users: int) -> Iterator[tuple[str, int]]:
 
 
 def _word(n: int) -> str:
-    """A pronounceable word for each number."""
+    """Return a pronounceable word for a number."""
     letters = ""
     while n or not letters:
         n, vowel = divmod(n, 5)
@@ -150,7 +150,7 @@ def _decorated(text: str, rng: np.random.Generator) -> str:
 
 
 def measure(metadata: Path, out: Path, options: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the command in a process of its own: its seconds and peak memory, and the card it wrote."""
+    """Run the command in a subprocess; return its seconds, peak memory and card."""
     command = [sys.executable, "-m", "trainer", "prompts", "diffusiondb", "--metadata", str(metadata)]
     began, used = time.perf_counter(), _cpu_seconds()
     subprocess.run([*command, "--out", str(out), *options], check=True)
@@ -172,7 +172,7 @@ def _cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Make the file, prepare it, write what that took."""
+    """Write the file, prepare it, report time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""How fast the four evaluators are: against the references' own loops, bare forward passes and the hardware.
+"""Speed of the four evaluators against the references' loops, bare forward passes and the hardware.
 
     python benchmarks/evaluators.py                       # this CPU, float32: 5 to 9 minutes, 12 GB
     python benchmarks/evaluators.py --layers 2 --images 2 # a quick look
@@ -28,7 +28,7 @@ ACCELERATIONS = ("none", "compile", "graphs")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Run the benchmark."""
     options = _options(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         refuse("evaluators", "--device cuda: torch sees no GPU here; use --device cpu")

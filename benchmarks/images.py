@@ -1,4 +1,4 @@
-"""What the container images and the light client weigh: `python -m benchmarks.images`.
+"""Size of the container images and the light client: `python -m benchmarks.images`.
 
 Needs a container engine and the images of `docker compose build`. The light client is installed into a
 plain Python image, from the lock.

@@ -1,4 +1,4 @@
-"""How much memory loading takes beyond the loaded model: checkpoints of the published sizes and layouts.
+"""Memory of loading beyond the loaded model, on checkpoints of the published sizes and layouts.
 
     python -m benchmarks.loading             # full size: 6 GB of disk, 6 GB of memory, a minute
     python -m benchmarks.loading --layers 2  # a quick look
@@ -25,7 +25,7 @@ import open_clip
 import torch
 
 from reward_service.config import Origin, TowerConfig, Weights
-from reward_service.engine.files import Files
+from reward_service.engine.files import ModelFiles
 from reward_service.engine.loading import build_tower, plan_tower
 
 MIB = 1 << 20
@@ -97,7 +97,7 @@ def _load(file: str, folder: Path, dtype: str) -> dict[str, Any]:
     else:
         config = TowerConfig(layout="huggingface", origin=Origin(folder=folder), weights=Weights(file=file))
     before = _own_bytes()
-    plan = plan_tower(config, Files())
+    plan = plan_tower(config, ModelFiles())
     with _Peak() as peak:
         start = time.perf_counter()
         tower = build_tower(plan, torch.device("cpu"), getattr(torch, dtype), 16)
@@ -139,13 +139,13 @@ def _own_bytes() -> int:
 
 
 def _status_bytes(key: str) -> int:
-    """A field of /proc/self/status."""
+    """Return a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _write_hps(folder: Path, layers: int) -> None:
-    """As published: half precision under open_clip's names."""
+    """Write it as published: half precision under open_clip's names."""
     architecture: Any = open_clip.get_model_config(_ARCHITECTURE)
     for half in ("vision_cfg", "text_cfg"):
         architecture[half]["layers"] = layers or architecture[half]["layers"]
@@ -157,7 +157,7 @@ def _write_hps(folder: Path, layers: int) -> None:
 
 
 def _write_pickscore(folder: Path, layers: int) -> None:
-    """As published: float32 under transformers' names, tokenizer beside it."""
+    """Write it as published: float32 under transformers' names, tokenizer beside it."""
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPModel
 

@@ -1,4 +1,4 @@
-"""How far a score moves with the company it is computed in and with the trunk's precision, at full size.
+"""Change of a score with its batch and with the trunk's precision, at full size.
 
     python benchmarks/numerics.py             # this CPU: 5 to 10 minutes, 12 GB
     python benchmarks/numerics.py --layers 2  # a quick look
@@ -30,7 +30,7 @@ _LONG = Pair("a harbour at dawn with " + "seven small boats, " * 12, scene(256, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def scores(engine: RewardEngine, pairs: Sequence[Pair], *, deterministic: bool = False) -> Tensor:
     """Raw scores, float64 (pairs, evaluators); every prompt is computed anew."""
     for evaluator in engine.evaluators.values():
-        evaluator.tower.forget_texts()
+        evaluator.tower.clear_text_cache()
     found = engine.score(pairs, deterministic=deterministic)
     return torch.tensor([[pair.raw[name] for name in EVALUATORS] for pair in found], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""What replicas on one machine bring: pairs a second of Ray Serve with 1 and 2, beside one uvicorn process.
+"""Throughput of replicas on one machine: Ray Serve with 1 and 2, against one uvicorn process.
 
     python -m benchmarks.ray_replicas --out benchmarks/results/ray-cpu    # about 7 minutes, 8 GB
     python -m benchmarks.ray_replicas --quick                             # shows that it runs
@@ -38,7 +38,7 @@ _LAYERS = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """How long."""
+    """Durations of the benchmark."""
 
     rounds: int = 5
     seconds: float = 6.0
@@ -52,7 +52,7 @@ class ReplicasReport(Report):
     titles: ClassVar = {
         "machine": "# Replicas on one machine\n",
         "summary": "\n## Medians of the rounds, and the range of the ratios\n\n"
-        "Every judge has one thread; callers, Ray's proxy and its other processes share the cores with\n"
+        "Every service has one thread; clients, Ray's proxy and its other processes share the cores with\n"
         "them. Batches of 64 pairs (full-size towers: 4) of 256×256 as raw msgpack, 6 requests under way.\n",
         "rounds": "\n## Rounds, pairs/s\n",
     }
@@ -61,7 +61,7 @@ class ReplicasReport(Report):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Run the benchmark."""
     options = _options(arguments)
     say: Say = partial(print, file=sys.stderr, flush=True)
     plan = Plan(2, 1.0) if options.quick else Plan()
@@ -91,7 +91,7 @@ def _devices() -> dict[str, tuple[Setup, int]]:
 
 
 def _measured(device: str, setup: Setup, pairs: int, plan: Plan, say: Say) -> Iterator[dict[str, Any]]:
-    say(f"starting the judges: {device}")
+    say(f"starting the services: {device}")
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         base = stack.enter_context(_clustered(setup))

@@ -1,4 +1,4 @@
-"""How good the service is: what it costs, how long it makes one wait, whom it lets suffer under others.
+"""Service benchmark: overhead, latency under load, and fairness among clients.
 
     python -m benchmarks.service --out benchmarks/results/service-cpu    # about 15 minutes, 8 GB
     python -m benchmarks.service --quick                                 # shows that it runs; says little
@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, Callable[[Plan, Sequence[int], Say], Found]]] = {
 
 @dataclass
 class ServiceReport(Report):
-    """Everything measured of the service, in one run."""
+    """Results of the service benchmark."""
 
     name = "service"
     titles: ClassVar = {
@@ -75,7 +75,7 @@ class ServiceReport(Report):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Run the benchmark."""
     options = _options(arguments)
     say: Say = partial(print, file=sys.stderr, flush=True)
     cores = sorted(os.sched_getaffinity(0))
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _keep(report: ServiceReport, options: argparse.Namespace) -> None:
-    """Take what an earlier run found of the parts that this one does not measure."""
+    """Keep the results of an earlier run for the parts that this one leaves out."""
     earlier = Path(f"{options.out}.json")
     found = json.loads(earlier.read_text()) if earlier.exists() else {}
     for part in PARTS.keys() - set(options.parts):

@@ -1,4 +1,4 @@
-"""Drawing at a configuration's full size, with random weights: images a second and share of the peak."""
+"""Sampling at a configuration's full size with random weights: images/s and share of the peak."""
 
 from __future__ import annotations
 

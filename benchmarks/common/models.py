@@ -42,8 +42,13 @@ from benchmarks.parity.weights import (
 )
 from reward_service.engine.clip import Tower
 from reward_service.engine.engine import RewardEngine
-from reward_service.engine.evaluators import Evaluator, LinearHead, fold, preprocessing_of
-from reward_service.engine.preprocessing import HuggingFaceTokenizer, OpenClipTokenizer, Tokenizer
+from reward_service.engine.evaluators import (
+    Evaluator,
+    LinearHead,
+    fold_linear_layers,
+    reference_preprocessing,
+)
+from reward_service.engine.tokenizer import HuggingFaceTokenizer, OpenClipTokenizer, Tokenizer
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 SIZE_PX = 224
@@ -61,7 +66,7 @@ Loop: TypeAlias = Callable[[Sequence[Group]], list[float]]
 
 
 def clip_transform() -> Transform:
-    """OpenAI's."""
+    """Return OpenAI's transform."""
     steps = [
         transforms.Resize(SIZE_PX, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(SIZE_PX),
@@ -194,7 +199,7 @@ EVALUATORS = {"aesthetic": "clip", "clip": "clip", "pickscore": "pickscore", "hp
 
 @dataclass(frozen=True)
 class Models:
-    """Everything to compare; `bare` holds open_clip's unchanged models by tower."""
+    """Models to compare; `bare` holds open_clip's unchanged models by tower."""
 
     engine: RewardEngine
     loops: dict[str, Loop]
@@ -203,12 +208,12 @@ class Models:
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """Our towers, each once."""
+        """Our towers, without repetition."""
         return {each.tower_name: each.tower for each in self.engine.evaluators.values()}
 
 
 def build(folder: Path, layers: int | None, device: torch.device, dtype: torch.dtype, batch: int) -> Models:
-    """Make them.
+    """Build the models.
 
     Args:
         folder: a few small files are written here: tokenizer and head
@@ -233,7 +238,7 @@ def random_engine(
     dtype: torch.dtype,
     batch: int,
 ) -> RewardEngine:
-    """The engine alone, with those evaluators that look through one of `towers`.
+    """Build the engine with the evaluators of `towers`.
 
     The other parameters are those of `build`.
     """
@@ -265,13 +270,13 @@ def _tensors(model: open_clip.CLIP) -> dict[str, Tensor]:
 
 
 def _evaluators(towers: dict[str, Tower], head: dict[str, Tensor]) -> dict[str, Evaluator]:
-    weight, bias = fold(head, "head")
+    weight, bias = fold_linear_layers(head, "head")
     made: dict[str, Evaluator] = {}
     for kind, name in EVALUATORS.items():
         if name not in towers:
             continue
         linear = LinearHead(weight, bias, "head") if kind == "aesthetic" else None
-        way = preprocessing_of(kind, towers[name].size_px)  # type: ignore[arg-type]  # the four kinds
+        way = reference_preprocessing(kind, towers[name].size_px)  # type: ignore[arg-type]  # the four kinds
         made[kind] = Evaluator(kind, kind, name, towers[name], way, "random", linear)  # type: ignore[arg-type]
     return made
 

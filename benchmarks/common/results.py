@@ -1,4 +1,4 @@
-"""What a benchmark writes down: the machine, then a table for each thing measured.
+"""Report of a benchmark: the machine, then a table for each measurement.
 
 What the benchmarks' command lines have in common.
 """
@@ -20,7 +20,7 @@ import torch
 
 
 def shown(arguments: Sequence[str]) -> list[str]:
-    """The command line without the folder of the results, which is a matter of the machine."""
+    """The command line without the folder of the results, which depends on the machine."""
     places = [place for place, argument in enumerate(arguments) if argument in ("--output", "--out")]
     hidden = {place + step for place in places for step in (0, 1)}
     return [argument for place, argument in enumerate(arguments) if place not in hidden]
@@ -46,18 +46,18 @@ Say: TypeAlias = Callable[[str], None]
 
 @dataclass
 class Report:
-    """Everything measured in one run; a subclass has a field of rows for each table, and its `titles`."""
+    """Results of one run; a subclass has a field of rows for each table, and its `titles`."""
 
     name: ClassVar[str]
     titles: ClassVar[Mapping[str, str]]
     machine: dict[str, Any]
 
     def json(self) -> str:
-        """For programs."""
+        """Return the results as JSON."""
         return json.dumps(asdict(self), indent=2)
 
     def markdown(self) -> str:
-        """For people; tables without rows are left out."""
+        """Return the results as Markdown, without empty tables."""
         parts = []
         for field, rows in asdict(self).items():
             listed = [{"": key, " ": value} for key, value in rows.items()] if field == "machine" else rows
@@ -73,7 +73,7 @@ class Report:
 
 
 def machine(device: torch.device, dtype: torch.dtype, layers: int | None, command: str) -> dict[str, Any]:
-    """What it ran on."""
+    """Return the machine's processor, device and versions."""
     packages = ("torch", "open-clip-torch", "transformers", "torchvision", "pillow")
     gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {

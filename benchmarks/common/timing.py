@@ -1,4 +1,4 @@
-"""The evaluator benchmark's measurements."""
+"""Measurements of the evaluator benchmark."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PEAK_SIZE = {"cuda": 8192, "cpu": 2048}
 
 @dataclass
 class EvaluatorReport(Report):
-    """Everything measured of the evaluators, in one run."""
+    """Results of the evaluator benchmark."""
 
     name = "evaluators"
     titles: ClassVar = {
@@ -81,7 +81,7 @@ def workload(images: int, per_prompt: int, size_px: int) -> list[Group]:
 
 
 def pairs_of(groups: Sequence[Group]) -> list[Pair]:
-    """The same, as the engine takes them."""
+    """Return the workload as pairs for the engine."""
     return [Pair(group.prompt, np.asarray(image)) for group in groups for image in group.images]
 
 
@@ -116,7 +116,7 @@ def _contestants(models: Models, groups: Sequence[Group]) -> dict[str, Callable[
 
 
 def _pixels(models: Models, images: Sequence[Any]) -> dict[str, Tensor]:
-    """What each tower sees, prepared beforehand and on its device."""
+    """Return each tower's inputs, prepared and on its device."""
     engine = models.engine
     ways: dict[str, Preprocessing] = {e.tower_name: e.preprocessing for e in engine.evaluators.values()}
     return {name: way(images).to(engine.device, engine.dtype) for name, way in ways.items()}
@@ -138,7 +138,7 @@ def _alternating(
             say(f"run {repeat + 1} of {repeats}: {name}")
             if name == "engine":
                 for tower in models.towers.values():
-                    tower.forget_texts()
+                    tower.clear_text_cache()
             seconds[name].append(timed(run, models.engine.device))
     return seconds
 
@@ -231,7 +231,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _flops(vision: Mapping[str, Any]) -> float:
-    """Of one image's forward pass: the blocks' matrix products and the patch embedding."""
+    """FLOPs of one image's forward pass: the blocks' matrix products and the patch embedding."""
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     tokens, width = patches + 1, vision["width"]
     block = 24 * tokens * width**2 + 4 * tokens**2 * width

@@ -1,1 +1,1 @@
-"""Our scores against the references' own code, on the same random weights: `make parity`."""
+"""Parity of our scores with the references' own code on the same random weights: `make parity`."""

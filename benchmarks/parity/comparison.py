@@ -1,4 +1,4 @@
-"""One evaluator: our engine from files, the reference from the same files, every case, the differences."""
+"""Comparison of one evaluator with its reference, from the same files, over all cases."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Case = tuple[int, int]
 
 @dataclass
 class Comparison:
-    """What was found for one evaluator, one reference and one size of the model."""
+    """Result for one evaluator, one reference and one size of the model."""
 
     kind: str
     reference: str
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def faults(self) -> list[str]:
-        """Why this comparison fails; empty if it does not."""
+        """Reason of the failure; empty if there is none."""
         tolerance = TOLERANCES[self.kind]
         name = f"{self.kind} against {self.reference}, {self.model}"
         found = []

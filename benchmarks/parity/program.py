@@ -1,4 +1,4 @@
-"""The program itself: weights, our scores, the references' scores, the table."""
+"""Program of `make parity`: weights, our scores, the references' scores, the table."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _size(layers: int | None) -> str:
 
 
 def _quiet() -> None:
-    """The references' own chatter is not ours to print."""
+    """Silence the references' own output."""
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
     logging.disable(logging.WARNING)

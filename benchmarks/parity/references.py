@@ -43,7 +43,7 @@ def stub_unused_imports() -> None:
 
 
 class Reference(Protocol):
-    """What a comparison asks of a reference."""
+    """Interface of a reference."""
 
     #: The kind of evaluator that it is the reference of.
     kind: str
@@ -247,7 +247,7 @@ class OpenAI:
 
 
 class TransformersClip(OpenAI):
-    """transformers' CLIPModel behind OpenAI's transform and tokenizer: the second witness of its weights."""
+    """transformers' CLIPModel behind OpenAI's transform and tokenizer: a second check of its weights."""
 
     def __init__(self, folder: Path) -> None:
         import clip

@@ -1,4 +1,4 @@
-"""The table: printed, and written as Markdown."""
+"""Table of the comparison: printed, and written as Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 def markdown(found: Sequence[Comparison], images: Sequence[Picture], command: str, seconds: float) -> str:
-    """Everything that was found."""
+    """Results of all comparisons."""
     faults = [fault for comparison in found for fault in comparison.faults]
     verdict = "Every difference is allowed, and every mistake would be noticed." if not faults else "FAILED"
     parts = [

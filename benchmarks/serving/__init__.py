@@ -1,1 +1,1 @@
-"""The service benchmark: a service and its callers as processes of their own, and what is asked of them."""
+"""Parts of the service benchmark: the service and its clients as processes, measurements and targets."""

@@ -1,4 +1,4 @@
-"""Figures of what was measured, and what is asked of them. Pure functions. No torch."""
+"""Statistics of measurements and their targets. Pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.serving.callers import Outcome
+from benchmarks.serving.clients import Outcome
 from benchmarks.serving.host import Batch
 
 _OK = 200
@@ -14,7 +14,7 @@ _OK = 200
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure against what is asked of it; `at_most` if it should be no larger."""
+    """Figure and its target; `at_most` if it should be no larger."""
 
     part: str
     what: str
@@ -24,7 +24,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether it is met; what is no number is not."""
+        """True if the target is met; False for NaN."""
         return self.found <= self.asked if self.at_most else self.found >= self.asked
 
     def __str__(self) -> str:

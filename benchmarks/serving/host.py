@@ -1,4 +1,4 @@
-"""A service in a process of its own that can be asked what it does: `python -m benchmarks.serving.host`.
+"""Service in its own process that reports its work on request: `python -m benchmarks.serving.host`.
 
 It is `reward-service serve` in everything but the engine, which is watched, and may be of full size or have a
 device that sleeps. A line of JSON on stdin says which (`Setup`); after `listening on` a line there
@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """Which service: overrides of the miniature's configuration, and its engine.
+    """Service to start: overrides of the miniature's configuration, and its engine.
 
     `sleep_s`: a device that takes so long for any batch. `full`: towers of ViT-L/14 and ViT-H/14 with
     random weights, of so many `layers`, None for all.
@@ -125,7 +125,7 @@ def _helping_s() -> float:
     ours = {
         thread.native_id
         for thread in threading.enumerate()
-        if not thread.name.startswith(("preprocess", "stage"))
+        if not thread.name.startswith(("preprocess", "prefetch"))
     }
     nanoseconds = 0
     for task in Path("/proc/self/task").iterdir():
@@ -185,7 +185,7 @@ def main() -> None:
         return engine
 
     config = load_config(overrides=[f"threads={len(setup.cores)}", "port=0", *setup.overrides])
-    with patch.object(service, "_build_engine", build):
+    with patch.object(service, "build_default_engine", build):
         failure = server.serve(config, lambda line: print(line, flush=True))
     sys.exit(failure)
 

@@ -1,4 +1,4 @@
-"""The four measurements. Each returns rows for the report and what is to be held against the targets."""
+"""Four measurements of the service; each returns rows for the report and figures for the targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common.results import Rows, Say
 from benchmarks.serving.bodies import FORMS
-from benchmarks.serving.callers import Outcome
+from benchmarks.serving.clients import Outcome
 from benchmarks.serving.figures import Verdict, busy, goodput, heavy_rate, latencies_ms, percentile
 from benchmarks.serving.host import Batch, Setup
 from benchmarks.serving.processes import LEAD_S, Calling, FailedError, Host, calling, hosting

@@ -1,4 +1,4 @@
-"""The other ends of `benchmarks.serving.host` and `benchmarks.serving.callers`. No torch."""
+"""Control of the processes of `benchmarks.serving.host` and `benchmarks.serving.clients`. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 import httpx
 import msgspec
 
-from benchmarks.serving.callers import Crowd, Errand, Outcome
+from benchmarks.serving.clients import Crowd, Errand, Outcome
 from benchmarks.serving.host import Batch, Cpu, Setup
 
 Answer = TypeVar("Answer")
@@ -158,5 +158,5 @@ class Calling:
 def calling(host: Host, clients: Sequence[str], cores: Sequence[int], **crowd: Any) -> Iterator[Calling]:
     """Start callers of a service."""
     who = Crowd(host.url, list(clients), cores=list(cores), **crowd)
-    with child("benchmarks.serving.callers", who) as started:
+    with child("benchmarks.serving.clients", who) as started:
         yield Calling(started)

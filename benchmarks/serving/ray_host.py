@@ -26,7 +26,7 @@ _MEMORY = 256 * 2**20
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Which service; one deployment for each number of replicas."""
+    """Service to start; one deployment for each number of replicas."""
 
     setup: Setup
     replicas: list[int]
@@ -77,7 +77,7 @@ def _application(setup: Setup, options: dict[str, Any]) -> Any:
         """With the engine of the benchmark."""
 
         def __init__(self, config: str, overrides: list[str]) -> None:
-            service._build_engine = lambda config: _engine(setup, config)
+            service.build_default_engine = lambda config: _engine(setup, config)
             super().__init__(config, overrides)
 
     return ray_app.application({"set": setup.overrides}, Replica, **options)

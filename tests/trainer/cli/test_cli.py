@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_and_code_2(
     assert complaint.count("\n") == 1
 
 
-def test_an_absent_service_is_named_before_anything_expensive(
+def test_unreachable_service_is_reported_before_models_load(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One line with the address and the remedy, code 2; no run folder is made and no model is loaded."""
@@ -116,7 +116,7 @@ def test_an_absent_service_is_named_before_anything_expensive(
     assert not (config_file.parent / "runs").exists()
 
 
-def test_a_run_leaves_its_results_and_generate_draws_with_them(
+def test_run_writes_its_results_and_generate_uses_them(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """LoRA, grids, metrics and comparison are there, and the LoRA draws other images than the base."""
@@ -144,7 +144,7 @@ def test_a_run_leaves_its_results_and_generate_draws_with_them(
     assert base.tobytes() != tuned.tobytes()
 
 
-def test_going_on_needs_a_run_that_is_not_finished(
+def test_resume_needs_an_unfinished_run(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No run, another result, nothing left to do: each is one line, and none asks the service."""
@@ -168,13 +168,13 @@ def test_going_on_needs_a_run_that_is_not_finished(
     ("command", "default"),
     [("crossval", "NAME-experiment"), ("search", "NAME-experiment"), ("report", "compare.html here")],
 )
-def test_help_says_where_things_go(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Brackets are markup where they are not escaped, and vanish."""
+def test_help_shows_default_paths(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unescaped brackets are markup and would vanish."""
     app([command, "--help"], standalone_mode=False)
     assert default in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-def test_the_published_configurations_are_valid() -> None:
+def test_shipped_configurations_are_valid() -> None:
     """Both files in configs/ resolve, with paths beside them."""
     for name in ("miniature", "karlo"):
         config = load_trainer_config(REPOSITORY / "configs" / f"{name}.yaml")
@@ -192,7 +192,7 @@ def fake_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) 
     monkeypatch.chdir(package.parent)
 
 
-def test_the_demo_service_is_stopped_however_the_demo_ends(
+def test_demo_service_is_stopped_however_the_demo_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An error in the middle, and a service that ignores SIGTERM, leave no process behind."""
@@ -216,7 +216,7 @@ def test_the_demo_service_is_stopped_however_the_demo_ends(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_the_service_is_being_started_stops_it(
+def test_signal_during_startup_stops_the_service(
     number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Between the birth of a process and the moment its parent knows it, no signal may part the two."""
@@ -242,7 +242,7 @@ def test_a_signal_while_the_service_is_being_started_stops_it(
     assert born[0].poll() is not None
 
 
-def test_a_closed_terminal_ends_the_program_in_good_order(
+def test_closed_terminal_ends_the_program_cleanly(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGHUP leaves through the exits that stop what was started; nohup's wish to ignore it is kept."""
@@ -256,8 +256,8 @@ def test_a_closed_terminal_ends_the_program_in_good_order(
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_demo_service_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The last thing it said, and where the rest is."""
+def test_demo_service_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its last output line, and the path of the log."""
     fake_service(monkeypatch, tmp_path, "import sys; print('no weights'); sys.exit(2)")
     with (
         pytest.raises(DemoError, match=r"code 2: no weights .*service\.log"),
@@ -267,6 +267,6 @@ def test_a_demo_service_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_checks_before_training_need_no_torch() -> None:
-    """A typing error in the configuration is reported in a moment, not after torch has loaded."""
+    """A typo in the configuration is reported at once, not after torch has loaded."""
     program = "import sys, trainer.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0

@@ -106,7 +106,7 @@ def ours(config: TrainerConfig, lora: Path | None, prompts: Sequence[str]) -> np
         sampler.policy.load_lora(lora)
     generators = tuple(torch.Generator().manual_seed(i) for i in range(len(prompts)))
     keys = [OneStream(0, 0, -1, prompt, i, generators) for i, prompt in enumerate(prompts)]
-    return sampler.draw(keys).images.astype(int)
+    return sampler.sample(keys).images.astype(int)
 
 
 def test_the_readme_loads_a_lora_into_plain_diffusers(

@@ -12,8 +12,8 @@ from tests.trainer.conftest import FakeScorer
 from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.plan.meta import draft
 from trainer.plan.plan import Plan, make_plan
-from trainer.rl.rollout import DropCount, collect, group_keys
-from trainer.rl.train import improve, new_training_state
+from trainer.rl.rollout import DropCount, collect_rollout, group_keys
+from trainer.rl.train import new_training_state, update_policy
 from trainer.runs.setup import load_sampler, quiet_libraries
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -32,7 +32,7 @@ def published() -> Plan:
     return karlo_plan()
 
 
-def test_the_published_networks_have_their_published_sizes(published: Plan) -> None:
+def test_published_networks_have_their_published_sizes(published: Plan) -> None:
     """Without a download: parameters in millions, as the checkpoints have them."""
     millions = {name: round(number / 1e6) for name, number in published.parameters.items() if name != "lora"}
     assert millions == {
@@ -47,7 +47,7 @@ def test_the_published_networks_have_their_published_sizes(published: Plan) -> N
 
 
 @pytest.mark.parametrize(("rank", "millions"), [(4, 1.13), (8, 2.26), (16, 4.51), (32, 9.02)])
-def test_an_adapter_has_its_known_size(rank: int, millions: float) -> None:
+def test_adapter_has_its_published_size(rank: int, millions: float) -> None:
     """132 modules, all of them in float32."""
     blueprint = draft(load_trainer_config(KARLO, [f"lora.rank={rank}"]))
     weights = blueprint.policy.lora.values()
@@ -56,7 +56,7 @@ def test_an_adapter_has_its_known_size(rank: int, millions: float) -> None:
     assert {weight.dtype for weight in weights} == {torch.float32}
 
 
-def test_an_image_costs_what_is_known_of_it(published: Plan) -> None:
+def test_flops_of_an_image_match_known_values(published: Plan) -> None:
     """8.2 TFLOP in the prior, 30.4 in the decoder and 59.5 in super-resolution, at 25, 25 and 7 steps."""
     images, embeddings = published.counts["pictures"], published.counts["image embeddings"]
     assert published.flops["prior"] / embeddings / 1e12 == pytest.approx(8.2, abs=0.1)
@@ -64,7 +64,7 @@ def test_an_image_costs_what_is_known_of_it(published: Plan) -> None:
     assert published.flops["super-resolution"] / images / 1e12 == pytest.approx(59.5, abs=0.1)
 
 
-def test_what_saves_memory_saves_it_in_the_plan(published: Plan) -> None:
+def test_checkpointing_and_offload_reduce_the_planned_memory(published: Plan) -> None:
     """Checkpointing cuts the update's activations to a third for more arithmetic; offloading its weights."""
     few = karlo_plan("update.gradient_checkpointing=true")
     assert few.activations_bytes["update"] < published.activations_bytes["update"] / 3
@@ -83,8 +83,8 @@ def test_processes_share_an_iteration(published: Plan) -> None:
     assert half.weights_bytes == published.weights_bytes
 
 
-def test_too_much_for_the_device_and_noisy_ratios_are_warned_of() -> None:
-    """With the setting that helps."""
+def test_plan_warns_of_too_little_memory_and_noisy_ratios() -> None:
+    """Each warning names the setting that helps."""
     huge = ["sampling.micro_batch=1000000", "rollout.prompts_per_iteration=1000000"]
     plan = make_plan(load_trainer_config(MINIATURE, huge), 4)
     assert any("sampling.micro_batch" in warning for warning in plan.warnings)
@@ -94,7 +94,7 @@ def test_too_much_for_the_device_and_noisy_ratios_are_warned_of() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_is_near_what_an_iteration_takes(
+def test_estimate_is_near_the_measured_memory(
     trainer_config: TrainerConfig, checkpointing: bool
 ) -> None:
     """Activations of drawing and update, within the stated factor of the allocations that torch records."""
@@ -108,9 +108,11 @@ def test_the_estimate_is_near_what_an_iteration_takes(
     sampler.policy.add_lora(config.lora, seed=0)
     training = new_training_state(sampler.policy, config, 2)
     keys = group_keys(("a", "b"), 32, seed=0, fold=0, iteration=0)
-    drawn = peak(lambda: sampler.draw(keys, config.rollout.share))
-    rollout = collect(sampler, FakeScorer(), keys, config.rollout, 64, DropCount(0.05))
-    updated = peak(lambda: improve(training, rollout, FakeScorer.evaluators, config, fold=0, iteration=0))
+    drawn = peak(lambda: sampler.sample(keys, config.rollout.share))
+    rollout = collect_rollout(sampler, FakeScorer(), keys, config.rollout, 64, DropCount(0.05))
+    updated = peak(
+        lambda: update_policy(training, rollout, FakeScorer.evaluators, config, fold=0, iteration=0)
+    )
     stages = {stage: size for stage, size in plan.activations_bytes.items() if stage != "update"}
     kept = plan.kept_bytes
     expected = {
@@ -136,15 +138,15 @@ def peak(work: Callable[[], object]) -> int:
     return most
 
 
-def test_an_unknown_repository_is_one_line() -> None:
+def test_unknown_repository_is_one_line() -> None:
     """Nothing is downloaded for a plan."""
     with pytest.raises(ConfigError, match=r"trainer\.karlo\.repo.*download") as caught:
         karlo_plan("karlo.repo=nobody/nothing", "karlo.revision=main")
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers for other programs; nothing is loaded and no service is asked."""
+def test_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON for other programs; no model is loaded and no service is called."""
     from trainer import cli
 
     monkeypatch.setattr("sys.argv", ["reward-trainer", "plan", "--json"])

@@ -1,4 +1,4 @@
-"""Reports: everything is there, nothing is fetched, whatever the files hold."""
+"""Reports are complete and self-contained, whatever the files contain."""
 
 import json
 import re
@@ -36,7 +36,7 @@ FETCHES = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """What a page is made of; balanced, or it says so."""
+    """Parsed page; records unbalanced tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def read(path: Path) -> Page:
 
 
 def check_page(page: Page) -> None:
-    """What holds of every page: it fetches nothing, runs nothing, says no "nan", and names its images."""
+    """Check every page: it fetches nothing, runs nothing, shows no "nan", and describes its images."""
     assert all(it.startswith(("#", "data:")) for it in page.targets)
     assert page.tags["script"] == 0
     assert not page.handlers
@@ -111,7 +111,7 @@ def run(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------ contents
 
 
-def test_a_run_is_reported_whole(run: Path) -> None:
+def test_report_of_a_run_is_complete(run: Path) -> None:
     """The page of a finished run has its verdict, rows, guard, drift, curves, images and configuration."""
     page = read(write_report(run))
     check_page(page)
@@ -129,7 +129,7 @@ def test_a_run_is_reported_whole(run: Path) -> None:
     assert page.tags["svg"] >= 10
 
 
-def test_an_experiment_is_reported_whole(experiment: Path) -> None:
+def test_report_of_an_experiment_is_complete(experiment: Path) -> None:
     """Folds, search, the choice measured again, and the test's gain first."""
     page = read(write_report(experiment))
     check_page(page)
@@ -157,7 +157,7 @@ def test_equal_files_give_equal_pages(experiment: Path, tmp_path: Path) -> None:
     assert len({page.read_bytes() for page in pages}) == 1
 
 
-def test_prompts_are_text_and_nothing_else(tmp_path: Path) -> None:
+def test_prompts_are_escaped(tmp_path: Path) -> None:
     """Prompts that are markup, templates, right-to-left, emoji or very long harm nothing and are shown."""
     page = read(write_report(make_run(tmp_path / "one", prompts=prompts_of(8, HOSTILE))))
     check_page(page)
@@ -170,7 +170,7 @@ def test_prompts_are_text_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_names_in_files_are_text_too(run: Path) -> None:
+def test_names_in_files_are_escaped(run: Path) -> None:
     """Evaluators, sentences and settings are escaped wherever they appear, charts included."""
     evil = "<img src=x onerror=alert(1)>$x^2$"
     for name in ("evaluation.json", "scorer.json", "metrics.jsonl", "config.yaml"):
@@ -206,7 +206,7 @@ def test_large_images_are_reduced(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ unfinished, damaged
 
 
-def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+def test_unfinished_run_is_marked(tmp_path: Path) -> None:
     """Last night's crashed run gets a page with what it had reached, and no verdict it hasn't earned."""
     page = read(write_report(make_run(tmp_path / "one", finished=False, done=5)))
     check_page(page)
@@ -216,7 +216,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "Not saved yet" in page.text
 
 
-def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
+def test_run_without_iterations_is_marked(tmp_path: Path) -> None:
     """A folder with a configuration alone is a run of 0 iterations."""
     run = make_run(tmp_path / "one", finished=False, done=0)
     for path in run.iterdir():
@@ -227,7 +227,7 @@ def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
     assert "nothing has been compared with the base yet" in page.text
 
 
-def test_folds_that_are_missing_or_under_way_are_in_the_table(experiment: Path, tmp_path: Path) -> None:
+def test_missing_and_running_folds_are_in_the_table(experiment: Path, tmp_path: Path) -> None:
     """Before crossval.json is there, each fold is shown as far as it has come."""
     copy = tmp_path / "study"
     shutil.copytree(experiment, copy)
@@ -256,7 +256,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_named_and_the_rest_is_shown(experiment: Path, tmp_path: Path, damage: str) -> None:
-    """Whatever has become of the files, there is a page; it says what could not be read."""
+    """Whatever the damage, a page is written and names the unreadable files."""
     copy = tmp_path / "study"
     shutil.copytree(experiment, copy)
     spared = copy / "config.yaml" if damage in ("half", "nan") else None
@@ -272,8 +272,8 @@ def test_damaged_files_are_named_and_the_rest_is_shown(experiment: Path, tmp_pat
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "evaluation.json", "tuned.npz", "prompts.json", "scorer.json"]
 )
-def test_one_damaged_file_costs_its_part_only(run: Path, name: str) -> None:
-    """The others' parts stand, and the page names the file."""
+def test_one_damaged_file_removes_only_its_section(run: Path, name: str) -> None:
+    """The other sections stay, and the page names the file."""
     path = run / name
     path.write_bytes(path.read_bytes()[:-40] + b"\xff")
     page = read(write_report(run))
@@ -282,7 +282,7 @@ def test_one_damaged_file_costs_its_part_only(run: Path, name: str) -> None:
     assert "Configuration" in page.text
 
 
-def test_scores_that_are_no_numbers_are_left_out_of_the_images(run: Path) -> None:
+def test_prompts_with_non_finite_scores_are_not_shown(run: Path) -> None:
     """A prompt with a score that is not finite is not shown; the others are."""
     with np.load(run / "tuned.npz") as arrays:
         held = dict(arrays)
@@ -294,8 +294,8 @@ def test_scores_that_are_no_numbers_are_left_out_of_the_images(run: Path) -> Non
     assert "Prompt 1 " not in page.text
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    """One line that says which folder, and where runs are where it holds some."""
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """One line names the folder, and a run inside it if there is one."""
     with pytest.raises(StorageError, match="no such folder"):
         write_report(tmp_path / "none")
     with pytest.raises(StorageError, match="not a run or experiment"):
@@ -308,8 +308,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- claims
 
 
-def test_the_headline_claims_no_more_than_the_interval() -> None:
-    """Rising, falling and unclear have sentences of their own."""
+def test_headline_claims_no_more_than_the_interval() -> None:
+    """Rising, falling and unclear changes have different sentences."""
     unclear = Row("composite", 0.0, 0.1, 0.1, -0.1, 0.3, 0.1)
     assert gain_sentence(unclear, "here", 0.95).startswith("No significant improvement")
     fell = Row("composite", 0.0, -0.1, -0.1, -0.3, -0.05, -0.1)
@@ -318,7 +318,7 @@ def test_the_headline_claims_no_more_than_the_interval() -> None:
     assert "no interval" in gain_sentence(single, "here", 0.95)
 
 
-def test_a_tripped_guard_comes_first(run: Path) -> None:
+def test_tripped_guard_comes_first(run: Path) -> None:
     """However much the composite rose, a page whose guard tripped begins with that."""
     held = json.loads((run / "evaluation.json").read_text())
     held["guard"] |= {"tripped": True, "sentence": "Guard hpsv2 falls significantly"}
@@ -328,7 +328,7 @@ def test_a_tripped_guard_comes_first(run: Path) -> None:
     assert report.tone == "warning"
 
 
-def test_best_median_and_worst_are_what_they_are_called() -> None:
+def test_best_median_and_worst_prompts_are_chosen_by_change() -> None:
     """By the change, none twice, the first ones whatever they gained."""
     change = np.array([0.0, 5.0, -3.0, 1.0, 2.0, 3.0, -1.0, -2.0, 4.0])
     kinds = {title: places for title, _, places in choose(change, each=3)}
@@ -354,7 +354,7 @@ def test_importance_finds_the_setting_that_matters() -> None:
     assert importance(complete[:3], settings, {}, remarks) == []
 
 
-def test_a_search_with_odd_trials_is_shown(experiment: Path, tmp_path: Path) -> None:
+def test_search_with_odd_trials_is_shown(experiment: Path, tmp_path: Path) -> None:
     """Lists, mixed types, huge integers and settings that only some trials have make no page fail."""
     copy = tmp_path / "study"
     shutil.copytree(experiment, copy)
@@ -371,7 +371,7 @@ def test_a_search_with_odd_trials_is_shown(experiment: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------- comparison
 
 
-def test_runs_alike_are_set_against_each_other(tmp_path: Path) -> None:
+def test_comparable_runs_are_compared(tmp_path: Path) -> None:
     """The same service and prompts: one table, the paired difference, the settings and images of both."""
     runs = [
         make_run(tmp_path / "weak", gain=0.1),
@@ -386,9 +386,9 @@ def test_runs_alike_are_set_against_each_other(tmp_path: Path) -> None:
     assert "Not comparable" not in page.text
 
 
-@pytest.mark.parametrize("what", ["judge", "prompts", "weights", "streams"])
-def test_runs_measured_otherwise_are_shown_apart(tmp_path: Path, what: str) -> None:
-    """Another judge, other prompts, weights or streams: a notice says so, and no difference is claimed."""
+@pytest.mark.parametrize("what", ["evaluators", "prompts", "weights", "streams"])
+def test_runs_measured_differently_are_shown_apart(tmp_path: Path, what: str) -> None:
+    """Other evaluators, prompts, weights or streams: a notice says so, and no difference is claimed."""
     first = make_run(tmp_path / "a")
     prompts = prompts_of(12, ["another"]) if what == "prompts" else prompts_of(12)
     more = {
@@ -396,17 +396,17 @@ def test_runs_measured_otherwise_are_shown_apart(tmp_path: Path, what: str) -> N
         "streams": {"evaluation": {"every": 2, "images_per_prompt": 2, "seed": 5}},
     }.get(what, {})
     second = make_run(tmp_path / "b", gain=0.9, prompts=prompts, **more)
-    if what == "judge":
+    if what == "evaluators":
         (second / "scorer.json").write_text(json.dumps(dict.fromkeys(EVALUATORS, "other/table")))
     page = read(write_comparison([first, second], tmp_path / "compare.html"))
     check_page(page)
     assert "Not comparable" in page.text
-    assert {"streams": "how images are drawn"}.get(what, what) in page.text
+    assert {"streams": "how images are generated"}.get(what, what) in page.text
     assert "is better than" not in page.text
 
 
-def test_a_judge_that_is_not_known_is_like_no_other(tmp_path: Path) -> None:
-    """Two runs without scorer.json are not taken to have had the same service."""
+def test_runs_with_unknown_evaluators_are_not_comparable(tmp_path: Path) -> None:
+    """Two runs without scorer.json are not assumed to have used the same service."""
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     for run in runs:
         (run / "scorer.json").unlink()
@@ -414,7 +414,7 @@ def test_a_judge_that_is_not_known_is_like_no_other(tmp_path: Path) -> None:
 
 
 def test_unfinished_runs_and_experiments_can_be_compared(experiment: Path, tmp_path: Path) -> None:
-    """What is there is shown; what is not is said."""
+    """Existing parts are shown, missing ones are named."""
     runs = [make_run(tmp_path / "half", finished=False, done=3), experiment]
     page = read(write_comparison(runs, tmp_path / "compare.html"))
     check_page(page)
@@ -430,7 +430,7 @@ def test_a_comparison_needs_two_runs(run: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_writes_and_says_where(run: Path, tmp_path: Path) -> None:
+def test_command_prints_the_path(run: Path, tmp_path: Path) -> None:
     """`report RUN` writes into the run, `--out` elsewhere, several runs need `--compare`."""
     said = CliRunner().invoke(app, ["report", str(run)], catch_exceptions=False)
     assert str(run / "report.html") in said.output.replace("\n", "")
@@ -441,8 +441,8 @@ def test_the_command_writes_and_says_where(run: Path, tmp_path: Path) -> None:
         CliRunner().invoke(app, ["report", str(run), str(tmp_path)], catch_exceptions=False)
 
 
-def test_the_command_needs_no_torch(run: Path) -> None:
-    """A report is made where torch is not installed."""
+def test_command_needs_no_torch(run: Path) -> None:
+    """The report command runs without torch."""
     code = (
         "import sys; from pathlib import Path; from trainer.cli.experiments import report_command; "
         "from rich.console import Console; "

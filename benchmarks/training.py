@@ -1,8 +1,8 @@
-"""How fast the trainer is: sampling against diffusers' pipeline, an iteration's parts, waiting, memory.
+"""Speed of the trainer: sampling against diffusers' pipeline, parts of an iteration, waiting, memory.
 
-    python -m benchmarks.trainer --output benchmarks/results    # the miniature on this CPU: about 4 minutes
-    python -m benchmarks.trainer --repeats 3 --iterations 1     # a quick look
-    python -m benchmarks.trainer --full --config configs/karlo.yaml    # random weights, CUDA, bfloat16
+    python -m benchmarks.training --output benchmarks/results    # the miniature on this CPU: about 4 minutes
+    python -m benchmarks.training --repeats 3 --iterations 1     # a quick look
+    python -m benchmarks.training --full --config configs/karlo.yaml    # random weights, CUDA, bfloat16
 
 On two or more cores the trainer is bound to the first and a scoring service of its own to the second, one
 thread each, so that waiting is for scores and not for the processor. Times are medians, with their range.
@@ -42,9 +42,9 @@ from trainer.data.splits import read_splits
 from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, _wait_for_address, stop
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import ServiceScorer
-from trainer.rl.rollout import DropCount, collect, group_keys
+from trainer.rl.rollout import DropCount, collect_rollout, group_keys
 from trainer.rl.sampler import NOTHING_SHARED, ImageSampler
-from trainer.rl.train import improve, new_training_state, train_fold
+from trainer.rl.train import Callback, TrainingState, new_training_state, train_fold, update_policy
 from trainer.runs.setup import load_sampler
 from trainer.runtime.rng import ImageKey
 
@@ -53,10 +53,10 @@ SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
 
 
 @dataclass
-class LearnerReport(Report):
-    """Everything measured of the trainer, in one run."""
+class TrainingReport(Report):
+    """Results of the trainer benchmark."""
 
-    name = "learner"
+    name = "training"
     titles: ClassVar = {
         "machine": "# Trainer benchmark\n",
         "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and images, "
@@ -75,10 +75,10 @@ class LearnerReport(Report):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Run the benchmark."""
     options = _options(arguments)
     if options.full and not torch.cuda.is_available():
-        refuse("learner", "--full: torch sees no GPU here; leave it out")
+        refuse("training", "--full: torch sees no GPU here; leave it out")
     say: Say = partial(print, file=sys.stderr, flush=True)
     cores = sorted(os.sched_getaffinity(0))
     if not options.full:
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
     device = torch.device("cuda" if options.full else "cpu")
     dtype = torch.bfloat16 if options.full else torch.float32
-    command = shlex.join(["python", "-m", "benchmarks.learner", *shown(arguments or sys.argv[1:])])
-    report = LearnerReport(machine(device, dtype, None, command))
+    command = shlex.join(["python", "-m", "benchmarks.training", *shown(arguments or sys.argv[1:])])
+    report = TrainingReport(machine(device, dtype, None, command))
     if options.full:
         config = load_trainer_config(options.config, ["precision=bfloat16"])
         report.full = measure_full(config, "cuda", options.batches, options.repeats, say)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write(options.output)
 
 
-def measure(report: LearnerReport, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
+def measure(report: TrainingReport, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
     """Fill the report on the miniature."""
     config = load_trainer_config(options.config, ["threads=1", f"iterations={options.iterations}"])
     prompts = read_splits(config.prompts).train
@@ -145,7 +145,7 @@ def compare_samplers(config: TrainerConfig, prompts: Sequence[str], repeats: int
 def _samplers(config: TrainerConfig, keys: Sequence[ImageKey]) -> dict[str, Callable[[], object]]:
     sampling = config.sampling
     sampler = load_sampler(config)
-    pipeline = UnCLIPPipeline(**sampler._karlo.parts())
+    pipeline = UnCLIPPipeline(**sampler._karlo.components())
     pipeline.set_progress_bar_config(disable=True)
 
     def theirs() -> object:
@@ -162,7 +162,7 @@ def _samplers(config: TrainerConfig, keys: Sequence[ImageKey]) -> dict[str, Call
 
     def ours(share: Sharing) -> object:
         # A studio without memories: text and prior are computed as the pipeline must.
-        return ImageSampler(sampler._karlo, sampler.policy, sampling).draw(keys, share)
+        return ImageSampler(sampler._karlo, sampler.policy, sampling).sample(keys, share)
 
     return {
         "UnCLIPPipeline": theirs,
@@ -172,7 +172,7 @@ def _samplers(config: TrainerConfig, keys: Sequence[ImageKey]) -> dict[str, Call
 
 
 def alternating(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, after one round that does not count."""
+    """Return the seconds of each function in turn, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):
         for name, run in contestants.items():
@@ -187,7 +187,7 @@ def alternating(contestants: dict[str, Callable[[], object]], repeats: int) -> d
 
 
 class Stopwatch:
-    """Seconds spent in what it wraps, by name."""
+    """Seconds spent in wrapped functions, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -205,21 +205,30 @@ class Stopwatch:
         return timed
 
 
+class LapCallback(Callback):
+    """Keep the record of each iteration, and the stopwatch's times within it."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.laps: list[dict[str, float]] = []
+        self._watch = watch
+
+    def on_iteration(self, training: TrainingState, record: dict[str, Any]) -> bool:
+        """Append the record and the times, and reset the stopwatch."""
+        self.records.append(dict(record))
+        self.laps.append(dict(self._watch.seconds))
+        self._watch.seconds.clear()
+        return False
+
+
 def iterations(
     config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train for some iterations; the first, in which everything is new, does not count."""
+    """Train for some iterations; the first is a warm-up."""
     sampler = load_sampler(config)
     sampler.policy.add_lora(config.lora, seed=0)
     watch = Stopwatch()
-    records: list[dict[str, Any]] = []
-    laps: list[dict[str, float]] = []
-
-    def log(record: dict[str, Any]) -> None:
-        records.append(dict(record))
-        laps.append(dict(watch.seconds))
-        watch.seconds.clear()
-
+    callback = LapCallback(watch)
     more = config.model_copy(update={"iterations": config.iterations + 1})
     with ExitStack() as stack:
         for place, name, label in (
@@ -233,8 +242,8 @@ def iterations(
             (ServiceScorer, "score", "encoding, sending and scoring (beside the others)"),
         ):
             stack.enter_context(patch.object(place, name, watch.wrap(label, getattr(place, name))))
-        train_fold(sampler, scorer, prompts, more, log=log)
-    laps, records = laps[1:], records[1:]
+        train_fold(sampler, scorer, prompts, more, callback=callback)
+    laps, records = callback.laps[1:], callback.records[1:]
     names = list(dict.fromkeys(name for lap in laps for name in lap))
     times = {name: [lap.get(name, 0.0) for lap in laps] for name in names}
     times["waiting"] = [float(record["exposed_wait_s"]) for record in records]
@@ -270,7 +279,7 @@ def iterations(
 def update_memory(
     config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer, few: bool
 ) -> dict[str, Any]:
-    """Of one iteration's update, by the profiler's record of allocations."""
+    """Return the peak memory of one iteration's update, from the profiler's allocations."""
     update = config.update.model_copy(update={"gradient_checkpointing": few})
     changed = config.model_copy(update={"update": update})
     sampler = load_sampler(changed)
@@ -284,11 +293,13 @@ def update_memory(
         fold=0,
         iteration=0,
     )
-    rollout = collect(sampler, scorer, keys, rollout_config, config.sampling.micro_batch, DropCount(0.05))
+    rollout = collect_rollout(
+        sampler, scorer, keys, rollout_config, config.sampling.micro_batch, DropCount(0.05)
+    )
     start = time.perf_counter()
-    improve(training, rollout, scorer.evaluators, changed, fold=0, iteration=0)
+    update_policy(training, rollout, scorer.evaluators, changed, fold=0, iteration=0)
     seconds = time.perf_counter() - start
-    work = partial(improve, training, rollout, scorer.evaluators, changed, fold=0, iteration=1)
+    work = partial(update_policy, training, rollout, scorer.evaluators, changed, fold=0, iteration=1)
     return {
         "gradient checkpointing": "on" if few else "off",
         "micro-batch": update.micro_batch,
@@ -298,7 +309,7 @@ def update_memory(
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """Most bytes that `work` had allocated on the CPU at one time."""
+    """Return the peak of bytes that `work` allocates on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         work()
     events = record.profiler.kineto_results.events()
@@ -311,7 +322,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
 
 @contextmanager
 def service(config: Path, core: int) -> Iterator[str]:
-    """Address of a scoring service on this core, with one thread."""
+    """Start a reward service on this core with one thread; yield its address."""
     command = [sys.executable, "-m", "reward_service", "serve", "--config", str(config), "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -342,7 +353,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="Karlo's own size on a CUDA device")
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 8, 16], help="for --full")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--output", type=Path, help="a folder for trainer-DEVICE.md and .json")
+    parser.add_argument("--output", type=Path, help="a folder for training-DEVICE.md and .json")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Callers in a process of their own: `python -m benchmarks.serving.callers`. No torch.
+"""Clients in their own process: `python -m benchmarks.serving.clients`. No torch.
 
 A line of JSON on stdin says who they are (`Crowd`), each further one what they do (`Errand`);
 each is answered by a line of JSON on stdout: the bytes of a body, then every request's `Outcome`.
@@ -33,7 +33,7 @@ _OK, _BUSY = 200, (429, 503)
 
 
 class Crowd(msgspec.Struct, frozen=True):
-    """Who calls, with bodies made beforehand; neighbouring ones differ in every image."""
+    """Clients with prepared bodies; neighbouring bodies differ in every image."""
 
     url: str
     clients: list[str]
@@ -101,7 +101,7 @@ class Callers:
         self._errands = count()
 
     def run(self, errand: Errand) -> list[Outcome]:
-        """Do it."""
+        """Run the plan."""
         if errand.rate is None:
             return self._without_pause(errand)
         seed = self._crowd.seed + 1000 * next(self._errands)
@@ -179,7 +179,7 @@ def _say(value: object) -> None:
 
 
 def main() -> None:
-    """Serve whoever started this."""
+    """Serve the parent process."""
     crowd = msgspec.json.decode(sys.stdin.readline(), type=Crowd)
     os.sched_setaffinity(0, crowd.cores)
     callers = Callers(crowd)
