@@ -1,6 +1,8 @@
-"""raw → z → unit: a fixed table makes the evaluators comparable. Never the request's own batch. No torch.
+"""Score calibration: a fixed table makes raw scores of different evaluators comparable.
 
-z = (raw − mean)/std        unit = Φ(z) = ½ erfc(−z/√2)        reward = Σ w·s / Σ w
+    z = (raw − mean)/std        unit = Φ(z) = ½ erfc(−z/√2)        reward = Σ w·s / Σ w
+
+Mean and standard deviation never come from the request's own batch. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from reward_service.protocol import EvaluatorScore, Normalization
 from reward_service.settings import ConfigError, one_line
 
-# Far beyond any score, and near enough for z to be finite.
+# Far beyond any score, and small enough for z to be finite.
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
 
 class Scale(BaseModel):
-    """Mean and standard deviation of an evaluator's raw scores; further keys of the file are its notes.
+    """Mean and standard deviation of an evaluator's raw scores; other keys of the file are ignored.
 
-    `fingerprint`: of the evaluator whose scores they are of, None if the table doesn't say.
+    `fingerprint` is that of the evaluator that was measured; None if the table does not name it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,17 +37,17 @@ class Scale(BaseModel):
 
     @property
     def identity(self) -> str:
-        """Hash of the two numbers."""
+        """Hash of mean and standard deviation."""
         return hashlib.sha256(json.dumps([self.mean, self.std]).encode()).hexdigest()[:16]
 
     def apply(self, raw: float) -> EvaluatorScore:
-        """A raw score with its z and unit."""
+        """Return a raw score with its z and unit values."""
         z = (raw - self.mean) / self.std
         return EvaluatorScore(raw, z, 0.5 * math.erfc(-z / math.sqrt(2.0)))
 
 
 class Calibration(BaseModel):
-    """A table of scales, where they come from, and whether they are provisional."""
+    """Table of scales, with their provenance and whether they are provisional."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,24 +55,26 @@ class Calibration(BaseModel):
     provenance: str
     evaluators: dict[str, Scale]
 
-    def provisional_for(self, name: str, fingerprint: str) -> bool:
-        """Whether the scale of an evaluator is a stand-in: the table says so, or it is another variant's."""
-        return self.provisional or self._foreign(name, fingerprint)
+    def is_provisional(self, name: str, fingerprint: str) -> bool:
+        """Return whether the table is provisional or the scale is of another variant of the evaluator."""
+        return self.provisional or self._is_other_variant(name, fingerprint)
 
-    def notice(self, fingerprints: Mapping[str, str]) -> str | None:
-        """One line about scales made with another variant of their evaluator; None if there are none.
+    def variant_warning(self, fingerprints: Mapping[str, str]) -> str | None:
+        """Return one line about scales of other variants of their evaluators; None if there are none.
 
-        They are used all the same: bfloat16 and float32 differ in fingerprint, but little in scale.
+        Such scales are still used: bfloat16 and float32 differ in fingerprint, but little in scale.
         """
-        foreign = [name for name, fingerprint in fingerprints.items() if self._foreign(name, fingerprint)]
-        if not foreign:
+        others = [
+            name for name, fingerprint in fingerprints.items() if self._is_other_variant(name, fingerprint)
+        ]
+        if not others:
             return None
         return (
-            f"the scale of {', '.join(foreign)} was made with other weights, preprocessing or dtype "
+            f"the scale of {', '.join(others)} was measured with other weights, preprocessing or dtype "
             "and counts as provisional; recalibrate with reward-service calibrate"
         )
 
-    def _foreign(self, name: str, fingerprint: str) -> bool:
+    def _is_other_variant(self, name: str, fingerprint: str) -> bool:
         return self.evaluators[name].fingerprint not in (None, fingerprint)
 
 
@@ -86,19 +90,19 @@ def load_calibration(path: Path, needed: Sequence[str]) -> Calibration:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); correct service.calibration") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {where}: {one_line(first['msg'])}") from None
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}") from None
     for name in needed:
         if name not in table.evaluators:
             raise ConfigError(f"{path}: no scale for evaluator {name}; add its mean and std")
     return table
 
 
-def compose(
+def compute_reward(
     scores: Mapping[str, EvaluatorScore], weights: Mapping[str, float], normalization: Normalization
 ) -> float:
-    """The weighted mean of the normalized scores; an evaluator without a weight does not count."""
+    """Return the weighted mean of the normalized scores; an evaluator without a weight has weight 0."""
     counted = [(weights.get(name, 0.0), getattr(score, normalization)) for name, score in scores.items()]
     total = math.fsum(w for w, _ in counted)
-    # Shares before products: a huge weight times a score would overflow, a tiny one vanish.
+    # Divide before multiplying: a huge weight times a score would overflow, a tiny one underflow.
     return math.fsum(w / total * s for w, s in counted)

@@ -1,8 +1,9 @@
-"""The canary: one fixed pair whose scores are known, so that a reward service that computes wrongly is found out.
+"""Canary: a fixed pair with known scores, which reveals a service that computes wrong scores.
 
-The image is larger than any tower's input and full of fine lines, so that another way of resizing shows.
-A file of golden scores holds them by device type and fingerprint; weights, preprocessing, tokenizer and dtype
-are in the fingerprint, so a score of the same fingerprint has to come out again. No torch.
+The image is larger than the input of every vision tower and full of fine lines, so that a different way of
+resizing changes the score. A file of golden scores holds one score per device type and fingerprint. The
+fingerprint covers weights, preprocessing, tokenizer and dtype, so equal fingerprints must give equal scores.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from reward_service.settings import ConfigError, one_line
 _HEIGHT_PX, _WIDTH_PX = 420, 512
 _PROMPT = "a red circle and a blue square on a striped wall, seen from afar"
 
-#: Largest distance from a golden score that another machine's order of additions accounts for, in raw units,
-#: on a CPU: in float32 ten times the tolerances of docs/numerics.md, in bfloat16 at most those themselves.
+#: Largest difference from a golden score that another machine's order of additions can cause, in raw units,
+#: on a CPU: in float32 ten times the tolerances of docs/numerics.md, in bfloat16 at most those tolerances.
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "float32": {"aesthetic": 1e-4, "clip": 1e-5, "hpsv2": 1e-5, "pickscore": 1e-3},
     "bfloat16": {"aesthetic": 0.1, "clip": 5e-3, "hpsv2": 5e-3, "pickscore": 0.5},
 }
-# Some GPUs compute the first layer's convolution in TF32, and others don't.
-_FLOAT32_ELSEWHERE = 10.0
+# Some GPUs compute the convolution of the first layer in TF32, others do not.
+_FLOAT32_OTHER_DEVICE_FACTOR = 10.0
 
 
-class Golden(BaseModel):
-    """A known score; `evaluator` is for people who read the file."""
+class GoldenScore(BaseModel):
+    """Known raw score; `evaluator` is for human readers of the file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,29 +45,29 @@ class Golden(BaseModel):
 
 
 class GoldenScores(BaseModel):
-    """A file of golden scores: of which pair, and device type → fingerprint → score."""
+    """File of golden scores: hash of the pair, and device type → fingerprint → score."""
 
     model_config = ConfigDict(frozen=True)
 
     pair: str
-    scores: dict[str, dict[str, Golden]]
+    scores: dict[str, dict[str, GoldenScore]]
 
-    def of(self, device: str, fingerprint: str) -> float | None:
-        """The score of an evaluator on a device type; None if it isn't known."""
+    def raw_score(self, device: str, fingerprint: str) -> float | None:
+        """Return the golden score of an evaluator on a device type, or None if it has none."""
         golden = self.scores.get(device, {}).get(fingerprint)
         return golden.raw if golden else None
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What an evaluator has to score the canary pair, give or take; `golden` if a file says so."""
+class ExpectedScore:
+    """Score that an evaluator must give the canary, within a tolerance; `golden` if it is from a file."""
 
     raw: float
     tolerance: float
     golden: bool
 
     def mismatch(self, evaluator: str, raw: float) -> str | None:
-        """One line if a score isn't this one."""
+        """Return one line if a score differs by more than the tolerance."""
         if abs(raw - self.raw) <= self.tolerance:  # false for a NaN
             return None
         origin = "its golden score" if self.golden else "its score at the start"
@@ -77,7 +78,7 @@ class Expected:
 
 
 def canary_pair() -> Pair:
-    """The fixed pair, made of whole numbers only: the same bytes everywhere."""
+    """Return the fixed pair, computed with integers only: the same bytes on every machine."""
     y, x = np.mgrid[:_HEIGHT_PX, :_WIDTH_PX]
     # A moiré, stripes of three and five pixels, a disc and a square.
     red, green, blue = (x * y // 7) % 256, (x // 3 + y // 5) % 2 * 190 + 30, (x * 255) // _WIDTH_PX
@@ -89,8 +90,8 @@ def canary_pair() -> Pair:
     return Pair(_PROMPT, image)
 
 
-def identity(pair: Pair) -> str:
-    """Hash of prompt and pixels."""
+def pair_hash(pair: Pair) -> str:
+    """Return the hash of prompt and pixels."""
     return hashlib.sha256(pair.prompt.encode() + b"\0" + pair.image.tobytes()).hexdigest()[:16]
 
 
@@ -98,9 +99,9 @@ def load_golden(path: Path) -> GoldenScores:
     """Read a file of golden scores.
 
     Raises:
-        ConfigError: it is missing, malformed, or of another canary pair
+        ConfigError: the file is missing, malformed, or for another canary pair
     """
-    remedy = "write it anew with reward-service canary --write"
+    remedy = "rewrite it with reward-service canary --write"
     try:
         golden = GoldenScores.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -109,28 +110,32 @@ def load_golden(path: Path) -> GoldenScores:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{path}: {where}: {one_line(first['msg'])}; {remedy}") from None
-    if golden.pair != identity(canary_pair()):
-        raise ConfigError(f"{path}: the golden scores are of another canary pair; {remedy}")
+    if golden.pair != pair_hash(canary_pair()):
+        raise ConfigError(f"{path}: the golden scores are for another canary pair; {remedy}")
     return golden
 
 
-def merged(old: GoldenScores | None, device: str, scores: Iterable[tuple[str, Golden]]) -> GoldenScores:
-    """Golden scores with those of one device type added, by fingerprint; the others are kept."""
+def merge_golden(
+    old: GoldenScores | None, device: str, scores: Iterable[tuple[str, GoldenScore]]
+) -> GoldenScores:
+    """Return the golden scores with those of one device type added or replaced, by fingerprint."""
     kept = dict(old.scores) if old else {}
     kept[device] = {**kept.get(device, {}), **dict(scores)}
-    return GoldenScores(pair=identity(canary_pair()), scores=kept)
+    return GoldenScores(pair=pair_hash(canary_pair()), scores=kept)
 
 
-def dumps(golden: GoldenScores) -> str:
-    """As the text of a file."""
+def serialize_golden(golden: GoldenScores) -> str:
+    """Return the text of a file of golden scores."""
     return json.dumps(golden.model_dump(), indent=2, sort_keys=True) + "\n"
 
 
 def tolerance(kind: str, dtype: str, device: str) -> float:
-    """What a score of an evaluator of this kind may be off by.
+    """Return the largest accepted difference of a score, in raw units.
 
     Args:
+        kind: of the evaluator
+        dtype: of its trunk
         device: type of the device, such as cpu or cuda
     """
     widened = dtype == "float32" and device != "cpu"
-    return TOLERANCES[dtype].get(kind, math.inf) * (_FLOAT32_ELSEWHERE if widened else 1.0)
+    return TOLERANCES[dtype].get(kind, math.inf) * (_FLOAT32_OTHER_DEVICE_FACTOR if widened else 1.0)

@@ -23,7 +23,7 @@ from reward_service.scoring.auth import Client, Keyring, load_keys, new_key, rem
 from reward_service.scoring.service import ScoringService
 from reward_service.settings import ConfigError
 from reward_service.web.app import create_app
-from tests.support.service.serving import judging
+from tests.support.service.serving import ready_service
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def service(config: ServiceConfig, engine: RewardEngine) -> Iterator[ScoringService]:
-    with judging(config, engine) as service:
+    with ready_service(config, engine) as service:
         yield service
 
 

@@ -1,4 +1,4 @@
-"""An evaluator that fails is taken out of service, alone, and comes back."""
+"""Circuit breakers: a failing evaluator is taken out of service, alone, and returns when it works again."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ SETTINGS = Watch(breaker_failures=3, breaker_pause_s=10, breaker_longest_pause_s
 
 
 class Clock:
+    """Clock that a test sets."""
+
     def __init__(self) -> None:
         self.now = 100.0
 
@@ -26,18 +28,18 @@ class Clock:
         return self.now
 
 
-class Engine:
-    """Scores every pair 1; `broken` evaluators always fail, `poison` prompts fail in one of them."""
+class FakeEngine:
+    """Scores every pair 1; `broken` evaluators always fail, `poison` prompts fail in one evaluator."""
 
     def __init__(self) -> None:
         self.evaluators: dict[str, Any] = {
-            name: SimpleNamespace(kind=name, fingerprint=f"print of {name}") for name in ALL
+            name: SimpleNamespace(kind=name, fingerprint=f"fingerprint of {name}") for name in ALL
         }
         self.device, self.dtype = SimpleNamespace(type="cpu"), "torch.float32"
         self.broken: set[str] = set()
         self.poison: dict[str, str] = {}
         self.error: Exception | None = None
-        self.number = 1.0
+        self.raw_score = 1.0
         self.calls: list[tuple[list[str], tuple[str, ...]]] = []
 
     def score(
@@ -51,9 +53,9 @@ class Engine:
         for name in names:
             if name in self.broken or self.poison.get(name) in prompts:
                 raise ScoringError(f"evaluator {name} failed", name)
-        return [PairScores(dict.fromkeys(names, self.number), truncated_prompt=False) for _ in pairs]
+        return [PairScores(dict.fromkeys(names, self.raw_score), truncated_prompt=False) for _ in pairs]
 
-    def forget(self, prompt: str) -> None:
+    def evict_prompt(self, prompt: str) -> None:
         pass
 
 
@@ -62,8 +64,8 @@ def pair(prompt: str) -> Pair:
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
@@ -77,23 +79,23 @@ def changes() -> list[tuple[str, bool]]:
 
 
 @pytest.fixture
-def breakers(engine: Engine, clock: Clock, changes: list[tuple[str, bool]]) -> EvaluatorBreakers:
+def breakers(engine: FakeEngine, clock: Clock, changes: list[tuple[str, bool]]) -> EvaluatorBreakers:
     breakers = EvaluatorBreakers(
         engine, None, SETTINGS, clock, on_change=lambda name, up, _: changes.append((name, up))
     )
-    assert breakers.prove() == []
+    assert breakers.self_test() == []
     return breakers
 
 
-def test_a_breaker_opens_after_different_pairs_and_closes_when_tried(clock: Clock) -> None:
-    """One bad pair, however often it comes, does not open it; several do, for a time that doubles."""
+def test_breaker_opens_after_several_different_pairs(clock: Clock) -> None:
+    """One failing pair, however often it is sent, does not open it; several do, for a pause that doubles."""
     breaker = CircuitBreaker(3, 10, 35, clock)
-    assert not any(breaker.fail("a", "it failed") for _ in range(10))
-    assert not breaker.fail("b", "it failed")
-    breaker.succeed()
-    assert not breaker.fail("c", "it failed")
-    assert not breaker.fail("a", "it failed")
-    assert breaker.fail("b", "it failed")
+    assert not any(breaker.record_failure("a", "it failed") for _ in range(10))
+    assert not breaker.record_failure("b", "it failed")
+    breaker.reset()
+    assert not breaker.record_failure("c", "it failed")
+    assert not breaker.record_failure("a", "it failed")
+    assert breaker.record_failure("b", "it failed")
     pauses = []
     for _ in range(4):
         assert (breaker.state, breaker.reason) == ("open", "it failed")
@@ -102,22 +104,21 @@ def test_a_breaker_opens_after_different_pairs_and_closes_when_tried(clock: Cloc
         assert (breaker.state, breaker.wait_s) == ("half_open", 0.0)
         breaker.trip("it failed")
     assert pauses == [10, 20, 35, 35]
-    breaker.succeed()
+    breaker.reset()
     assert (breaker.state, breaker.wait_s) == ("closed", 0.0)
-    breaker.trip("again")
+    breaker.trip("it failed again")
     assert breaker.wait_s == 10
 
 
-def test_a_broken_evaluator_leaves_the_batch_at_once(
-    engine: Engine, breakers: EvaluatorBreakers, changes: list[tuple[str, bool]]
+def test_evaluator_that_fails_on_the_canary_is_left_out_at_once(
+    engine: FakeEngine, breakers: EvaluatorBreakers, changes: list[tuple[str, bool]]
 ) -> None:
-    """It fails on the canary too, so no pair is sought: everybody gets the rest, with the reason."""
+    """The batch is scored by the other evaluators, with the reason, and no pair is isolated."""
     engine.broken = {"clip"}
     results = breakers([pair(str(number)) for number in range(8)], LANE)
     assert [set(result.raw) for result in results] == [{"aesthetic", "hpsv2"}] * 8
     assert all(result.failed == {"clip": "evaluator clip failed"} for result in results)
-    assert breakers.down(ALL) == {"clip": 10.0}
-    assert breakers.reason("clip") == "evaluator clip failed"
+    assert breakers.out_of_service(ALL) == {"clip": 10.0}
     assert changes == [("clip", False)]
     engine.calls.clear()
     assert set(breakers([pair("x")], LANE)[0].raw) == {"aesthetic", "hpsv2"}
@@ -125,39 +126,39 @@ def test_a_broken_evaluator_leaves_the_batch_at_once(
     assert breakers([pair("x")], (("hpsv2",), False))[0].failed == {}
 
 
-def test_a_bad_pair_is_not_the_evaluators_fault(engine: Engine, breakers: EvaluatorBreakers) -> None:
-    """The evaluator scores the canary, so the error is the pair's, and stays so however often it comes."""
+def test_failing_pair_does_not_open_the_breaker(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
+    """The evaluator scores the canary, so the error is attributed to the pair, however often it is sent."""
     engine.poison = {"clip": "bad"}
     for _ in range(20):
         with pytest.raises(ScoringError):
             breakers([pair("good"), pair("bad")], LANE)
         with pytest.raises(ScoringError):
             breakers([pair("bad")], LANE)
-        assert breakers.down(ALL) == {}
+        assert breakers.out_of_service(ALL) == {}
     assert breakers([pair("good")], LANE)[0].failed == {}
 
 
-def test_several_different_pairs_are(engine: Engine, breakers: EvaluatorBreakers) -> None:
-    """An evaluator that only the canary still gets scores of is out of service after some pairs."""
+def test_several_failing_pairs_open_the_breaker(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
+    """An evaluator that scores only the canary is out of service after some pairs."""
     for prompt in ("a", "b"):
         engine.poison = {"clip": prompt}
         with pytest.raises(ScoringError):
             breakers([pair(prompt)], LANE)
     engine.poison = {"clip": "c"}
     assert set(breakers([pair("c")], LANE)[0].failed) == {"clip"}
-    assert set(breakers.down(ALL)) == {"clip"}
+    assert set(breakers.out_of_service(ALL)) == {"clip"}
 
 
-def test_an_evaluator_that_works_again_comes_back(
-    engine: Engine, breakers: EvaluatorBreakers, clock: Clock, changes: list[tuple[str, bool]]
+def test_recovered_evaluator_returns_after_the_pause(
+    engine: FakeEngine, breakers: EvaluatorBreakers, clock: Clock, changes: list[tuple[str, bool]]
 ) -> None:
-    """After the pause the canary is tried, alone; if it is scored everybody is, else the pause is longer."""
+    """After the pause the canary is scored first; if that fails, the next pause is longer."""
     engine.broken = {"clip"}
     breakers([pair("x")], LANE)
     clock.now += 10
-    assert breakers.down(ALL) == {}
+    assert breakers.out_of_service(ALL) == {}
     assert set(breakers([pair("x")], LANE)[0].failed) == {"clip"}
-    assert breakers.down(ALL) == {"clip": 20.0}
+    assert breakers.out_of_service(ALL) == {"clip": 20.0}
     engine.broken = set()
     clock.now += 19
     assert set(breakers([pair("x")], LANE)[0].failed) == {"clip"}
@@ -166,27 +167,27 @@ def test_an_evaluator_that_works_again_comes_back(
     assert changes == [("clip", False), ("clip", True)]
 
 
-def test_a_shared_tower_takes_all_its_evaluators_with_it(engine: Engine, breakers: EvaluatorBreakers) -> None:
-    """With every evaluator out of service there are no scores, but there is an answer."""
+def test_all_evaluators_can_be_out_of_service(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
+    """If a shared tower fails for all evaluators, the batch still returns, without scores."""
     engine.broken = set(ALL)
     (result,) = breakers([pair("x")], LANE)
     assert (result.raw, set(result.failed)) == ({}, set(ALL))
-    assert set(breakers.down(ALL)) == set(ALL)
+    assert set(breakers.out_of_service(ALL)) == set(ALL)
 
 
-def test_wrong_numbers_are_fatal(engine: Engine, breakers: EvaluatorBreakers) -> None:
-    """An evaluator that fails on a pair and then scores the canary otherwise cannot be trusted."""
-    engine.poison, engine.number = {"clip": "bad"}, 1.5
+def test_changed_canary_score_is_fatal(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
+    """An evaluator that fails on a pair and then gives the canary another score cannot be trusted."""
+    engine.poison, engine.raw_score = {"clip": "bad"}, 1.5
     with pytest.raises(FatalDeviceError, match=r"clip.* 1\.5.*expected.* 1 "):
         breakers([pair("bad")], LANE)
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("full"), FatalDeviceError("gone")])
-def test_the_devices_faults_are_nobodys(
-    engine: Engine, breakers: EvaluatorBreakers, error: Exception
+def test_device_errors_open_no_breaker(
+    engine: FakeEngine, breakers: EvaluatorBreakers, error: Exception
 ) -> None:
-    """They go on to the scheduler as they are and trip nothing."""
+    """They are passed on to the scheduler unchanged."""
     engine.error = error
     with pytest.raises(type(error)):
         breakers([pair("x")], LANE)
-    assert breakers.down(ALL) == {}
+    assert breakers.out_of_service(ALL) == {}

@@ -1,4 +1,4 @@
-"""The canary pair tells a reward service that computes wrongly from one that doesn't."""
+"""Canary: golden scores, detection of wrong scores, and the periodic check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reward_service.cli import models as goldens
+from reward_service.cli import models
 from reward_service.config import ServiceConfig, load_config
 from reward_service.engine import preprocessing as preprocess
 from reward_service.engine.engine import RewardEngine
@@ -22,13 +22,13 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores
 from reward_service.images import Pixels
 from reward_service.scoring.breaker import CanaryLoop, EvaluatorBreakers
-from reward_service.scoring.canary import GoldenScores, canary_pair, identity, load_golden
+from reward_service.scoring.canary import GoldenScores, canary_pair, load_golden, pair_hash
 from reward_service.settings import ConfigError
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
-def quiet(_: str) -> None:
+def ignore(_: str) -> None:
     pass
 
 
@@ -45,7 +45,7 @@ def golden(miniature: ServiceConfig) -> GoldenScores:
 
 @pytest.fixture
 def engine(miniature: ServiceConfig) -> RewardEngine:
-    """The miniature, which a test may damage."""
+    """Miniature engine of one test, which may modify it."""
     return build_engine(miniature)
 
 
@@ -53,46 +53,51 @@ def parameters(engine: RewardEngine, name: str) -> dict[str, Tensor]:
     return dict(engine.evaluators[name].tower._model.named_parameters())
 
 
-def test_the_pair_is_the_same_everywhere() -> None:
-    """Whole numbers only: its hash is the one that the committed golden scores name."""
-    assert identity(canary_pair()) == "1e4d36d13004f91d"
+def test_canary_pair_is_the_same_on_every_machine() -> None:
+    """Its hash is the one that the committed golden scores contain."""
+    assert pair_hash(canary_pair()) == "1e4d36d13004f91d"
     assert canary_pair().image.shape == (420, 512, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_miniature_gets_its_committed_scores(
+def test_miniature_reproduces_its_golden_scores(
     miniature: ServiceConfig, golden: GoldenScores, dtype: str
 ) -> None:
-    """On any machine, within the tolerance; every evaluator's score is known, so none goes unchecked."""
+    """They agree on any machine within the tolerance, and every evaluator has one."""
     breakers = EvaluatorBreakers(build_engine(miniature.model_copy(update={"dtype": dtype})), golden)
-    assert breakers.prove() == []
-    assert breakers.unproven() == []
+    assert breakers.self_test() == []
+    assert breakers.without_golden_score() == []
 
 
 @pytest.mark.parametrize(
-    ("evaluator", "parameter", "change", "named"),
+    ("evaluator", "parameter", "factor", "expected"),
     [
         ("clip", "visual.transformer.resblocks.0.mlp.c_fc.weight", 1.05, {"aesthetic", "clip"}),
         ("pickscore", "text_projection", 0.0, {"pickscore"}),
         ("hpsv2", "visual.conv1.weight", 1.05, {"hpsv2"}),
     ],
 )
-def test_a_wrong_weight_is_noticed(
-    engine: RewardEngine, golden: GoldenScores, evaluator: str, parameter: str, change: float, named: set[str]
+def test_wrong_weight_is_detected(
+    engine: RewardEngine,
+    golden: GoldenScores,
+    evaluator: str,
+    parameter: str,
+    factor: float,
+    expected: set[str],
 ) -> None:
-    """One tensor scaled by a twentieth, or one row of it lost, is another score; the line says whose."""
+    """A tensor scaled by 5 %, or with one row set to 0, changes the score; the line names the evaluator."""
     with torch.no_grad():
         tensor = parameters(engine, evaluator)[parameter]
-        (tensor if change else tensor[0]).mul_(change)
-    lines = EvaluatorBreakers(engine, golden).prove()
-    assert {line.split()[1] for line in lines} == named
+        (tensor if factor else tensor[0]).mul_(factor)
+    lines = EvaluatorBreakers(engine, golden).self_test()
+    assert {line.split()[1] for line in lines} == expected
     assert all("expected its golden score" in line and "within" in line for line in lines)
 
 
-def test_resizing_without_antialias_is_noticed(
+def test_resizing_without_antialias_is_detected(
     engine: RewardEngine, golden: GoldenScores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The silent mistake of many reimplementations, in both ways of preparing images."""
+    """This common mistake of reimplementations is detected for both preprocessing methods."""
     interpolate = F.interpolate
 
     def coarse(self: preprocess.Preprocessing, image: Pixels) -> Tensor:
@@ -109,15 +114,15 @@ def test_resizing_without_antialias_is_noticed(
         "interpolate",
         lambda *args, **options: interpolate(*args, **options | {"antialias": False}),
     )
-    lines = EvaluatorBreakers(engine, golden).prove()
+    lines = EvaluatorBreakers(engine, golden).self_test()
     assert {line.split()[1] for line in lines} == {"aesthetic", "clip", "pickscore", "hpsv2"}
 
 
-def test_without_golden_scores_the_first_ones_count(engine: RewardEngine) -> None:
-    """What was right at the start and has changed is noticed, in the text tower too."""
+def test_first_score_is_expected_without_a_golden_score(engine: RewardEngine) -> None:
+    """A score that changes after the start is detected, also if the text tower has changed."""
     breakers = EvaluatorBreakers(engine)
-    assert breakers.prove() == []
-    assert breakers.unproven() == list(engine.evaluators)
+    assert breakers.self_test() == []
+    assert breakers.without_golden_score() == list(engine.evaluators)
     lane = (tuple(engine.evaluators), True)
     assert breakers.mismatches(breakers([breakers.canary], lane)[0].raw) == []
     with torch.no_grad():
@@ -128,38 +133,38 @@ def test_without_golden_scores_the_first_ones_count(engine: RewardEngine) -> Non
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 2.0])
-def test_no_number_is_close_enough(engine: RewardEngine, wrong: float) -> None:
-    """A number that is none doesn't pass for its golden score."""
+def test_non_finite_score_is_a_mismatch(engine: RewardEngine, wrong: float) -> None:
+    """NaN and infinity are never within the tolerance, and neither is a wrong number."""
     breakers = EvaluatorBreakers(engine)
-    breakers.prove()
+    breakers.self_test()
     (line,) = breakers.mismatches({"clip": wrong})
     assert "evaluator clip" in line
 
 
-def test_the_command_writes_what_the_service_reads(
+def test_canary_command_writes_a_file_that_the_service_reads(
     config: ServiceConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Other devices' and fingerprints' scores stay in the file; its own are checked against it."""
+    """Scores of other devices and fingerprints stay in the file, and changed scores are reported."""
     path = tmp_path / "canary.json"
-    goldens.write(config.model_copy(update={"dtype": "bfloat16"}), path, quiet)
-    goldens.write(config, path, quiet)
+    models.write_golden_scores(config.model_copy(update={"dtype": "bfloat16"}), path, ignore)
+    models.write_golden_scores(config, path, ignore)
     assert [len(prints) for prints in load_golden(path).scores.values()] == [8]
     checked = config.model_copy(update={"canary": path})
-    said: list[str] = []
-    assert goldens.compare(checked, quiet, said.append) is None
-    assert len(said) == 4
-    assert all(" golden " in line for line in said)
+    lines: list[str] = []
+    assert models.compare_canary(checked, ignore, lines.append) is None
+    assert len(lines) == 4
+    assert all(" golden " in line for line in lines)
     changed = json.loads(path.read_text())
     for entry in changed["scores"]["cpu"].values():
         entry["raw"] += 1.0 if entry["evaluator"] == "clip" else 0.0
     path.write_text(json.dumps(changed))
-    failure = goldens.compare(checked, quiet, quiet)
+    failure = models.compare_canary(checked, ignore, ignore)
     assert failure is not None
     assert failure.startswith("evaluator clip")
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         (None, "cannot be read"),
         ("{", "Invalid JSON"),
@@ -167,54 +172,55 @@ def test_the_command_writes_what_the_service_reads(
         ('{"pair": "x", "scores": {"cpu": {"f": {"evaluator": "clip", "raw": NaN}}}}', "finite"),
     ],
 )
-def test_an_unusable_file_is_one_line(tmp_path: Path, text: str | None, words: str) -> None:
-    """With the remedy; a service that was told to check doesn't start unchecked."""
+def test_unusable_file_is_reported_in_one_line(tmp_path: Path, text: str | None, expected: str) -> None:
+    """The error names the remedy; a service with golden scores never starts unchecked."""
     path = tmp_path / "canary.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         load_golden(path)
-    assert words in str(caught.value)
-    assert "reward-service canary --write" in str(caught.value)
+    assert expected in str(error.value)
+    assert "reward-service canary --write" in str(error.value)
 
 
-def canary_loop(
-    breakers: EvaluatorBreakers, answer: Callable[[Pair], PairScores], found: list[str]
-) -> threading.Event:
-    """Rounds in quick succession; the event is set at their third."""
-    third, count = threading.Event(), iter(range(10**6))
+def run_canary_loop(
+    breakers: EvaluatorBreakers, score: Callable[[Pair], PairScores], mismatches: list[str]
+) -> None:
+    """Run the loop for three rounds, or until a mismatch."""
+    finished, rounds = threading.Event(), iter(range(10**6))
 
     def submit(pair: Pair) -> Future[PairScores]:
         future: Future[PairScores] = Future()
         try:
-            future.set_result(answer(pair))
+            future.set_result(score(pair))
         except Exception as error:  # noqa: BLE001 - whatever a queue raises
             future.set_exception(error)
-        if next(count) == 2:
-            third.set()
+        if next(rounds) == 2:
+            finished.set()
         return future
 
-    walk = CanaryLoop(breakers, submit, 0.01, lambda line: (found.append(line), third.set()))
-    assert third.wait(WAIT_S)
-    walk.stop()
-    return third
+    loop = CanaryLoop(breakers, submit, 0.01, lambda line: (mismatches.append(line), finished.set()))
+    assert finished.wait(WAIT_S)
+    loop.stop()
 
 
-def test_rounds_tell_of_a_change_and_of_nothing_else(engine: RewardEngine) -> None:
-    """A full queue or an evaluator out of service is no mismatch; another number is, and is told once."""
+def test_canary_loop_reports_a_changed_score_only(engine: RewardEngine) -> None:
+    """A full queue or an evaluator out of service is no mismatch; a changed score is reported once."""
     breakers = EvaluatorBreakers(engine)
-    breakers.prove()
+    breakers.self_test()
     raw = engine.score([breakers.canary], deterministic=True)[0].raw
-    found: list[str] = []
+    mismatches: list[str] = []
 
     def full(_: Pair) -> PairScores:
         raise RuntimeError("the queue is full")
 
-    canary_loop(breakers, full, found)
-    canary_loop(breakers, lambda _: PairScores(raw, truncated_prompt=False), found)
-    canary_loop(breakers, lambda _: PairScores({}, truncated_prompt=False, failed={"clip": "down"}), found)
-    assert found == []
+    run_canary_loop(breakers, full, mismatches)
+    run_canary_loop(breakers, lambda _: PairScores(raw, truncated_prompt=False), mismatches)
+    run_canary_loop(
+        breakers, lambda _: PairScores({}, truncated_prompt=False, failed={"clip": "down"}), mismatches
+    )
+    assert mismatches == []
     changed: dict[str, Any] = raw | {"clip": raw["clip"] + 0.1}
-    canary_loop(breakers, lambda _: PairScores(changed, truncated_prompt=False), found)
-    assert len(found) == 1
-    assert found[0].startswith("evaluator clip")
+    run_canary_loop(breakers, lambda _: PairScores(changed, truncated_prompt=False), mismatches)
+    assert len(mismatches) == 1
+    assert mismatches[0].startswith("evaluator clip")
