@@ -1,4 +1,4 @@
-"""Writes environment.yml from requirements.lock, so that the conda environment cannot drift from the lock.
+"""Write environment.yml from requirements.lock, so that the conda environment cannot drift from the lock.
 
 `python tools/environment.py` prints the file, `--write` writes it.
 """
@@ -18,7 +18,7 @@ HEADER = """\
 #
 # Made by `make lock` from requirements.lock; do not edit by hand.
 # hpsv2 is absent on purpose: it pins pytest==7.2.0 and protobuf<4 and cannot share an environment with
-# the packages below. The service does not need it; it only serves as an oracle for parity tests, in an
+# the packages below. The reward service does not need it; it is only an oracle for the parity tests, in an
 # environment of its own.
 name: rl-unclip-env
 channels:
