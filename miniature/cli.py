@@ -13,7 +13,7 @@ from rich.table import Table
 from miniature import evaluate as measures
 from miniature.build import Build, write_evaluators, write_generator, write_probe, write_prompts
 from reward_service.config import load_config
-from reward_service.engine.weights import ModelError
+from reward_service.engine.types import ModelError
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
 from trainer.cli.main import USAGE_ERROR
 from trainer.config import load_trainer_config

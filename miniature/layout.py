@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
 from miniature import evaluators, generator, tokenizer, world
-from reward_service.engine.weights import open_clip_config, open_clip_names
+from reward_service.engine.weights import convert_config, convert_state_dict
 
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 HPS_FILE = "HPS_miniature.pt"
@@ -77,9 +77,9 @@ def write_hps(model: CLIPModel, folder: Path) -> None:
     """The preference model under open_clip's names in a training checkpoint, as HPSv2 was published."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.to_json_file(folder / "config.json", use_diff=False)
-    architecture = open_clip_config(folder / "config.json")
+    architecture = convert_config(folder / "config.json")
     (folder / "config.json").unlink()
-    state = {name: tensor.half() for name, tensor in open_clip_names(model.state_dict()).items()}
+    state = {name: tensor.half() for name, tensor in convert_state_dict(model.state_dict()).items()}
     torch.save({"state_dict": state}, folder / HPS_FILE)
     preprocessing = {"mean": list(evaluators.MEAN), "std": list(evaluators.STD)}
     _write_json(

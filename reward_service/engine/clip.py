@@ -1,15 +1,10 @@
-"""One CLIP tower: embedding images and prompts with it, and remembering the prompts.
+"""CLIP tower: image and text embeddings of one model, with a cache of text embeddings.
 
-Forward passes of a few fixed sizes, each compiled or captured once: less waiting for the CPU on a GPU.
+Two ways to do less work per forward pass, both opaque to the users of `Tower`:
 
-A CUDA graph replays fixed shapes. So a batch is filled up to the next bucket (1, 2, 4, 8 ... rows) with
-copies of its last row, and what these give is dropped.
-
-The last block of a transformer, at the one token that is read.
-
-Behind the last block CLIP looks at a single token: the class token of an image, the end token of a prompt.
-Keys and values are needed of every token, but query, attention output and MLP only of that one. The result
-is that of the whole block up to rounding, and 2.5 to 3.5 % of a forward pass are saved.
+* the last transformer block is computed only at the one token whose output CLIP uses;
+* passes over images can be compiled or captured as CUDA graphs, once per batch size. Batches are padded to
+  powers of two, so that few sizes exist.
 """
 
 from __future__ import annotations
@@ -25,156 +20,39 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from reward_service.engine.preprocessing import Tokenizer, Tokens, padded
+from reward_service.engine.tokenizer import Tokenizer, Tokens, pad_tokens
 
 Encode: TypeAlias = Callable[[Tensor], Tensor]
 Prepare: TypeAlias = Callable[[Encode, Tensor], Encode]
+#: Unit embedding (D,) of one prompt, and whether the prompt was truncated.
+TextEntry: TypeAlias = tuple[Tensor, bool]
 
-# A forward pass is compiled per tower and bucket, but torch counts them all against one limit (8 by default),
-# beyond which it would quietly go on uncompiled.
+# A pass is compiled per tower and batch size, but torch counts all of them against one limit (8 by default),
+# and silently runs uncompiled beyond it.
 _MAX_COMPILED = 256
-
-
-def accelerated(encode: Encode, mode: str) -> Encode:
-    """`encode` as the configuration's `acceleration` says: none, compile or graphs."""
-    if mode == "none":
-        return encode
-    return Bucketed(encode, compiled if mode == "compile" else captured)
-
-
-def buckets(most: int) -> list[int]:
-    """The sizes that batches of 1 to `most` rows are filled up to: powers of two."""
-    return [2**power for power in range((most - 1).bit_length() + 1)]
-
-
-class Bucketed:
-    """`encode`, in passes of which each size is prepared once.
-
-    Args:
-        prepare: makes the pass of one size, given `encode` and an input of that size
-    """
-
-    def __init__(self, encode: Encode, prepare: Prepare) -> None:
-        self._encode, self._prepare = encode, prepare
-        self._passes: dict[int, Encode] = {}
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Encode rows, (N, ...) -> (N, D)."""
-        size = buckets(len(rows))[-1]
-        filled = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
-        if size not in self._passes:
-            self._passes[size] = self._prepare(self._encode, filled)
-        # A copy: the next replay writes over what a graph has returned.
-        return self._passes[size](filled)[: len(rows)].clone()
-
-
-def compiled(encode: Encode, example: Tensor) -> Encode:
-    """A pass through torch.compile; on a GPU as a CUDA graph as well."""
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = settings.accumulated_recompile_limit = _MAX_COMPILED
-    # Not mode="reduce-overhead": its graphs work only on the thread that made them, and towers are loaded on
-    # one thread and used on another (https://github.com/pytorch/pytorch/issues/123177).
-    compiled_pass = torch.compile(encode, dynamic=False)
-    return captured(compiled_pass, example) if example.is_cuda else compiled_pass
-
-
-def captured(encode: Encode, example: Tensor) -> Encode:
-    """A pass as a CUDA graph: the same kernels as without, started by one call."""
-    inputs = example.clone()
-    # Once outside the graph, on another stream, so that libraries allocate their workspaces.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        encode(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = encode(inputs)
-
-    def replay(rows: Tensor) -> Tensor:
-        inputs.copy_(rows)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-def block_at(block: Any, hidden: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A residual attention block's output at one token of each row.
-
-    Args:
-        block: open_clip's block; of another kind than the plain one, it is computed whole
-        hidden: (N, L, D)
-        at: which token, int64 (N,)
-        mask: added to the attention's logits, (L, L)
-
-    Returns:
-        (N, D)
-    """
-    rows = torch.arange(len(hidden), device=hidden.device)
-    if not is_plain(block):
-        whole: Tensor = block(hidden, attn_mask=mask)[rows, at]
-        return whole
-    width, attention = hidden.shape[-1], block.attn
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    normed = block.ln_1(hidden)
-    query = F.linear(normed[rows, at], weight[:width], bias[:width])[:, None]
-    keys, values = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-    q, k, v = (_by_head(tensor, attention.num_heads) for tensor in (query, keys, values))
-    mixed = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[at][:, None, None])
-    token = hidden[rows, at] + block.ls_1(attention.out_proj(mixed.flatten(1)))
-    result: Tensor = token + block.ls_2(block.mlp(block.ln_2(token)))
-    return result
-
-
-def is_plain(block: nn.Module) -> bool:
-    """Whether a block is of the kind that every published CLIP is made of."""
-    return type(block) is ResidualAttentionBlock
-
-
-def read_first_token(visual: Any) -> None:
-    """Let a vision transformer compute its last block at the class token alone, if it reads no other."""
-    pools = getattr(visual, "pool_type", None), getattr(visual, "attn_pool", None)
-    if pools == ("tok", None) and not visual.output_tokens:
-        visual.transformer.resblocks[-1] = _FirstToken(visual.transformer.resblocks[-1])
-
-
-class _FirstToken(nn.Module):
-    """A block whose output is its first token alone: (N, L, D) -> (N, 1, D)."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        first = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        return block_at(self.block, hidden, first, attn_mask)[:, None]
-
-
-def _by_head(tensor: Tensor, heads: int) -> Tensor:
-    """(N, L, D) as (N, heads, L, D / heads)."""
-    count, length, width = tensor.shape
-    return tensor.view(count, length, heads, width // heads).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Unit embeddings of prompts, float32 (N, D), and which prompts lost words."""
+    """Unit embeddings of prompts, float32 (N, D), and whether each prompt was truncated."""
 
     vectors: Tensor
     truncated: list[bool]
 
 
 class Tower:
-    """A loaded CLIP model. The trunk computes in `dtype`; embeddings are normalised in float32.
+    """A loaded CLIP model. The trunk computes in `dtype`; embeddings are normalized in float32.
 
-    In deterministic mode every image and prompt has a forward pass of its own: nothing else is there that
-    its embedding could depend on.
+    In deterministic mode every image and prompt has a forward pass of its own, so that its embedding depends
+    on nothing else.
 
     Args:
         model: open_clip's CLIP, float32 on the CPU; its last block is changed in place
+        tokenizer: the tokenizer that the model was trained with
         identity: hash of weights, architecture and tokenizer
-        cache_entries: prompts whose embeddings are kept, the least recently used goes first
+        device: device of the trunk
+        dtype: dtype of the trunk
+        cache_entries: capacity of the text cache (least recently used prompts are evicted)
     """
 
     def __init__(
@@ -186,7 +64,7 @@ class Tower:
         dtype: torch.dtype,
         cache_entries: int,
     ) -> None:
-        # Read before the trunk is rounded: bf16 would move a scale of 100 by up to 0.4.
+        # Read before the trunk is rounded: bfloat16 would move a scale of 100 by up to 0.4.
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.identity = identity
         self.size_px = int(model.visual.image_size[0])
@@ -194,18 +72,20 @@ class Tower:
         self._device, self._dtype = device, dtype
         self._tokenizer = tokenizer
         self._model: Any = model.to(device, dtype).eval().requires_grad_(False)
-        read_first_token(self._model.visual)
+        shorten_last_block(self._model.visual)
         self._encode: Encode = self._encode_images
-        self._mask = torch.full((tokenizer.context,) * 2, float("-inf"), device=device, dtype=dtype).triu(1)
-        self._cache: OrderedDict[tuple[str, bool], tuple[Tensor, bool]] = OrderedDict()
+        size = (tokenizer.context_length,) * 2
+        self._mask = torch.full(size, float("-inf"), device=device, dtype=dtype).triu(1)
+        self._cache: OrderedDict[tuple[str, bool], TextEntry] = OrderedDict()
         self._cache_entries = cache_entries
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor, *, deterministic: bool = False) -> Tensor:
-        """Unit embeddings of prepared images.
+        """Return unit embeddings of preprocessed images.
 
         Args:
             pixels: float32 (N, 3, size_px, size_px)
+            deterministic: embed each image in a forward pass of its own
 
         Returns:
             float32 (N, D) on the tower's device
@@ -213,56 +93,64 @@ class Tower:
         pixels = pixels.to(self._device, self._dtype)
         if not deterministic:
             return self._encode(pixels)
-        # Copies, because the alignment of memory may change the order of additions too.
+        # Copies, because memory alignment may change the order of additions too.
         return torch.cat([self._encode(image[None].clone()) for image in pixels])
 
-    def accelerate(self, mode: str, most: int) -> None:
-        """Compile or capture the passes over 1 to `most` images, now, for that can take minutes.
+    def accelerate(self, mode: str, max_images: int) -> None:
+        """Compile or capture the passes over 1 to `max_images` images now, which can take minutes.
 
         Args:
-            mode: none, compile or graphs
+            mode: `none`, `compile` or `graphs`
+            max_images: largest batch
         """
-        self._encode = accelerated(self._encode_images, mode)
-        for rows in [] if mode == "none" else buckets(most):
+        self._encode = accelerate_encoder(self._encode_images, mode)
+        for rows in [] if mode == "none" else bucket_sizes(max_images):
             self.embed_images(torch.zeros(rows, 3, self.size_px, self.size_px))
 
     def embed_texts(
-        self, prompts: Sequence[str], *, batch: int = 64, deterministic: bool = False
+        self, prompts: Sequence[str], *, batch_size: int = 64, deterministic: bool = False
     ) -> TextEmbeddings:
-        """Unit embeddings of prompts, each distinct prompt computed once and kept.
+        """Return unit embeddings of prompts; each distinct prompt is computed once and cached.
 
         Args:
-            batch: most prompts of one forward pass
+            prompts: prompts, not yet tokenized
+            batch_size: maximum number of prompts of one forward pass
+            deterministic: embed each prompt in a forward pass of its own
         """
-        found: dict[str, tuple[Tensor, bool]] = {}
+        entries: dict[str, TextEntry] = {}
         for prompt in dict.fromkeys(prompts):
             if (entry := self._cache.get((prompt, deterministic))) is not None:
                 self._cache.move_to_end((prompt, deterministic))
-                found[prompt] = entry
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        step = 1 if deterministic else batch
-        for start in range(0, len(new), step):
-            part = new[start : start + step]
-            found.update(zip(part, self._embed_new(part), strict=True))
-        self._remember({(prompt, deterministic): found[prompt] for prompt in new})
-        vectors = torch.stack([found[prompt][0] for prompt in prompts])
-        return TextEmbeddings(vectors, [found[prompt][1] for prompt in prompts])
+                entries[prompt] = entry
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in entries]
+        step = 1 if deterministic else batch_size
+        for start in range(0, len(missing), step):
+            part = missing[start : start + step]
+            entries.update(zip(part, self._compute_texts(part), strict=True))
+        self._add_to_cache({(prompt, deterministic): entries[prompt] for prompt in missing})
+        vectors = torch.stack([entries[prompt][0] for prompt in prompts])
+        return TextEmbeddings(vectors, [entries[prompt][1] for prompt in prompts])
 
-    def forget_texts(self) -> None:
-        """Empty the cache of prompts."""
+    def clear_text_cache(self) -> None:
+        """Empty the text cache."""
         self._cache.clear()
 
-    def forget_text(self, prompt: str) -> None:
-        """Compute one prompt anew the next time."""
+    def evict_text(self, prompt: str) -> None:
+        """Remove one prompt from the text cache."""
         for deterministic in (False, True):
             self._cache.pop((prompt, deterministic), None)
 
+    def _add_to_cache(self, entries: dict[tuple[str, bool], TextEntry]) -> None:
+        self._cache.update(entries)
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
+
     @torch.inference_mode()
-    def _embed_new(self, prompts: Sequence[str]) -> list[tuple[Tensor, bool]]:
+    def _compute_texts(self, prompts: Sequence[str]) -> list[TextEntry]:
         rows: list[Tokens] = [self._tokenizer(prompt) for prompt in prompts]
-        # Attention is causal: what comes after the longest prompt's end changes nothing and is left out.
+        # Attention is causal: positions after the longest prompt's end have no effect and are left out.
         length = max(len(row.ids) for row in rows)
-        ids = padded(rows, self._tokenizer.pad_id, length).to(self._device)
+        ids = pad_tokens(rows, self._tokenizer.pad_id, length).to(self._device)
         last = torch.tensor([len(row.ids) - 1 for row in rows], device=self._device)
         vectors = self._encode_texts(ids, last)
         # Copies: a view in the cache would keep its whole batch alive.
@@ -277,10 +165,136 @@ class Tower:
         mask, blocks = self._mask[:length, :length], model.transformer.resblocks
         for block in blocks[:-1]:
             hidden = block(hidden, attn_mask=mask)
-        at_end = model.ln_final(block_at(blocks[-1], hidden, last, mask))
+        at_end = model.ln_final(block_output_at(blocks[-1], hidden, last, mask))
         return F.normalize((at_end @ model.text_projection).float(), dim=-1)
 
-    def _remember(self, entries: dict[tuple[str, bool], tuple[Tensor, bool]]) -> None:
-        self._cache.update(entries)
-        while len(self._cache) > self._cache_entries:
-            self._cache.popitem(last=False)
+
+def shorten_last_block(visual: Any) -> None:
+    """Compute a vision transformer's last block at the class token only, if the model pools by that token.
+
+    After the last block CLIP uses a single token: the class token of an image, the end token of a prompt.
+    Keys and values are needed for every token, but query, attention output and MLP only for that one. The
+    result equals the whole block's up to rounding, and saves 2.5 to 3.5 % of a forward pass.
+    """
+    pooling = getattr(visual, "pool_type", None), getattr(visual, "attn_pool", None)
+    if pooling == ("tok", None) and not visual.output_tokens:
+        visual.transformer.resblocks[-1] = _ClassTokenBlock(visual.transformer.resblocks[-1])
+
+
+def block_output_at(block: Any, hidden: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return a residual attention block's output at one token of each row.
+
+    Args:
+        block: open_clip's block; one that is not of the standard kind is computed whole
+        hidden: (N, L, D)
+        positions: index of the token, int64 (N,)
+        mask: added to the attention logits, (L, L)
+
+    Returns:
+        (N, D)
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if not is_standard_block(block):
+        whole: Tensor = block(hidden, attn_mask=mask)[rows, positions]
+        return whole
+    width, attention = hidden.shape[-1], block.attn
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    normed = block.ln_1(hidden)
+    query = F.linear(normed[rows, positions], weight[:width], bias[:width])[:, None]
+    keys, values = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
+    q, k, v = (_split_heads(tensor, attention.num_heads) for tensor in (query, keys, values))
+    row_mask = None if mask is None else mask[positions][:, None, None]
+    attended = F.scaled_dot_product_attention(q, k, v, row_mask)
+    token = hidden[rows, positions] + block.ls_1(attention.out_proj(attended.flatten(1)))
+    result: Tensor = token + block.ls_2(block.mlp(block.ln_2(token)))
+    return result
+
+
+def is_standard_block(block: nn.Module) -> bool:
+    """Return True for open_clip's plain residual attention block, which all published CLIP models use."""
+    return type(block) is ResidualAttentionBlock
+
+
+class _ClassTokenBlock(nn.Module):
+    """A block that returns only its first token: (N, L, D) -> (N, 1, D)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        first = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return block_output_at(self.block, hidden, first, attn_mask)[:, None]
+
+
+def _split_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Return (N, L, D) as (N, heads, L, D / heads)."""
+    count, length, width = tensor.shape
+    return tensor.view(count, length, heads, width // heads).transpose(1, 2)
+
+
+def accelerate_encoder(encode: Encode, mode: str) -> Encode:
+    """Return `encode` for the configured `acceleration`: `none`, `compile` or `graphs`."""
+    if mode == "none":
+        return encode
+    return BucketedEncoder(encode, compile_encoder if mode == "compile" else capture_cuda_graph)
+
+
+def bucket_sizes(max_rows: int) -> list[int]:
+    """Return the batch sizes that 1 to `max_rows` rows are padded to: powers of two."""
+    return [2**power for power in range((max_rows - 1).bit_length() + 1)]
+
+
+class BucketedEncoder:
+    """Run `encode` in fixed batch sizes, each prepared once at its first use.
+
+    A batch is padded to the next size with copies of its last row; their results are dropped.
+
+    Args:
+        encode: (N, ...) -> (N, D)
+        prepare: returns the pass of one size, given `encode` and an example input of that size
+    """
+
+    def __init__(self, encode: Encode, prepare: Prepare) -> None:
+        self._encode, self._prepare = encode, prepare
+        self._passes: dict[int, Encode] = {}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Encode rows, (N, ...) -> (N, D)."""
+        size = bucket_sizes(len(rows))[-1]
+        padded = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+        if size not in self._passes:
+            self._passes[size] = self._prepare(self._encode, padded)
+        # A copy: the next replay of a CUDA graph overwrites its output.
+        return self._passes[size](padded)[: len(rows)].clone()
+
+
+def compile_encoder(encode: Encode, example: Tensor) -> Encode:
+    """Return a pass through `torch.compile`; on a GPU it is captured as a CUDA graph as well."""
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = settings.accumulated_recompile_limit = _MAX_COMPILED
+    # Not mode="reduce-overhead": its graphs work only on the thread that made them, and towers are loaded on
+    # one thread and used on another (https://github.com/pytorch/pytorch/issues/123177).
+    compiled = torch.compile(encode, dynamic=False)
+    return capture_cuda_graph(compiled, example) if example.is_cuda else compiled
+
+
+def capture_cuda_graph(encode: Encode, example: Tensor) -> Encode:
+    """Return a pass as a CUDA graph: the same kernels, started by one call."""
+    inputs = example.clone()
+    # One run outside the graph, on another stream, so that libraries allocate their workspaces.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        encode(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = encode(inputs)
+
+    def replay(rows: Tensor) -> Tensor:
+        inputs.copy_(rows)
+        graph.replay()
+        return outputs
+
+    return replay

@@ -1,4 +1,4 @@
-"""The four evaluators: what each makes of a tower's unit embeddings. All of it in float32.
+"""The four evaluators: raw scores from a tower's unit embeddings, all in float32.
 
 =========  ===================================  =====================================
 kind       formula                              reference
@@ -9,7 +9,7 @@ pickscore  exp(logit_scale) · e·t               PickScore v1
 hpsv2      e·t                                  HPSv2 (v2.0, v2.1)
 =========  ===================================  =====================================
 
-e: unit embedding of the image, t: of the prompt.
+e: unit embedding of the image, t: unit embedding of the prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from reward_service.config import EvaluatorKind
 from reward_service.engine.clip import Tower
 from reward_service.engine.preprocessing import Preprocessing
-from reward_service.engine.weights import ModelError, StateDict
+from reward_service.engine.types import ModelError
+from reward_service.engine.weights import StateDict
 
 FORMULAS: Mapping[EvaluatorKind, str] = {
     "aesthetic": "w·e + b",
@@ -36,16 +37,16 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A score linear in the embedding: `weight` float32 (D,), `bias`, and the hash of its file."""
+    """Linear function of the embedding: `weight` float32 (D,), `bias`, and the hash of the head's file."""
 
     weight: Tensor
     bias: float
-    identity: str
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One evaluator over a tower that it may share."""
+    """One evaluator; several may share a tower."""
 
     name: str
     kind: EvaluatorKind
@@ -57,15 +58,15 @@ class Evaluator:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the prompt matters to the score."""
+        """True if the score depends on the prompt."""
         return self.head is None
 
     def score(self, image: Tensor, text: Tensor | None) -> Tensor:
-        """Raw scores.
+        """Return raw scores.
 
         Args:
             image: unit embeddings of the images, float32 (N, D)
-            text: unit embeddings of the prompts, float32 (N, D); None only where no prompt is read
+            text: unit embeddings of the prompts, float32 (N, D); None only if no prompt is read
 
         Returns:
             float32 (N,)
@@ -79,32 +80,36 @@ class Evaluator:
         return cosine * self.tower.logit_scale if self.kind == "pickscore" else cosine
 
 
-def preprocessing_of(kind: EvaluatorKind, size_px: int) -> Preprocessing:
-    """How the reference of this kind prepares its images."""
+def reference_preprocessing(kind: EvaluatorKind, size_px: int) -> Preprocessing:
+    """Return the preprocessing of the reference implementation of this kind."""
     if kind == "hpsv2":
         return Preprocessing("letterbox", size_px)
     return Preprocessing("crop", size_px, half_pixel="down" if kind == "pickscore" else "even")
 
 
-def fold(state: StateDict, name: str) -> tuple[Tensor, float]:
-    """Fold `layers.N.weight`, `layers.N.bias` into one w and b, in float64.
+def fold_linear_layers(state: StateDict, name: str) -> tuple[Tensor, float]:
+    """Fold a chain of linear layers into one weight (D,) and one bias, computed in float64.
+
+    Args:
+        state: `layers.N.weight` (rows, columns) and `layers.N.bias` (rows,)
+        name: name of the file, for error messages
 
     Raises:
         ModelError: not a chain of linear layers that ends in one number
     """
-    (_, weight, bias), *later = _layers(state, name)
+    (_, weight, bias), *later = _linear_layers(state, name)
     for number, next_weight, next_bias in later:
         if next_weight.shape[1] != len(weight):
             sizes = f"expected {len(weight)} columns, found {next_weight.shape[1]}"
-            raise ModelError(f"{name}: layers.{number}.weight: {sizes}; this is no such head")
+            raise ModelError(f"{name}: layers.{number}.weight: {sizes}; name the file of an aesthetic head")
         weight, bias = next_weight @ weight, next_weight @ bias + next_bias
     if len(weight) != 1:
         raise ModelError(f"{name}: expected a head that ends in 1 number, found {len(weight)}")
     return weight[0].float(), float(bias)
 
 
-def _layers(state: StateDict, name: str) -> list[tuple[int, Tensor, Tensor]]:
-    """Number, weight (rows, columns) and bias (rows,) of each layer, float64, in their order."""
+def _linear_layers(state: StateDict, name: str) -> list[tuple[int, Tensor, Tensor]]:
+    """Return number, weight (rows, columns) and bias (rows,) of each layer in order, as float64."""
     numbers = sorted({int(match[1]) for key in state if (match := _LAYER.fullmatch(key))})
     expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
     if wrong := sorted(expected ^ state.keys()):

@@ -1,65 +1,48 @@
-"""Files by origin: a folder, the hub or a web address. Found or fetched, then checked by their hash.
+"""Model files: located in a folder, the Hugging Face hub or at a web address, and verified by their hash.
 
-A file that is being fetched has a name of its own until it is whole, so that what was interrupted is never
-taken for a file. Errors are one line: the file, what is expected, what was found, the remedy.
-
-Files at hand, their hashes, and what is said while long work goes on. No torch, no network.
+A download has a temporary name until it is complete, so an interrupted one is never mistaken for the file.
+Errors are one line: the file, what is expected, what was found, the remedy.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
 
 from reward_service.config import Origin
-from reward_service.settings import ConfigError, one_line
+from reward_service.engine.types import ModelError
+from reward_service.settings import one_line
 
-Note = Callable[[str], None]
+#: Receives one line of text about the progress of long work.
+ProgressCallback = Callable[[str], None]
 
 CHUNK_BYTES = 1 << 20
-_QUIET_S, _BETWEEN_S = 2.0, 5.0
-
-
-class ModelError(ConfigError):
-    """A model that cannot be used; the message is one line: the file, what is expected, what was found."""
-
-
-def silent(_: str) -> None:
-    """A note that nobody reads."""
-
-
-class Meter:
-    """Says how far long work has come; work of less than two seconds stays silent.
-
-    Args:
-        what: begins every line
-        total: bytes in all, 0 if unknown
-    """
-
-    def __init__(self, note: Note, what: str, total: int) -> None:
-        self._note, self._what, self._total = note, what, total
-        self._done, self._next = 0, time.monotonic() + _QUIET_S
-
-    def add(self, count: int) -> None:
-        """Count bytes as done."""
-        self._done += count
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _BETWEEN_S
-            of = f" of {self._total / 1e9:.2f}" if self._total else ""
-            self._note(f"{self._what}: {self._done / 1e9:.2f}{of} GB")
+_FIRST_REPORT_S, _REPORT_EVERY_S = 2.0, 5.0
+_TIMEOUT_S = 30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMEDY = "fetch it first: reward-service download"
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file at hand. `source` is how its origin calls it, `path` where it lies."""
+    """A file on this machine.
+
+    Attributes:
+        source: its name at its origin
+        path: its path on this machine
+        size_bytes: its size
+        sha256: hash of its content, 64 hex digits
+    """
 
     source: str
     path: Path
@@ -67,56 +50,43 @@ class LocalFile:
     sha256: str
 
 
-def file_sha256(path: Path, meter: Meter) -> str:
-    """The hex sha256 of a file, read through one small buffer.
-
-    Raises:
-        OSError: it cannot be read
-    """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            meter.add(count)
-    return digest.hexdigest()
+def no_progress(_: str) -> None:
+    """Discard a progress report."""
 
 
-_TIMEOUT_S = 30
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = "fetch it first: reward-service download"
-
-
-class Files:
-    """The files of origins, each fetched and hashed once.
+class ModelFiles:
+    """Files of configured origins, each downloaded and hashed once.
 
     Args:
-        note: told in words how long work goes on
-        download: whether missing files are fetched
+        progress: receives progress reports of long work
+        download: whether to download missing files
     """
 
-    def __init__(self, note: Note = silent, *, download: bool = True) -> None:
-        self._note, self._download = note, download
+    def __init__(self, progress: ProgressCallback = no_progress, *, download: bool = True) -> None:
+        self._progress, self._download = progress, download
         self._hashed: dict[Path, LocalFile] = {}
 
     def get(self, origin: Origin, name: str, sha256: str | None = None) -> LocalFile:
-        """One file of an origin.
+        """Return one file of an origin; download it if necessary and allowed.
 
         Args:
-            sha256: what its content must hash to, if that is known
+            origin: folder, hub repository or web address
+            name: name of the file at the origin
+            sha256: expected hash of the content, if known
 
         Raises:
-            ModelError: missing, not to be had, or of another hash
+            ModelError: the file is missing, cannot be downloaded or has another hash
         """
         path = self._locate(origin, name, sha256)
         file = self.local(path, f"{origin}/{name}")
-        expected = sha256 or _promised(path)
+        expected = sha256 or _hash_by_hub_cache(path)
         if expected is not None and file.sha256 != expected:
             found = f"expected sha256 {expected}, found {file.sha256} in {file.size_bytes} bytes"
             raise ModelError(f"{path}: {found}; delete it and fetch it again")
         return file
 
     def local(self, path: Path, source: str) -> LocalFile:
-        """A file that needs no fetching.
+        """Return a file that needs no download.
 
         Raises:
             ModelError: it cannot be read
@@ -124,7 +94,7 @@ class Files:
         if path not in self._hashed:
             try:
                 size = path.stat().st_size
-                digest = file_sha256(path, Meter(self._note, f"checking {source}", size))
+                digest = file_sha256(path, ProgressMeter(self._progress, f"checking {source}", size))
             except OSError as error:
                 raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
             self._hashed[path] = LocalFile(source, path, size, digest)
@@ -136,7 +106,9 @@ class Files:
             if not path.is_file():
                 raise ModelError(f"{path}: no such file; correct the origin, or fetch the model there")
             return path
-        return self._from_hub(origin, name) if origin.repo is not None else self._web(origin, name, sha256)
+        if origin.repo is not None:
+            return self._from_hub(origin, name)
+        return self._from_web(origin, name, sha256)
 
     def _from_hub(self, origin: Origin, name: str) -> Path:
         from huggingface_hub import constants, hf_hub_download
@@ -151,41 +123,41 @@ class Files:
             cache = f"not in the hub cache {constants.HF_HUB_CACHE}"
             remedy = _REMEDY if local_only else "and the hub cannot be reached; connect, or use a folder"
             raise ModelError(f"{origin}/{name}: {cache}; {remedy}") from None
-        except Exception as error:  # noqa: BLE001 - the HTTP client beneath has another hierarchy by version
+        except Exception as error:  # noqa: BLE001 - the exceptions of its HTTP client depend on the version
             raise ModelError(f"{origin}/{name}: cannot be downloaded ({one_line(error)[:160]})") from None
         return Path(path)
 
-    def _web(self, origin: Origin, name: str, sha256: str | None) -> Path:
+    def _from_web(self, origin: Origin, name: str, sha256: str | None) -> Path:
         if sha256 is None:
             raise ModelError(
                 f"{origin}/{name}: a file from a web address needs its sha256 in the configuration"
             )
-        path = web_cache() / sha256[:16] / name
+        path = web_cache_folder() / sha256[:16] / name
         if path.is_file():
             return path
         if not self._download:
             raise ModelError(f"{origin}/{name}: not in the cache {path.parent}; {_REMEDY}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fetch(f"{origin.url}/{quote(name)}", path, sha256)
+            self._download_to(path, f"{origin.url}/{quote(name)}", sha256)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             cause = one_line(error)[:160] or type(error).__name__
             raise ModelError(f"{origin}/{name}: cannot be downloaded ({cause})") from None
         return path
 
-    def _fetch(self, url: str, path: Path, sha256: str) -> None:
-        """Fetch into a file beside `path` that takes its name once it is whole."""
+    def _download_to(self, path: Path, url: str, sha256: str) -> None:
+        """Download into a temporary file beside `path`, which is renamed once it is complete."""
         part = path.with_name(f"{path.name}.{uuid4().hex}.part")
         digest = hashlib.sha256()
         try:
             with (
-                httpx.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S) as answer,
+                httpx.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S) as response,
                 part.open("xb") as file,
             ):
-                answer.raise_for_status()
-                total = int(answer.headers.get("content-length", 0))
-                meter = Meter(self._note, f"downloading {path.name}", total)
-                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                response.raise_for_status()
+                total = int(response.headers.get("content-length", 0))
+                meter = ProgressMeter(self._progress, f"downloading {path.name}", total)
+                for chunk in response.iter_bytes(CHUNK_BYTES):
                     file.write(chunk)
                     digest.update(chunk)
                     meter.add(len(chunk))
@@ -196,14 +168,65 @@ class Files:
             part.unlink(missing_ok=True)
 
 
-def web_cache() -> Path:
-    """The folder of files from web addresses: within Hugging Face's, so that there is one to carry along."""
+def web_cache_folder() -> Path:
+    """Return the cache folder for files from web addresses: below Hugging Face's, so there is one to copy."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "reward_service"
 
 
-def _promised(path: Path) -> str | None:
-    """The hash that the hub cache's own name of a large file promises."""
+def _hash_by_hub_cache(path: Path) -> str | None:
+    """Return the hash by which the hub cache names a large file; None for other files."""
     name = path.resolve().name if path.is_symlink() else ""
     return name if _SHA256.fullmatch(name) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        ModelError: the file is unreadable or holds something else
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({one_line(error)}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class ProgressMeter:
+    """Report the progress of long work: after two seconds, then every five seconds.
+
+    Args:
+        progress: receives the reports
+        label: prefix of every report
+        total_bytes: size of the whole work, 0 if unknown
+    """
+
+    def __init__(self, progress: ProgressCallback, label: str, total_bytes: int) -> None:
+        self._progress, self._label, self._total_bytes = progress, label, total_bytes
+        self._done_bytes, self._next_report_s = 0, time.monotonic() + _FIRST_REPORT_S
+
+    def add(self, count: int) -> None:
+        """Count bytes as done."""
+        self._done_bytes += count
+        if time.monotonic() >= self._next_report_s:
+            self._next_report_s = time.monotonic() + _REPORT_EVERY_S
+            total = f" of {self._total_bytes / 1e9:.2f}" if self._total_bytes else ""
+            self._progress(f"{self._label}: {self._done_bytes / 1e9:.2f}{total} GB")
+
+
+def file_sha256(path: Path, meter: ProgressMeter) -> str:
+    """Return the sha256 of a file in hex, read through one small buffer.
+
+    Raises:
+        OSError: it cannot be read
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            meter.add(count)
+    return digest.hexdigest()

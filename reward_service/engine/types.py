@@ -1,7 +1,4 @@
-"""What goes into the engine and what comes out. No torch.
-
-What can be wrong with the device rather than with a pair. No torch, no web.
-"""
+"""Inputs, outputs and exceptions of the engine. No torch."""
 
 from __future__ import annotations
 
@@ -10,41 +7,52 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reward_service.images import Pixels
+from reward_service.settings import ConfigError
 
 
-class OutOfMemoryError(Exception):
-    """The device had no room for a batch of this size; a smaller one may fit."""
-
-
-class FatalDeviceError(Exception):
-    """The device can't be trusted any more, whatever it is given: only a new process helps."""
+class ModelError(ConfigError):
+    """A model that cannot be used; the message is one line: the file, what is expected, what was found."""
 
 
 class ScoringError(Exception):
-    """An evaluator gave no number for some pair; `evaluator` is its name, if it is known."""
+    """A pair that an evaluator cannot score; `evaluator` is the evaluator's name, None if unknown."""
 
     def __init__(self, message: str, evaluator: str | None = None) -> None:
         super().__init__(message)
         self.evaluator = evaluator
 
 
+class OutOfMemoryError(Exception):
+    """The device has no memory for a batch of this size; a smaller batch may fit."""
+
+
+class FatalDeviceError(Exception):
+    """The device is broken for this process: every later computation may fail, so restart the process."""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and one image, uint8 RGB (H, W, 3).
+    """One prompt and one image.
 
-    `inputs`: the image as towers take it, by preprocessing, as far as the engine has prepared it.
+    Attributes:
+        prompt: the prompt, not yet tokenized
+        image: uint8 RGB of shape (H, W, 3)
+        preprocessed: the image's input tensors by `Preprocessing`, as far as `RewardEngine.prepare` made them
     """
 
     prompt: str
     image: Pixels
-    inputs: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    preprocessed: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Raw scores of one pair by evaluator, all finite, and whether a prompt had to be cut for one of them.
+    """Scores of one pair.
 
-    `failed` says of each evaluator that is out of service why; there is no score of it.
+    Attributes:
+        raw: finite raw score by evaluator
+        truncated_prompt: whether the prompt was too long for at least one tower
+        failed: reason by evaluator that is out of service; `raw` has no score of it
     """
 
     raw: dict[str, float]

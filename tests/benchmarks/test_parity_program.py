@@ -12,7 +12,7 @@ from benchmarks.parity import report
 from benchmarks.parity.cases import LONG, PROMPTS, write_images
 from benchmarks.parity.comparison import Comparison, all_cases, diagonal
 from benchmarks.parity.mistakes import Mistake
-from reward_service.engine.preprocessing import neutralise
+from reward_service.engine.tokenizer import neutralize_special_tokens
 from reward_service.images import decode
 
 PASSING = Comparison("clip", "a reference", "a model", {(0, 0): 3e-7}, 0.02, [Mistake("bf16 head", 1e-4)])
@@ -35,7 +35,7 @@ def test_the_cases_are_many_and_readable(tmp_path: Path) -> None:
 def test_harmless_spellings_are_what_neutralising_makes() -> None:
     """What the references are given instead of special tokens is what our tokenizers read."""
     for prompt in PROMPTS:
-        assert neutralise(prompt.harmless) == prompt.harmless
+        assert neutralize_special_tokens(prompt.harmless) == prompt.harmless
     assert {prompt.name for prompt in PROMPTS} >= set(LONG)
 
 

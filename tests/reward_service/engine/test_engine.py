@@ -1,4 +1,4 @@
-"""Engine, towers and text: what a score may and may not depend on."""
+"""RewardEngine: independence of scores from the batch, caching, and refusal of unusable models."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from torch import Tensor
 
 from reward_service.config import Origin, ServiceConfig, TowerConfig, Weights
 from reward_service.engine.engine import RewardEngine
-from reward_service.engine.evaluators import fold
+from reward_service.engine.evaluators import fold_linear_layers
 from reward_service.engine.loading import build_engine, load_tower
-from reward_service.engine.preprocessing import (
+from reward_service.engine.preprocessing import Preprocessing
+from reward_service.engine.tokenizer import (
     HuggingFaceTokenizer,
     OpenClipTokenizer,
-    Preprocessing,
-    neutralise,
+    neutralize_special_tokens,
 )
-from reward_service.engine.types import Pair, ScoringError
-from reward_service.engine.weights import ModelError
+from reward_service.engine.types import ModelError, Pair, ScoringError
 from reward_service.images import Pixels
 from tests.reward_service.conftest import PROMPTS
 from tests.support.service.checkpoints import CONTEXT, Checkpoints
 
 CPU = torch.device("cpu")
-# fp32, ×100 logit included: what another order of additions may change.
+# Largest change by another order of additions, in float32 and after multiplication by a logit scale of 100.
 TOLERANCE = 5e-5
 
 
@@ -37,13 +36,13 @@ def table(scores: list[dict[str, float]]) -> Tensor:
     return torch.tensor([[row[name] for name in sorted(row)] for row in scores])
 
 
-def pairs_of(images: list[Pixels]) -> list[Pair]:
+def make_pairs(images: list[Pixels]) -> list[Pair]:
     return [Pair(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
 
 
-def test_scores_do_not_depend_on_the_batch(engine: RewardEngine, images: list[Pixels]) -> None:
-    """One at a time, all at once or in another order: the same within the stated tolerance."""
-    pairs = pairs_of(images)
+def test_scores_do_not_depend_on_batch_composition(engine: RewardEngine, images: list[Pixels]) -> None:
+    """One pair at a time, all in one batch or in another order: equal within the stated tolerance."""
+    pairs = make_pairs(images)
     together = table([pair.raw for pair in engine.score(pairs)])
     alone = table([engine.score([pair])[0].raw for pair in pairs])
     order = random.Random(1).sample(range(len(pairs)), len(pairs))
@@ -53,9 +52,9 @@ def test_scores_do_not_depend_on_the_batch(engine: RewardEngine, images: list[Pi
     assert together.std(dim=0).min() > 100 * TOLERANCE
 
 
-def test_deterministic_scores_are_equal_bit_by_bit(engine: RewardEngine, images: list[Pixels]) -> None:
-    """With one fixed shape for every forward pass, company and order change nothing at all."""
-    pairs = pairs_of(images) * 3
+def test_deterministic_scores_are_bit_identical(engine: RewardEngine, images: list[Pixels]) -> None:
+    """With one fixed shape for every forward pass, the other pairs and their order change no bit."""
+    pairs = make_pairs(images) * 3
     together = table([pair.raw for pair in engine.score(pairs, deterministic=True)])
     alone = table([engine.score([pair], deterministic=True)[0].raw for pair in pairs])
     backwards = table([pair.raw for pair in engine.score(pairs[::-1], deterministic=True)])
@@ -63,23 +62,23 @@ def test_deterministic_scores_are_equal_bit_by_bit(engine: RewardEngine, images:
     assert torch.equal(backwards.flip(0), together)
 
 
-def test_small_batches_of_the_engine_change_nothing(
+def test_scores_do_not_depend_on_the_batch_size(
     engine: RewardEngine, config: ServiceConfig, images: list[Pixels]
 ) -> None:
-    """The size of a forward pass is no part of a score."""
+    """The size of a forward pass does not affect a score."""
     small = RewardEngine(engine.evaluators, 2, CPU, torch.float32)
     torch.testing.assert_close(
-        table([pair.raw for pair in small.score(pairs_of(images))]),
-        table([pair.raw for pair in engine.score(pairs_of(images))]),
+        table([pair.raw for pair in small.score(make_pairs(images))]),
+        table([pair.raw for pair in engine.score(make_pairs(images))]),
         atol=TOLERANCE,
         rtol=0,
     )
 
 
-def test_the_shared_tower_and_pixels_run_once(
+def test_shared_towers_and_pixels_are_computed_once(
     engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aesthetic and clip share a tower, and on square images PickScore shares its pixels with them."""
+    """aesthetic and clip share a tower; on square images PickScore shares its pixels with them."""
     runs: list[str] = []
     made: list[Preprocessing] = []
     for evaluator in engine.evaluators.values():
@@ -93,19 +92,19 @@ def test_the_shared_tower_and_pixels_run_once(
     call = Preprocessing.__call__
     monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: made.append(self) or call(self, *args))
     engine.score([Pair("x", images[0]), Pair("y", images[5])])
-    # Two wrappers lie on the clip tower, for it is the same object: its one run is told twice.
+    # The clip tower is one object with two wrappers, so that its one run is recorded twice.
     assert sorted(runs) == ["clip", "clip", "hps", "pickscore"]
     assert len(made) == 2
 
 
-def test_prepared_images_score_to_the_same_bit(
+def test_prepared_images_have_bit_identical_scores(
     engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also beside unprepared ones; and what was prepared is not prepared again."""
-    pairs = pairs_of(images)
+    """Also in a batch with unprepared ones; and prepared images are not preprocessed again."""
+    pairs = make_pairs(images)
     expected = [pair.raw for pair in engine.score(pairs)]
     prepared = engine.prepare(pairs)
-    assert all(pair.inputs for pair in prepared)
+    assert all(pair.preprocessed for pair in prepared)
     mixed = [prepared[row] if row % 2 else pairs[row] for row in range(len(pairs))]
     assert [pair.raw for pair in engine.score(mixed)] == expected
     assert [pair.raw for pair in engine.score(engine.prepare(pairs, ["hpsv2"]))] == expected
@@ -117,23 +116,23 @@ def test_prepared_images_score_to_the_same_bit(
     assert not made
 
 
-def test_an_image_that_cannot_be_prepared_is_told_when_it_is_scored(
+def test_preprocessing_error_is_raised_on_scoring(
     engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its evaluator's name."""
+    """`prepare` ignores the error; `score` raises it with the evaluator's name."""
 
     def fail(_: Preprocessing, image: Pixels) -> Tensor:
-        raise ValueError(f"no good: {image.shape}")
+        raise ValueError(f"unusable: {image.shape}")
 
     monkeypatch.setattr(Preprocessing, "_letterbox", fail)
     pairs = engine.prepare([Pair("x", images[0])])
-    assert [way.method for way in pairs[0].inputs] == ["crop"]
+    assert [method.method for method in pairs[0].preprocessed] == ["crop"]
     with pytest.raises(ScoringError, match="hpsv2"):
         engine.score(pairs)
 
 
 def test_prompts_are_embedded_once(engine: RewardEngine, images: list[Pixels]) -> None:
-    """Each distinct prompt goes through the tower once, and a known one not at all."""
+    """Each distinct prompt goes through the tower once, and a cached one not at all."""
     tower = engine.evaluators["clip"].tower
     seen: list[int] = []
     encode = tower._encode_texts
@@ -148,8 +147,8 @@ def test_prompts_are_embedded_once(engine: RewardEngine, images: list[Pixels]) -
     assert torch.equal(first.vectors[[1, 0]], again.vectors)
 
 
-def test_the_text_cache_is_bounded(checkpoints: Checkpoints) -> None:
-    """The least recently used prompt goes first; a cache smaller than a batch still gives every vector."""
+def test_text_cache_is_bounded(checkpoints: Checkpoints) -> None:
+    """The least recently used prompt is evicted; a batch larger than the cache still gets every vector."""
     tower = load_tower(hps(checkpoints.hps), CPU, torch.float32, cache_entries=2)
     assert len(tower.embed_texts(["a", "b", "c", "a"]).vectors) == 4
     tower.embed_texts(["b"])
@@ -157,8 +156,8 @@ def test_the_text_cache_is_bounded(checkpoints: Checkpoints) -> None:
     assert [prompt for prompt, _ in tower._cache] == ["b", "d"]
 
 
-def test_long_prompts_keep_their_beginning_and_say_so(engine: RewardEngine, images: list[Pixels]) -> None:
-    """Two captions that differ within the context score differently although both are cut."""
+def test_long_prompts_are_truncated_at_the_end(engine: RewardEngine, images: list[Pixels]) -> None:
+    """Two captions that differ within the context score differently although both are truncated."""
     tail = " and the circle" * 40
     scores = engine.score([Pair(start + tail, images[0]) for start in ("a red square", "th ci re an")])
     assert [pair.truncated_prompt for pair in scores] == [True, True]
@@ -170,10 +169,10 @@ def test_long_prompts_keep_their_beginning_and_say_so(engine: RewardEngine, imag
 
 
 @pytest.mark.parametrize("special", ["<|endoftext|>", "<|startoftext|>", "<start_of_text>", "<END_OF_TEXT>"])
-def test_special_tokens_in_a_prompt_are_words(
+def test_special_tokens_in_a_prompt_are_plain_text(
     special: str, checkpoints: Checkpoints, images: list[Pixels]
 ) -> None:
-    """Written by a user, or as an HTML entity, they never become the token: one start, one end."""
+    """Spelled out or as HTML entities, they never become special tokens: one start, one end."""
     tokenizers = [
         HuggingFaceTokenizer(checkpoints.clip, CONTEXT, "openai"),
         HuggingFaceTokenizer(checkpoints.pickscore, CONTEXT),
@@ -187,26 +186,26 @@ def test_special_tokens_in_a_prompt_are_words(
             assert not {start, end} & set(ids[1:-1])
 
 
-def test_other_text_is_left_to_the_tokenizer() -> None:
-    """Only the special strings are touched."""
+def test_neutralization_keeps_ordinary_prompts() -> None:
+    """Only strings of special tokens are changed."""
     for prompt in PROMPTS:
-        assert neutralise(prompt) == prompt
+        assert neutralize_special_tokens(prompt) == prompt
 
 
-def test_the_head_folds_into_one_product() -> None:
-    """A chain of linear layers and its fold agree."""
+def test_folded_head_equals_its_layers() -> None:
+    """A chain of linear layers and its fold return the same numbers."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)]
     state = {
         f"layers.{2 * n}.{k}": v for n, layer in enumerate(layers) for k, v in layer.state_dict().items()
     }
-    weight, bias = fold(state, "head")
+    weight, bias = fold_linear_layers(state, "head")
     inputs = torch.randn(4, 7)
     torch.testing.assert_close(inputs @ weight + bias, layers[1](layers[0](inputs))[:, 0].detach())
 
 
-def test_scores_that_are_no_numbers_are_errors(engine: RewardEngine, images: list[Pixels]) -> None:
-    """A NaN is never answered, and never zero."""
+def test_nan_scores_raise(engine: RewardEngine, images: list[Pixels]) -> None:
+    """A NaN is never returned, and never replaced by zero."""
     broken = dict(engine.evaluators)
     tower = broken["pickscore"].tower
     scale, tower.logit_scale = tower.logit_scale, float("nan")
@@ -217,12 +216,14 @@ def test_scores_that_are_no_numbers_are_errors(engine: RewardEngine, images: lis
         tower.logit_scale = scale
 
 
-def test_bfloat16_trunks_stay_near(config: ServiceConfig, engine: RewardEngine, images: list[Pixels]) -> None:
-    """A bf16 trunk moves a cosine by at most 0.02 and has a fingerprint of its own."""
+def test_bfloat16_trunk_moves_cosines_little(
+    config: ServiceConfig, engine: RewardEngine, images: list[Pixels]
+) -> None:
+    """A bfloat16 trunk moves a cosine by at most 0.02 and has a fingerprint of its own."""
     rough = build_engine(config.model_copy(update={"dtype": "bfloat16"}))
     for name in ("clip", "hpsv2"):
-        exact = torch.tensor([pair.raw[name] for pair in engine.score(pairs_of(images))])
-        found = torch.tensor([pair.raw[name] for pair in rough.score(pairs_of(images))])
+        exact = torch.tensor([pair.raw[name] for pair in engine.score(make_pairs(images))])
+        found = torch.tensor([pair.raw[name] for pair in rough.score(make_pairs(images))])
         assert (exact - found).abs().max() < 0.02
         assert rough.evaluators[name].fingerprint != engine.evaluators[name].fingerprint
 
@@ -241,7 +242,7 @@ def clip(folder: Path, file: str = "model.safetensors") -> TowerConfig:
     return TowerConfig(layout="huggingface", origin=Origin(folder=folder), weights=Weights(file=file))
 
 
-def refused(config: TowerConfig) -> str:
+def refusal_message(config: TowerConfig) -> str:
     with pytest.raises(ModelError) as caught:
         load_tower(config, CPU, torch.float32)
     message = str(caught.value)
@@ -249,25 +250,25 @@ def refused(config: TowerConfig) -> str:
     return message
 
 
-def test_a_wrong_hash_is_refused(checkpoints: Checkpoints) -> None:
-    """Named with the file, the hash expected and the hash found."""
-    assert "expected sha256 " + "0" * 64 in refused(hps(checkpoints.hps, sha256="0" * 64))
+def test_wrong_hash_is_refused(checkpoints: Checkpoints) -> None:
+    """The message names the file, the expected hash and the hash found."""
+    assert "expected sha256 " + "0" * 64 in refusal_message(hps(checkpoints.hps, sha256="0" * 64))
 
 
-def test_a_missing_file_is_refused(checkpoints: Checkpoints) -> None:
-    """Named with its path."""
-    assert "nothing.pt: no such file" in refused(hps(checkpoints.hps, "nothing.pt"))
+def test_missing_file_is_refused(checkpoints: Checkpoints) -> None:
+    """The message names the path."""
+    assert "nothing.pt: no such file" in refusal_message(hps(checkpoints.hps, "nothing.pt"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "mps"])
-def test_a_device_we_do_not_serve_is_refused(device: str, config: ServiceConfig) -> None:
-    """With the ones to choose from, before anything is loaded."""
+def test_unsupported_device_is_refused(device: str, config: ServiceConfig) -> None:
+    """The message lists the supported devices, before anything is loaded."""
     with pytest.raises(ModelError, match="use auto, cpu or cuda"):
         build_engine(config.model_copy(update={"device": device}))
 
 
 @pytest.mark.parametrize("name", ["HPS.pt", "model.safetensors"])
-def test_a_truncated_file_is_refused(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_truncated_file_is_refused(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Pickled or safetensors: not a whole file of weights."""
     source = checkpoints.hps if name.endswith("pt") else checkpoints.clip
     for file in source.iterdir():
@@ -275,11 +276,11 @@ def test_a_truncated_file_is_refused(name: str, checkpoints: Checkpoints, tmp_pa
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])
     config = hps(tmp_path) if name.endswith("pt") else clip(tmp_path)
-    assert "not a whole file of weights" in refused(config)
+    assert "not a whole file of weights" in refusal_message(config)
 
 
-def test_another_architecture_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """A shape that does not fit, a key that is missing and one too many are each named."""
+def test_weights_of_another_architecture_are_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """A shape that differs, a missing key and an unknown key are each named."""
     for file in checkpoints.clip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     state = load_file(tmp_path / "model.safetensors")
@@ -291,19 +292,19 @@ def test_another_architecture_is_refused(checkpoints: Checkpoints, tmp_path: Pat
     ):
         changed = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
         save_file(changed, tmp_path / "model.safetensors")
-        assert words in refused(clip(tmp_path))
+        assert words in refusal_message(clip(tmp_path))
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Nothing is executed on loading."""
+def test_pickle_with_code_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Loading executes no code."""
     for file in checkpoints.hps.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({"state_dict": {"x": print}}, tmp_path / "HPS.pt")
-    assert "not a whole file of weights" in refused(hps(tmp_path))
+    assert "not a whole file of weights" in refusal_message(hps(tmp_path))
 
 
-def test_fingerprints_follow_what_makes_a_score(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Another weight or another vocabulary is another identity; the same files are the same."""
+def test_fingerprint_depends_on_weights_and_vocabulary(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Other weights or another vocabulary change the tower's identity; the same files do not."""
     for file in checkpoints.hps.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
 
@@ -323,10 +324,10 @@ def test_fingerprints_follow_what_makes_a_score(checkpoints: Checkpoints, tmp_pa
     assert identity() != first
 
 
-def test_half_precision_files_compute_in_float32(
+def test_float16_checkpoints_are_widened_to_float32(
     checkpoints: Checkpoints, tmp_path: Path, images: list[Pixels]
 ) -> None:
-    """A checkpoint stored as fp16 is widened on loading."""
+    """A checkpoint stored as float16 is widened on loading."""
     for file in checkpoints.clip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     half = {key: tensor.half() for key, tensor in load_file(tmp_path / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""Files by origin: whole or not at all, from a folder, the hub's cache, a hub and the web."""
+"""ModelFiles: complete files or none, from a folder, the hub's cache, a hub and the web."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import yaml
 
 from reward_service.cli.main import main
 from reward_service.config import Origin
-from reward_service.engine import files as origins
-from reward_service.engine.files import Files, Meter, ModelError
+from reward_service.engine import files as model_files
+from reward_service.engine.files import ModelFiles, ProgressMeter
+from reward_service.engine.types import ModelError
 from tests.support.service.checkpoints import Checkpoints, service_section
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -29,23 +30,26 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @contextmanager
-def web(answers: dict[str, bytes], promised: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """A web server, also with what the hub's client asks of one; yields its address and the paths asked for.
+def serve_files(
+    bodies: dict[str, bytes], content_length: int | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Run a web server that the hub's client accepts as well; yield its address and the requested paths.
 
     Args:
-        promised: Content-Length, if other than the body's
+        bodies: response body by path
+        content_length: value of the header, if other than the body's length
     """
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
-            body = answers.get(self.path)
+            requested.append(self.path)
+            body = bodies.get(self.path)
             if body is None:
                 self.send_error(404)
                 return
             self.send_response(200)
-            self.send_header("Content-Length", str(promised or len(body)))
+            self.send_header("Content-Length", str(content_length or len(body)))
             self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
             self.send_header("X-Repo-Commit", REVISION)
             self.end_headers()
@@ -61,7 +65,7 @@ def web(answers: dict[str, bytes], promised: int | None = None) -> Iterator[tupl
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         server.server_close()
@@ -70,7 +74,7 @@ def web(answers: dict[str, bytes], promised: int | None = None) -> Iterator[tupl
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches of the hub and of the web."""
+    """Empty caches of the hub and of web downloads."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -80,15 +84,15 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def refused(origin: Origin, name: str, sha256: str | None = None, **options: bool) -> str:
+def refusal_message(origin: Origin, name: str, sha256: str | None = None, **options: bool) -> str:
     with pytest.raises(ModelError) as caught:
-        Files(**options).get(origin, name, sha256)
+        ModelFiles(**options).get(origin, name, sha256)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def fill_hub_cache(cache: Path, repo: str, folder: Path) -> None:
-    """As the hub's client lays a download out: blobs by hash, a snapshot of links, a ref."""
+    """Write the hub client's cache layout: blobs by hash, a snapshot of links, a ref."""
     root = cache / "hub" / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / REVISION
     for part in (root / "blobs", root / "refs", snapshot):
@@ -100,39 +104,39 @@ def fill_hub_cache(cache: Path, repo: str, folder: Path) -> None:
         (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
 
 
-# ------------------------------------------------------------------------------------------------ the web
+# ---------------------------------------------------------------------------------------------------- the web
 
 
-def test_a_file_from_the_web_is_fetched_once(cache: Path) -> None:
-    """Under its own name, hash checked; a `+` in the name survives the address."""
-    with web({"/models/a%2Bb.pth": CONTENT}) as (address, asked):
+def test_web_file_is_downloaded_once(cache: Path) -> None:
+    """Under its own name, with its hash verified; a `+` in the name is quoted in the URL."""
+    with serve_files({"/models/a%2Bb.pth": CONTENT}) as (address, requested):
         origin = Origin(url=f"{address}/models")
         for _ in range(2):
-            file = Files().get(origin, "a+b.pth", SHA256)
+            file = ModelFiles().get(origin, "a+b.pth", SHA256)
     assert file.path.read_bytes() == CONTENT
     assert (file.size_bytes, file.sha256, file.source) == (7000, SHA256, f"{address}/models/a+b.pth")
-    assert asked == ["/models/a%2Bb.pth"]
+    assert requested == ["/models/a%2Bb.pth"]
     assert files_in(cache) == [file.path]
 
 
 @pytest.mark.parametrize(
-    ("body", "promised", "words"),
+    ("body", "content_length", "words"),
     [(CONTENT[:-1], None, f"expected sha256 {SHA256}, found"), (CONTENT, 9999, "cannot be downloaded")],
-    ids=["another file", "cut off"],
+    ids=["another file", "truncated"],
 )
-def test_a_wrong_or_cut_download_leaves_nothing(
-    body: bytes, promised: int | None, words: str, cache: Path
+def test_wrong_or_truncated_download_leaves_no_file(
+    body: bytes, content_length: int | None, words: str, cache: Path
 ) -> None:
-    """Neither under the file's name nor beside it; the next try starts afresh and succeeds."""
-    with web({"/x.pth": body}, promised) as (address, _):
-        assert words in refused(Origin(url=address), "x.pth", SHA256)
+    """Neither the file nor a temporary one; the next attempt starts again and succeeds."""
+    with serve_files({"/x.pth": body}, content_length) as (address, _):
+        assert words in refusal_message(Origin(url=address), "x.pth", SHA256)
     assert files_in(cache) == []
-    with web({"/x.pth": CONTENT}) as (address, _):
-        assert Files().get(Origin(url=address), "x.pth", SHA256).sha256 == SHA256
+    with serve_files({"/x.pth": CONTENT}) as (address, _):
+        assert ModelFiles().get(Origin(url=address), "x.pth", SHA256).sha256 == SHA256
 
 
-def test_a_full_disk_leaves_no_half_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The part is taken away and the cause is told."""
+def test_full_disk_leaves_no_partial_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary file is removed and the message names the cause."""
 
     class FullDisk(type(Path())):  # type: ignore[misc]
         def open(self, *arguments: Any, **options: Any) -> Any:
@@ -141,57 +145,59 @@ def test_a_full_disk_leaves_no_half_file(cache: Path, monkeypatch: pytest.Monkey
             file.close()
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(origins, "web_cache", lambda: FullDisk(cache))
-    with web({"/x.pth": CONTENT}) as (address, _):
-        assert "No space left on device" in refused(Origin(url=address), "x.pth", SHA256)
+    monkeypatch.setattr(model_files, "web_cache_folder", lambda: FullDisk(cache))
+    with serve_files({"/x.pth": CONTENT}) as (address, _):
+        assert "No space left on device" in refusal_message(Origin(url=address), "x.pth", SHA256)
     assert files_in(cache) == []
 
 
-def test_what_a_killed_download_left_is_not_taken_for_the_file(cache: Path) -> None:
-    """A part has another name than the file."""
-    folder = origins.web_cache() / SHA256[:16]
+def test_leftover_of_a_killed_download_is_ignored(cache: Path) -> None:
+    """A temporary file has another name than the file."""
+    folder = model_files.web_cache_folder() / SHA256[:16]
     folder.mkdir(parents=True)
     (folder / "x.pth.0123.part").write_bytes(CONTENT[:10])
-    with web({"/x.pth": CONTENT}) as (address, asked):
-        assert Files().get(Origin(url=address), "x.pth", SHA256).size_bytes == len(CONTENT)
-    assert len(asked) == 1
+    with serve_files({"/x.pth": CONTENT}) as (address, requested):
+        assert ModelFiles().get(Origin(url=address), "x.pth", SHA256).size_bytes == len(CONTENT)
+    assert len(requested) == 1
 
 
-def test_the_web_needs_a_hash_and_an_answer(cache: Path) -> None:
-    """Each told with the address."""
+def test_web_download_errors_name_the_address(cache: Path) -> None:
+    """No hash, no connection, no permission to download, and a 404."""
     nowhere = Origin(url="http://127.0.0.1:9")
-    assert "needs its sha256" in refused(nowhere, "x.pth")
-    assert "http://127.0.0.1:9/x.pth: cannot be downloaded" in refused(nowhere, "x.pth", SHA256)
-    assert "reward-service download" in refused(nowhere, "x.pth", SHA256, download=False)
-    with web({}) as (address, _):
-        assert "404" in refused(Origin(url=address), "x.pth", SHA256)
+    assert "needs its sha256" in refusal_message(nowhere, "x.pth")
+    assert "http://127.0.0.1:9/x.pth: cannot be downloaded" in refusal_message(nowhere, "x.pth", SHA256)
+    assert "reward-service download" in refusal_message(nowhere, "x.pth", SHA256, download=False)
+    with serve_files({}) as (address, _):
+        assert "404" in refusal_message(Origin(url=address), "x.pth", SHA256)
 
 
 # ------------------------------------------------------------------------------------------------ the hub
 
 
-def test_the_hub_cache_serves_offline(cache: Path, checkpoints: Checkpoints) -> None:
-    """A populated cache is enough, and what is not in it is told at once."""
+def test_hub_cache_is_used_offline(cache: Path, checkpoints: Checkpoints) -> None:
+    """A populated cache is enough, and a file that is not in it is refused at once."""
     fill_hub_cache(cache, "some/clip", checkpoints.clip)
     origin = Origin(repo="some/clip", revision=REVISION)
-    file = Files().get(origin, "model.safetensors")
+    file = ModelFiles().get(origin, "model.safetensors")
     assert file.path.read_bytes() == (checkpoints.clip / "model.safetensors").read_bytes()
     assert file.source == f"some/clip@{REVISION}/model.safetensors"
-    assert "not in the hub cache" in refused(origin, "nothing.pt")
-    assert "reward-service download" in refused(origin, "nothing.pt", download=False)
+    assert "not in the hub cache" in refusal_message(origin, "nothing.pt")
+    assert "reward-service download" in refusal_message(origin, "nothing.pt", download=False)
 
 
-def test_a_spoilt_blob_is_found_without_a_configured_hash(cache: Path, checkpoints: Checkpoints) -> None:
-    """The cache's own name of it is its hash."""
+def test_corrupt_hub_file_is_detected_without_a_configured_hash(
+    cache: Path, checkpoints: Checkpoints
+) -> None:
+    """The cache names a blob by its hash."""
     fill_hub_cache(cache, "some/clip", checkpoints.clip)
     origin = Origin(repo="some/clip", revision=REVISION)
-    path = Files().get(origin, "model.safetensors").path.resolve()
+    path = ModelFiles().get(origin, "model.safetensors").path.resolve()
     path.write_bytes(path.read_bytes()[:-1])
-    assert f"expected sha256 {path.name}, found " in refused(origin, "model.safetensors")
+    assert f"expected sha256 {path.name}, found " in refusal_message(origin, "model.safetensors")
 
 
 def hub_config(checkpoints: Checkpoints, folder: Path, head_address: str) -> Path:
-    """The test's models as if they were published: towers on the hub, the head in the web."""
+    """Write a configuration with the towers on the hub and the head on a web server."""
     section: Any = service_section()
     for name in section["towers"]:
         origin = {"repo": f"some/{name}", "revision": REVISION}
@@ -208,12 +214,12 @@ def hub_config(checkpoints: Checkpoints, folder: Path, head_address: str) -> Pat
     return path
 
 
-def test_download_then_serve_offline(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_download_then_list_evaluators_offline(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """From a hub and a web server into an empty cache; then both may be gone."""
-    answers = {"/head.pth": checkpoints.head.read_bytes()}
+    bodies = {"/head.pth": checkpoints.head.read_bytes()}
     for name, folder in (("clip", "clip"), ("pickscore", "pickscore"), ("hps", "hps")):
         for file in (checkpoints.folder / folder).iterdir():
-            answers[f"/some/{name}/resolve/{REVISION}/{file.name}"] = file.read_bytes()
+            bodies[f"/some/{name}/resolve/{REVISION}/{file.name}"] = file.read_bytes()
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_CACHE", None)
 
@@ -223,7 +229,7 @@ def test_download_then_serve_offline(checkpoints: Checkpoints, tmp_path: Path) -
             line, env=environment | changes, capture_output=True, text=True, timeout=120, check=False
         )
 
-    with web(answers) as (address, _):
+    with serve_files(bodies) as (address, _):
         config = hub_config(checkpoints, tmp_path, address)
         early = run("evaluators")
         fetched = run("download", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
@@ -240,29 +246,29 @@ def test_download_then_serve_offline(checkpoints: Checkpoints, tmp_path: Path) -
     assert all(entry["fingerprint"] for entry in json.loads(offline.stdout)["evaluators"])
 
 
-def test_download_names_what_failed(
+def test_download_names_the_failed_file(
     checkpoints: Checkpoints, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, code 2, and no total."""
+    """One line, exit code 2, and no total."""
     for name in ("clip", "pickscore", "hps"):
         fill_hub_cache(cache, f"some/{name}", checkpoints.folder / name)
     config = hub_config(checkpoints, cache, "http://127.0.0.1:9")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main(["download", "--config", str(config)])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (2, "")
-    assert "http://127.0.0.1:9/head.pth: cannot be downloaded" in said.err
-    assert len(said.err.splitlines()) == 1
+    output = capsys.readouterr()
+    assert (exited.value.code, output.out) == (2, "")
+    assert "http://127.0.0.1:9/head.pth: cannot be downloaded" in output.err
+    assert len(output.err.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ progress
 
 
-def test_long_work_is_told_and_short_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second second on, every five seconds, how much of how much."""
-    now, said = [0.0], []
+def test_only_long_work_reports_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two seconds, then every five seconds: bytes done and bytes in all."""
+    now, reports = [0.0], []
     monkeypatch.setattr("reward_service.engine.files.time.monotonic", lambda: now[0])
-    meter = Meter(said.append, "checking x", 4_000_000_000)
+    meter = ProgressMeter(reports.append, "checking x", 4_000_000_000)
     for now[0] in (0.5, 1.9, 2.1, 4.0, 7.0, 7.2):
         meter.add(500_000_000)
-    assert said == ["checking x: 1.50 of 4.00 GB", "checking x: 3.00 of 4.00 GB"]
+    assert reports == ["checking x: 1.50 of 4.00 GB", "checking x: 3.00 of 4.00 GB"]

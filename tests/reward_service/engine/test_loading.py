@@ -1,4 +1,4 @@
-"""Loading: a weight goes straight to where it stays, and never lies in memory twice."""
+"""Model loading: each weight is copied once to its final place, and never held in memory twice."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from benchmarks.loading import HPS, MIB, PICKSCORE, measure
 from reward_service.config import Origin, TowerConfig, Weights
-from reward_service.engine import weights as reading
+from reward_service.engine import weights as weights_module
 from reward_service.engine.files import LocalFile
 from reward_service.engine.loading import load_tower
-from reward_service.engine.weights import Checkpoint, open_clip_names
+from reward_service.engine.weights import Checkpoint, convert_state_dict
 from tests.support.service.checkpoints import Checkpoints
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_loading_takes_no_memory_beyond_the_model(tmp_path: Path) -> None:
-    """Half a GB of weights, widened, narrowed or as they are: at most a few tensors on top of the model.
+def test_loading_holds_no_second_copy(tmp_path: Path) -> None:
+    """Half a GB of weights, widened, narrowed or unchanged: at most a few tensors on top of the model.
 
     Reading a whole file first would show as 240 MB and more.
     """
@@ -34,8 +34,10 @@ def test_loading_takes_no_memory_beyond_the_model(tmp_path: Path) -> None:
     assert [path for path in (tmp_path / HPS, tmp_path / PICKSCORE) if path.exists()] == []
 
 
-def tower(checkpoints: Checkpoints, layout: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The network of a loaded tower."""
+def load_network(
+    checkpoints: Checkpoints, layout: str, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """Return the network of a loaded tower."""
     if layout == "huggingface":
         weights = Weights(file="model.safetensors")
         config = TowerConfig(layout="huggingface", origin=Origin(folder=checkpoints.clip), weights=weights)
@@ -46,36 +48,36 @@ def tower(checkpoints: Checkpoints, layout: str, dtype: torch.dtype = torch.floa
     return network
 
 
-def arrived(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A network's weights; the tower wraps its last block."""
+def loaded_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a network's weights; the tower wraps its last block."""
     return {key.replace(".block.", "."): tensor for key, tensor in network.state_dict().items()}
 
 
-def stored(checkpoints: Checkpoints, layout: str) -> dict[str, torch.Tensor]:
-    """What the file holds, read the plain way, under open_clip's names."""
+def stored_weights(checkpoints: Checkpoints, layout: str) -> dict[str, torch.Tensor]:
+    """Return the file's weights, read by the plain API, under open_clip's names."""
     if layout == "huggingface":
-        return open_clip_names(load_file(checkpoints.clip / "model.safetensors"))
+        return convert_state_dict(load_file(checkpoints.clip / "model.safetensors"))
     state: dict[str, torch.Tensor] = torch.load(checkpoints.hps / "HPS.pt", weights_only=True)["state_dict"]
     return state
 
 
 @pytest.mark.parametrize("window", [0, 256 << 20], ids=["renewed at each tensor", "never renewed"])
 @pytest.mark.parametrize("layout", ["huggingface", "open_clip"])
-def test_every_weight_arrives(
+def test_every_weight_is_loaded(
     layout: str, window: int, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit in float32, however often the file is mapped anew on the way."""
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", window)
-    found, expected = arrived(tower(checkpoints, layout)), stored(checkpoints, layout)
+    """Bit-identical in float32, however often the file is mapped anew."""
+    monkeypatch.setattr(weights_module, "WINDOW_BYTES", window)
+    found, expected = loaded_weights(load_network(checkpoints, layout)), stored_weights(checkpoints, layout)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_bfloat16_trunk_is_rounded_once(checkpoints: Checkpoints) -> None:
-    """Straight from the file's precision; the scale is read before."""
+def test_bfloat16_trunk_is_rounded_once(checkpoints: Checkpoints) -> None:
+    """Directly from the file's precision; the logit scale is read before."""
     found, expected = (
-        arrived(tower(checkpoints, "open_clip", torch.bfloat16)),
-        stored(checkpoints, "open_clip"),
+        loaded_weights(load_network(checkpoints, "open_clip", torch.bfloat16)),
+        stored_weights(checkpoints, "open_clip"),
     )
     assert all(torch.equal(found[key], expected[key].bfloat16()) for key in expected)
     config = TowerConfig(
@@ -87,11 +89,11 @@ def test_a_bfloat16_trunk_is_rounded_once(checkpoints: Checkpoints) -> None:
     assert load_tower(config, CPU, torch.bfloat16).logit_scale == exact
 
 
-def test_a_loaded_model_does_not_hang_on_its_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_loaded_model_does_not_depend_on_its_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Overwriting the file later changes no weight."""
     shutil.copytree(checkpoints.hps, tmp_path / "hps")
     moved = Checkpoints(tmp_path, checkpoints.config)
-    network = tower(moved, "open_clip")
+    network = load_network(moved, "open_clip")
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     path = moved.hps / "HPS.pt"
     size = path.stat().st_size
@@ -100,8 +102,8 @@ def test_a_loaded_model_does_not_hang_on_its_file(checkpoints: Checkpoints, tmp_
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 
-def test_files_older_than_zip_archives_are_read(tmp_path: Path) -> None:
-    """torch's first format cannot be mapped; it is read whole."""
+def test_legacy_torch_files_are_read(tmp_path: Path) -> None:
+    """torch's first format cannot be memory-mapped; it is read whole."""
     path = tmp_path / "old.pth"
     torch.save({"module.w": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
     checkpoint = Checkpoint(LocalFile("old.pth", path, path.stat().st_size, ""))

@@ -1,4 +1,4 @@
-"""How far a score may move, and how little is computed for it. The tolerances of docs/numerics.md."""
+"""Numerics: the tolerances of docs/numerics.md, shared computation, and acceleration."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from torch import Tensor
 
 from reward_service.config import Origin, ServiceConfig, load_config
 from reward_service.engine.clip import (
-    Bucketed,
+    BucketedEncoder,
     Encode,
-    accelerated,
-    block_at,
-    buckets,
-    is_plain,
-    read_first_token,
+    accelerate_encoder,
+    block_output_at,
+    bucket_sizes,
+    is_standard_block,
+    shorten_last_block,
 )
-from reward_service.engine.engine import RewardEngine, distinct
+from reward_service.engine.engine import RewardEngine, deduplicate_images
 from reward_service.engine.loading import build_engine
-from reward_service.engine.types import Pair
-from reward_service.engine.weights import ModelError
+from reward_service.engine.types import ModelError, Pair
 from reward_service.images import Pixels
 from tests.reward_service.conftest import PROMPTS
 from tests.support.service.checkpoints import CONTEXT, SIZE_PX, Checkpoints, hps_model_config
@@ -37,16 +36,16 @@ from tests.support.service.checkpoints import CONTEXT, SIZE_PX, Checkpoints, hps
 FLOAT32 = {"aesthetic": 1e-5, "clip": 1e-6, "hpsv2": 1e-6, "pickscore": 1e-4}
 BFLOAT16 = {"aesthetic": 0.1, "clip": 0.01, "hpsv2": 0.01, "pickscore": 1.0}
 TOLERANCES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-# What the last block's shortcut may change in a unit embedding.
+# Largest change of a unit embedding by the shortcut of the last block.
 SHORTCUT = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 Models = tuple[str, RewardEngine]
 
 
-def table(engine: RewardEngine, pairs: list[Pair], *, deterministic: bool = False) -> Tensor:
-    """Raw scores (pairs, evaluators by name), every prompt embedded anew."""
+def score_table(engine: RewardEngine, pairs: list[Pair], *, deterministic: bool = False) -> Tensor:
+    """Return raw scores (pairs, evaluators by name), with every prompt embedded anew."""
     for evaluator in engine.evaluators.values():
-        evaluator.tower.forget_texts()
+        evaluator.tower.clear_text_cache()
     rows = engine.score(pairs, deterministic=deterministic)
     return torch.tensor([[row.raw[name] for name in sorted(row.raw)] for row in rows], dtype=torch.float64)
 
@@ -56,7 +55,7 @@ def assert_within(dtype: str, moved: Tensor, engine: RewardEngine) -> None:
         assert largest <= TOLERANCES[dtype][name], name
 
 
-def on_one_thread(kind: str, config: ServiceConfig, dtype: str) -> RewardEngine:
+def single_threaded_engine(kind: str, config: ServiceConfig, dtype: str) -> RewardEngine:
     base = config if kind == "small" else load_config()
     return build_engine(base.model_copy(update={"dtype": dtype, "device": "cpu", "threads": 1}))
 
@@ -68,12 +67,12 @@ def on_one_thread(kind: str, config: ServiceConfig, dtype: str) -> RewardEngine:
 )
 def models(request: pytest.FixtureRequest, config: ServiceConfig) -> Models:
     kind, dtype = request.param
-    return dtype, on_one_thread(kind, config, dtype)
+    return dtype, single_threaded_engine(kind, config, dtype)
 
 
 @pytest.fixture(scope="module")
-def many(images: list[Pixels]) -> list[Pair]:
-    """64 different pairs of short prompts."""
+def many_pairs(images: list[Pixels]) -> list[Pair]:
+    """64 different pairs with short prompts."""
     rng = np.random.default_rng(5)
     made = []
     for number in range(64):
@@ -86,61 +85,67 @@ def many(images: list[Pixels]) -> list[Pair]:
 # ------------------------------------------------------------------------------------------- tolerances
 
 
-def test_a_batch_of_1_equals_a_batch_of_64(models: Models, many: list[Pair]) -> None:
-    """A pair alone scores as it does among 63 others."""
+def test_batch_of_1_equals_batch_of_64(models: Models, many_pairs: list[Pair]) -> None:
+    """A pair scores alone as it does among 63 others."""
     dtype, engine = models
-    together = table(engine, many)
-    alone = torch.cat([table(engine, [pair]) for pair in many])
+    together = score_table(engine, many_pairs)
+    alone = torch.cat([score_table(engine, [pair]) for pair in many_pairs])
     assert_within(dtype, alone - together, engine)
     for name, spread in zip(sorted(engine.evaluators), together.std(dim=0).tolist(), strict=True):
         assert spread > 100 * FLOAT32[name], name
 
 
-def test_the_order_of_a_batch_does_not_matter(models: Models, many: list[Pair]) -> None:
+def test_order_in_a_batch_does_not_matter(models: Models, many_pairs: list[Pair]) -> None:
     """Shuffled pairs keep their scores."""
     dtype, engine = models
-    order = random.Random(1).sample(range(len(many)), len(many))
-    shuffled = table(engine, [many[place] for place in order])
-    assert_within(dtype, shuffled - table(engine, many)[order], engine)
+    order = random.Random(1).sample(range(len(many_pairs)), len(many_pairs))
+    shuffled = score_table(engine, [many_pairs[place] for place in order])
+    assert_within(dtype, shuffled - score_table(engine, many_pairs)[order], engine)
 
 
-def test_longer_prompts_beside_it_do_not_matter(models: Models, many: list[Pair]) -> None:
-    """A prompt is embedded at the length of the longest in its batch, which is exact up to rounding."""
+def test_longer_prompts_in_the_batch_do_not_matter(models: Models, many_pairs: list[Pair]) -> None:
+    """A prompt is padded to the longest of its batch, which changes only rounding."""
     dtype, engine = models
-    company = [Pair("and " * 60, many[0].image), Pair(PROMPTS[2], many[1].image)]
-    moved = table(engine, [*many[:8], *company])[:8] - table(engine, many[:8])
+    longer = [Pair("and " * 60, many_pairs[0].image), Pair(PROMPTS[2], many_pairs[1].image)]
+    moved = score_table(engine, [*many_pairs[:8], *longer])[:8] - score_table(engine, many_pairs[:8])
     assert_within(dtype, moved, engine)
 
 
 @pytest.mark.parametrize("kind", ["small", "miniature"])
-def test_a_bfloat16_trunk_stays_near(kind: str, config: ServiceConfig, many: list[Pair]) -> None:
-    """Trunk bf16 against fp32, head and cosine fp32 in both."""
-    rough, exact = (on_one_thread(kind, config, dtype) for dtype in ("bfloat16", "float32"))
-    assert_within("bfloat16", table(rough, many) - table(exact, many), exact)
+def test_bfloat16_trunk_stays_within_tolerance(
+    kind: str, config: ServiceConfig, many_pairs: list[Pair]
+) -> None:
+    """Trunk in bfloat16 against float32; head and cosine in float32 in both."""
+    rounded, exact = (single_threaded_engine(kind, config, dtype) for dtype in ("bfloat16", "float32"))
+    assert_within("bfloat16", score_table(rounded, many_pairs) - score_table(exact, many_pairs), exact)
 
 
-def test_bfloat16_scores_stay_distinct(config: ServiceConfig, many: list[Pair]) -> None:
-    """A head or cosine in bf16 would leave a few levels; 64 pairs must keep 64 scores."""
+def test_bfloat16_scores_stay_distinct(config: ServiceConfig, many_pairs: list[Pair]) -> None:
+    """A head or cosine in bfloat16 would leave a few levels; 64 pairs must keep 64 scores."""
     engine = build_engine(config.model_copy(update={"dtype": "bfloat16"}))
-    for scores in table(engine, many).T:
-        assert len(scores.unique()) == len(many)
+    for scores in score_table(engine, many_pairs).T:
+        assert len(scores.unique()) == len(many_pairs)
         assert not torch.equal(scores, scores.bfloat16().double())
 
 
-def test_deterministic_scores_are_the_same_bits(models: Models, many: list[Pair]) -> None:
-    """Alone, together, in another order, beside other prompts: equal, not close."""
+def test_deterministic_scores_are_bit_identical(models: Models, many_pairs: list[Pair]) -> None:
+    """Alone, together, in another order, with other prompts: equal, not just close."""
     _, engine = models
-    together = table(engine, many, deterministic=True)
-    assert torch.equal(torch.cat([table(engine, [p], deterministic=True) for p in many]), together)
-    assert torch.equal(table(engine, many[::-1], deterministic=True).flip(0), together)
-    company = [*many[:9], Pair("and " * 60, many[0].image)]
-    assert torch.equal(table(engine, company, deterministic=True)[:9], together[:9])
+    together = score_table(engine, many_pairs, deterministic=True)
+    assert torch.equal(
+        torch.cat([score_table(engine, [p], deterministic=True) for p in many_pairs]), together
+    )
+    assert torch.equal(score_table(engine, many_pairs[::-1], deterministic=True).flip(0), together)
+    longer = [*many_pairs[:9], Pair("and " * 60, many_pairs[0].image)]
+    assert torch.equal(score_table(engine, longer, deterministic=True)[:9], together[:9])
 
 
-def test_deterministic_scores_stay_near_the_others(models: Models, many: list[Pair]) -> None:
-    """The mode changes rounding and nothing else."""
+def test_deterministic_scores_stay_within_tolerance(models: Models, many_pairs: list[Pair]) -> None:
+    """Deterministic mode changes rounding and nothing else."""
     dtype, engine = models
-    assert_within(dtype, table(engine, many, deterministic=True) - table(engine, many), engine)
+    assert_within(
+        dtype, score_table(engine, many_pairs, deterministic=True) - score_table(engine, many_pairs), engine
+    )
 
 
 # ----------------------------------------------------------------------------------- the last block
@@ -158,25 +163,25 @@ def model_of(quick_gelu: bool, **vision: object) -> open_clip.CLIP:
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_class_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
-    """Images: open_clip's full forward pass and ours give one embedding."""
+def test_class_token_shortcut_equals_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
+    """Images: open_clip's full forward pass and ours return the same embedding."""
     model = model_of(quick_gelu).to(dtype)
     pixels = torch.randn(5, 3, SIZE_PX, SIZE_PX).to(dtype)
     whole = F.normalize(model.encode_image(pixels).float(), dim=-1)
-    read_first_token(model.visual)
+    shorten_last_block(model.visual)
     found = F.normalize(model.encode_image(pixels).float(), dim=-1)
     assert (found - whole).abs().max() <= SHORTCUT[dtype]
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_end_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
+def test_end_token_shortcut_equals_the_whole_block(quick_gelu: bool, dtype: torch.dtype) -> None:
     """Prompts: one token of each row, under the causal mask."""
     block = model_of(quick_gelu).transformer.resblocks[-1].to(dtype)
     hidden, at = torch.randn(6, CONTEXT, 96).to(dtype), torch.tensor([0, 1, 5, 22, 23, 9])
     mask = torch.full((CONTEXT, CONTEXT), float("-inf"), dtype=dtype).triu(1)
     whole = F.normalize(block(hidden, attn_mask=mask)[torch.arange(6), at].float(), dim=-1)
-    found = F.normalize(block_at(block, hidden, at, mask).float(), dim=-1)
+    found = F.normalize(block_output_at(block, hidden, at, mask).float(), dim=-1)
     assert (found - whole).abs().max() <= SHORTCUT[dtype]
 
 
@@ -194,19 +199,19 @@ def test_the_end_token_alone_is_the_whole_block(quick_gelu: bool, dtype: torch.d
     ids=lambda vision: next(iter(vision)),
 )
 def test_other_architectures_keep_their_embeddings(vision: dict[str, object]) -> None:
-    """Where the shortcut would not hold, the block is computed whole."""
+    """If the shortcut would be wrong, the block is computed whole."""
     model = model_of(quick_gelu=False, **vision)
     pixels = torch.randn(3, 3, SIZE_PX, SIZE_PX)
     whole = F.normalize(model.encode_image(pixels), dim=-1)
-    read_first_token(model.visual)
+    shorten_last_block(model.visual)
     assert (F.normalize(model.encode_image(pixels), dim=-1) - whole).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("text", [{"no_causal_mask": True}, {"pool_type": "last"}, {"proj_bias": True}])
-def test_text_that_is_read_otherwise_is_refused(
+def test_unsupported_text_settings_are_refused(
     text: dict[str, object], checkpoints: Checkpoints, config: ServiceConfig, tmp_path: Path
 ) -> None:
-    """Trimming prompts and reading them at their end would be wrong there, and silently so."""
+    """Trimmed prompts and pooling at the end token would silently be wrong for them."""
     for file in checkpoints.hps.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     changed = hps_model_config()
@@ -217,11 +222,11 @@ def test_text_that_is_read_otherwise_is_refused(
         build_engine(config.model_copy(update={"towers": {**config.towers, "hps": hps}}))
 
 
-def test_the_shortcut_is_taken(engine: RewardEngine, images: list[Pixels]) -> None:
-    """The last MLP of an image sees one token a row."""
+def test_last_block_computes_one_token_per_image(engine: RewardEngine, images: list[Pixels]) -> None:
+    """The last MLP receives one token per row."""
     tower = engine.evaluators["clip"].tower
     last = tower._model.visual.transformer.resblocks[-1].block
-    assert is_plain(last)
+    assert is_standard_block(last)
     seen: list[tuple[int, ...]] = []
     hook = last.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
     tower.embed_images(torch.zeros(3, 3, SIZE_PX, SIZE_PX))
@@ -233,13 +238,13 @@ def test_the_shortcut_is_taken(engine: RewardEngine, images: list[Pixels]) -> No
 
 
 def test_every_forward_pass_runs_once(
-    engine: RewardEngine, many: list[Pair], monkeypatch: pytest.MonkeyPatch
+    engine: RewardEngine, many_pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 pairs of one prompt: one pass over 64 images a tower, one text row, and none the second time."""
+    """64 pairs of one prompt: per tower one pass over 64 images and one text row, then no text at all."""
     towers = {each.tower_name: each.tower for each in engine.evaluators.values()}
     ran: list[tuple[str, str, int]] = []
     for name, tower in towers.items():
-        tower.forget_texts()
+        tower.clear_text_cache()
         for kind in ("_encode", "_encode_texts"):
             real = getattr(tower, kind)
 
@@ -248,7 +253,7 @@ def test_every_forward_pass_runs_once(
                 return real(rows, *rest)
 
             monkeypatch.setattr(tower, kind, counted)
-    pairs = [Pair("a red square", pair.image) for pair in many]
+    pairs = [Pair("a red square", pair.image) for pair in many_pairs]
     engine.score(pairs)
     images = [(name, "_encode", 64) for name in towers]
     assert sorted(ran) == sorted([*images, *((name, "_encode_texts", 1) for name in towers)])
@@ -257,26 +262,26 @@ def test_every_forward_pass_runs_once(
     assert sorted(ran) == sorted(images)
 
 
-def test_one_image_of_many_prompts_is_embedded_once(
+def test_image_of_many_prompts_is_embedded_once(
     engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal bytes are one image, whoever sent them; every pair keeps its own score."""
+    """Equal bytes are one image, in whichever request; every pair keeps its own score."""
     pairs = [Pair(prompt, image.copy()) for prompt in PROMPTS for image in images[:2]]
-    alone = torch.cat([table(engine, [pair]) for pair in pairs])
+    alone = torch.cat([score_table(engine, [pair]) for pair in pairs])
     seen: list[int] = []
     tower = engine.evaluators["hpsv2"].tower
     real = tower._encode
     monkeypatch.setattr(tower, "_encode", lambda rows: seen.append(len(rows)) or real(rows))
-    assert_within("float32", table(engine, pairs) - alone, engine)
+    assert_within("float32", score_table(engine, pairs) - alone, engine)
     assert seen == [2]
 
 
-def test_images_are_only_one_if_every_byte_is() -> None:
-    """One changed pixel where no sample looks, or another shape of the same bytes, is another image."""
+def test_deduplication_compares_every_byte() -> None:
+    """A changed pixel outside the sample, or another shape of the same bytes, is another image."""
     first = np.zeros((40, 30, 3), np.uint8)
     changed = first.copy()
     changed[7, 3, 1] = 1
-    kept, rows = distinct([first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()])
+    kept, rows = deduplicate_images([first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()])
     for image, row in zip([first, changed, first.reshape(30, 40, 3), changed, first], rows, strict=True):
         assert np.array_equal(kept[row], image)
     assert rows[:4] == [0, 1, 2, 1]
@@ -285,15 +290,15 @@ def test_images_are_only_one_if_every_byte_is() -> None:
 # ------------------------------------------------------------------------------------------ acceleration
 
 
-def test_buckets_are_powers_of_two() -> None:
-    """Few sizes, none more than twice what is asked for."""
-    assert buckets(1) == [1]
-    assert buckets(64) == [1, 2, 4, 8, 16, 32, 64]
-    assert buckets(65)[-1] == 128
+def test_bucket_sizes_are_powers_of_two() -> None:
+    """Few sizes, none more than twice the batch."""
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert bucket_sizes(65)[-1] == 128
 
 
-def test_each_bucket_is_prepared_once_and_its_filling_dropped() -> None:
-    """5, 7 and 8 rows share one pass; what comes back is the rows' own, safe from the next replay."""
+def test_each_bucket_size_is_prepared_once_and_padding_dropped() -> None:
+    """5, 7 and 8 rows share one pass; results are the rows' own, safe from the next replay."""
     prepared: list[int] = []
     buffer = torch.empty(8, 2)
 
@@ -301,7 +306,7 @@ def test_each_bucket_is_prepared_once_and_its_filling_dropped() -> None:
         prepared.append(len(example))
         return lambda rows: buffer[: len(rows)].copy_(encode(rows))
 
-    encode = Bucketed(lambda rows: rows * 2, prepare)
+    encode = BucketedEncoder(lambda rows: rows * 2, prepare)
     first = encode(torch.full((5, 2), 3.0))
     encode(torch.zeros(7, 2))
     encode(torch.zeros(8, 2))
@@ -311,7 +316,7 @@ def test_each_bucket_is_prepared_once_and_its_filling_dropped() -> None:
 
 
 def test_graphs_are_refused_on_a_cpu(config: ServiceConfig) -> None:
-    """In one line that names the field and the ways out."""
+    """In one line that names the field and the alternatives."""
     with pytest.raises(ModelError, match=r"service\.acceleration: graphs are for CUDA.*none or compile"):
         build_engine(config.model_copy(update={"acceleration": "graphs"}))
 
@@ -320,14 +325,14 @@ def test_graphs_are_refused_on_a_cpu(config: ServiceConfig) -> None:
 # torch's compiler imports parts of torch that torch has deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_towers_give_the_same_scores(
+def test_compiled_tower_stays_within_tolerance(
     engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through torch.compile, in buckets, within the tolerance; loaded on one thread and used on another."""
+    """By torch.compile in padded batches; loaded on one thread and used on another."""
     tower = engine.evaluators["clip"].tower
     pixels = torch.randn(3, 3, SIZE_PX, SIZE_PX)
     plain = tower.embed_images(pixels)
-    monkeypatch.setattr(tower, "_encode", accelerated(tower._encode_images, "compile"))
+    monkeypatch.setattr(tower, "_encode", accelerate_encoder(tower._encode_images, "compile"))
     tower.embed_images(pixels)
     with ThreadPoolExecutor(1) as other:
         found = other.submit(tower.embed_images, pixels).result()
@@ -340,16 +345,16 @@ def test_compiled_towers_give_the_same_scores(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("acceleration", ["none", "compile", "graphs"])
-def test_a_gpu_scores_within_the_tolerances(
-    acceleration: str, config: ServiceConfig, engine: RewardEngine, many: list[Pair]
+def test_gpu_scores_stay_within_tolerance(
+    acceleration: str, config: ServiceConfig, engine: RewardEngine, many_pairs: list[Pair]
 ) -> None:
-    """bf16 against the CPU's fp32; deterministic to the bit; with every acceleration."""
+    """bfloat16 against the CPU's float32, deterministic to the bit, with every acceleration."""
     changes = {"device": "cuda", "dtype": "auto", "acceleration": acceleration}
     gpu = build_engine(config.model_copy(update=changes))
     assert gpu.dtype == torch.bfloat16
     with ThreadPoolExecutor(1) as scheduler:
-        found = scheduler.submit(table, gpu, many).result()
-    assert_within("bfloat16", found - table(engine, many), engine)
-    fixed = table(gpu, many, deterministic=True)
-    assert torch.equal(table(gpu, many[::-1], deterministic=True).flip(0), fixed)
-    assert torch.equal(table(gpu, many[:5], deterministic=True), fixed[:5])
+        found = scheduler.submit(score_table, gpu, many_pairs).result()
+    assert_within("bfloat16", found - score_table(engine, many_pairs), engine)
+    fixed = score_table(gpu, many_pairs, deterministic=True)
+    assert torch.equal(score_table(gpu, many_pairs[::-1], deterministic=True).flip(0), fixed)
+    assert torch.equal(score_table(gpu, many_pairs[:5], deterministic=True), fixed[:5])

@@ -1,4 +1,4 @@
-"""Each evaluator against its reference's own computation, written independently, on the same weights."""
+"""Parity: each evaluator against an independent implementation of its reference, on the same weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def scores(engine: RewardEngine, images: Sequence[Pixels], name: str) -> Tensor:
 
 
 def transformers_embeddings(
-    folder: Path, rgb_images: Sequence[Pixels], prompts: Sequence[str]
+    folder: Path, images: Sequence[Pixels], prompts: Sequence[str]
 ) -> tuple[CLIPModel, Tensor, Tensor]:
-    """Unit embeddings by transformers' model, tokenizer and image processor, one pair at a time.
+    """Return transformers' model, and its unit embeddings of images and prompts, computed one pair at a time.
 
     The checkpoints were published with the processor's Pillow backend; transformers 5 defaults to
     torchvision's, whose resize of uint8 tensors differs from it by up to 13 grey levels.
@@ -41,20 +41,21 @@ def transformers_embeddings(
     model = CLIPModel.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    images, texts = [], []
-    for image, prompt in zip(rgb_images, prompts, strict=True):
+    image_vectors, text_vectors = [], []
+    for image, prompt in zip(images, prompts, strict=True):
         pixels = processor(images=Image.fromarray(image), return_tensors="pt")
         ids = tokenizer(
             prompt, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
         )
         with torch.no_grad():
-            images.append(model.get_image_features(**pixels).pooler_output[0])
-            texts.append(model.get_text_features(**ids).pooler_output[0])
-    return model, F.normalize(torch.stack(images), dim=-1), F.normalize(torch.stack(texts), dim=-1)
+            image_vectors.append(model.get_image_features(**pixels).pooler_output[0])
+            text_vectors.append(model.get_text_features(**ids).pooler_output[0])
+    unit_images = F.normalize(torch.stack(image_vectors), dim=-1)
+    return model, unit_images, F.normalize(torch.stack(text_vectors), dim=-1)
 
 
 def torchvision_crop(image: Pixels) -> Tensor:
-    """OpenAI's own transform."""
+    """Preprocess an image with OpenAI's own transform."""
     transform = v2.Compose(
         [
             v2.Resize(SIZE_PX, interpolation=v2.InterpolationMode.BICUBIC),
@@ -68,7 +69,7 @@ def torchvision_crop(image: Pixels) -> Tensor:
 
 
 def hps_letterbox(rgb: Pixels) -> Tensor:
-    """HPSv2's ToTensor, ResizeMaxSize, Normalize through torchvision's functions."""
+    """Preprocess an image as HPSv2's ToTensor, ResizeMaxSize and Normalize do, with torchvision."""
     image = v2.functional.to_dtype(v2.functional.pil_to_tensor(Image.fromarray(rgb)), scale=True)
     height, width = image.shape[1:]
     scale = SIZE_PX / float(max(height, width))
@@ -84,31 +85,31 @@ def openai_cleaned(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().split())
 
 
-def test_pickscore_is_the_published_formula(
-    checkpoints: Checkpoints, engine: RewardEngine, pixels: list[Pixels]
+def test_pickscore_equals_its_reference(
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """exp(logit_scale) times the cosine of transformers' CLIPModel and its processor."""
-    model, images, texts = transformers_embeddings(checkpoints.pickscore, pixels, PROMPTS)
-    expected = model.logit_scale.exp().item() * (images * texts).sum(-1)
+    model, image_vectors, text_vectors = transformers_embeddings(checkpoints.pickscore, images, PROMPTS)
+    expected = model.logit_scale.exp().item() * (image_vectors * text_vectors).sum(-1)
     assert expected.std() > 1.0
-    torch.testing.assert_close(scores(engine, pixels, "pickscore"), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores(engine, images, "pickscore"), expected, atol=1e-4, rtol=0)
 
 
-def test_clip_is_the_cosine_of_the_quick_gelu_model(
-    checkpoints: Checkpoints, engine: RewardEngine, rgb_images: list[Pixels]
+def test_clip_equals_its_reference(
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """OpenAI's cleaning and crop, transformers' model; QuickGELU taken from the configuration."""
-    model, _, texts = transformers_embeddings(
-        checkpoints.clip, rgb_images, [openai_cleaned(prompt) for prompt in PROMPTS]
+    model, _, text_vectors = transformers_embeddings(
+        checkpoints.clip, images, [openai_cleaned(prompt) for prompt in PROMPTS]
     )
-    pixels = torch.stack([torchvision_crop(image) for image in rgb_images])
+    pixels = torch.stack([torchvision_crop(image) for image in images])
     with torch.no_grad():
-        images = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
-    expected = (images * texts).sum(-1)
-    torch.testing.assert_close(scores(engine, rgb_images, "clip"), expected, atol=1e-6, rtol=0)
+        image_vectors = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+    expected = (image_vectors * text_vectors).sum(-1)
+    torch.testing.assert_close(scores(engine, images, "clip"), expected, atol=1e-6, rtol=0)
 
 
-def test_aesthetic_is_the_unfolded_head(
+def test_aesthetic_equals_its_reference(
     checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """LAION's five layers one after another on the unit embedding."""
@@ -122,26 +123,27 @@ def test_aesthetic_is_the_unfolded_head(
     torch.testing.assert_close(scores(engine, images, "aesthetic"), expected, atol=1e-5, rtol=0)
 
 
-def test_hps_is_open_clip_behind_its_letterbox(
-    checkpoints: Checkpoints, engine: RewardEngine, pixels: list[Pixels]
+def test_hpsv2_equals_its_reference(
+    checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
     """open_clip's model, tokenizer and HPSv2's transform; the cosine without a scale."""
     model = open_clip.CLIP(**hps_model_config()).eval()
     model.load_state_dict(torch.load(checkpoints.hps / "HPS.pt", weights_only=True)["state_dict"])
     tokenizer = SimpleTokenizer(str(checkpoints.hps / "bpe.txt.gz"), context_length=CONTEXT)
     with torch.no_grad():
-        images = model.encode_image(torch.stack([hps_letterbox(p) for p in pixels]), normalize=True)
-        texts = model.encode_text(tokenizer(list(PROMPTS)), normalize=True)
-    expected = (images * texts).sum(-1)
-    torch.testing.assert_close(scores(engine, pixels, "hpsv2"), expected, atol=1e-6, rtol=0)
+        pixels = torch.stack([hps_letterbox(image) for image in images])
+        image_vectors = model.encode_image(pixels, normalize=True)
+        text_vectors = model.encode_text(tokenizer(list(PROMPTS)), normalize=True)
+    expected = (image_vectors * text_vectors).sum(-1)
+    torch.testing.assert_close(scores(engine, images, "hpsv2"), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", ["activation", "antialias"])
-def test_the_parity_checks_would_notice(
-    wrong: str, checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
+@pytest.mark.parametrize("mistake", ["activation", "antialias"])
+def test_common_mistakes_exceed_the_tolerances(
+    mistake: str, checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """GELU for QuickGELU, or a resize without antialias, moves a score by far more than the tolerances."""
-    if wrong == "activation":
+    """GELU for QuickGELU, or a resize without antialias, moves an embedding by more than 1e-3."""
+    if mistake == "activation":
         model = CLIPModel.from_pretrained(checkpoints.clip, text_config={"hidden_act": "gelu"}).eval()
         for block in model.vision_model.encoder.layers:
             block.mlp.activation_fn = torch.nn.GELU()
@@ -153,7 +155,7 @@ def test_the_parity_checks_would_notice(
         unit = torch.from_numpy(images[2]).permute(2, 0, 1)[None].float() / 255
         aliased = F.interpolate(unit, (32, 14), mode="bicubic", antialias=False)
         padded = F.pad(aliased, (9, 9))
-        tower, way = engine.evaluators["hpsv2"].tower, engine.evaluators["hpsv2"].preprocessing
+        tower, preprocessing = engine.evaluators["hpsv2"].tower, engine.evaluators["hpsv2"].preprocessing
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
-        found, own = tower.embed_images((padded - mean) / std), tower.embed_images(way(images[2:3]))
+        found, own = tower.embed_images((padded - mean) / std), tower.embed_images(preprocessing(images[2:3]))
     assert (found - own).abs().max() > 1e-3

@@ -29,7 +29,7 @@ READY_S, END_S = 90.0, 30.0
 PROGRAM = """
 import sys, threading
 from reward_service.engine.engine import RewardEngine
-score = RewardEngine._batch
+score = RewardEngine.score_batch
 broken = []
 def breaking(self, pairs, chosen, *rest):
     prompts = {pair.prompt for pair in pairs}
@@ -41,7 +41,7 @@ def breaking(self, pairs, chosen, *rest):
         from reward_service.engine.types import ScoringError
         raise ScoringError("evaluator clip failed", "clip")
     return score(self, pairs, chosen, *rest)
-RewardEngine._batch = breaking
+RewardEngine.score_batch = breaking
 from reward_service.cli import main
 main(sys.argv[1:])
 """
@@ -178,12 +178,12 @@ def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engi
     """Its images are tower inputs before the device is free, and are not prepared once more."""
     miniature = miniature.model_copy(update={"prepare_ahead": True})
     backend = open_backend(miniature, engine, Metrics(), print, print)
-    score, free, prepared = engine._batch, threading.Event(), threading.Event()
+    score, free, prepared = engine.score_batch, threading.Event(), threading.Event()
     ready: list[bool] = []
 
     def held(pairs: Sequence[Pair], *rest: Any) -> list[PairScores]:
         assert free.wait(READY_S)
-        ready.extend(bool(pair.inputs) for pair in pairs)
+        ready.extend(bool(pair.preprocessed) for pair in pairs)
         return score(pairs, *rest)
 
     def watched(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
@@ -192,7 +192,7 @@ def test_the_next_batch_gets_ready_while_one_runs(miniature: ServiceConfig, engi
             prepared.set()
         return found
 
-    engine._batch, engine.prepare = held, watched  # type: ignore[method-assign]
+    engine.score_batch, engine.prepare = held, watched  # type: ignore[method-assign]
     lane, image = (tuple(engine.evaluators), False), np.zeros((64, 64, 3), np.uint8)
     first = backend.queue.submit([Pair("first", image)], lane)
     while backend.queue.queued_pairs:

@@ -26,8 +26,8 @@ class FaultyDevice:
 
     def __init__(self, engine: RewardEngine) -> None:
         self.engine = engine
-        self._batch, self._check_finite = engine._batch, engine._check_finite
-        engine._batch, engine._check_finite = self._run, self._spoil  # type: ignore[method-assign]
+        self._batch, self._check_finite = engine.score_batch, engine.check_finite
+        engine.score_batch, engine.check_finite = self._run, self._spoil  # type: ignore[method-assign]
         self.mend()
         self.seen: list[str] = []
         self.free = threading.Event()

@@ -1,4 +1,4 @@
-"""Prompts to tokens over the real vocabulary of 49,408: as each reference does it, special tokens aside."""
+"""Tokenizers with the real vocabulary of 49,408 words: equal to each reference except for special tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from benchmarks.parity.weights import (
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
-from reward_service.engine.preprocessing import HuggingFaceTokenizer, OpenClipTokenizer, Tokenizer, neutralise
+from reward_service.engine.tokenizer import (
+    HuggingFaceTokenizer,
+    OpenClipTokenizer,
+    Tokenizer,
+    neutralize_special_tokens,
+)
 from reward_service.engine.types import Pair
 
 CONTEXT, START, END = 77, 49406, 49407
@@ -42,9 +47,9 @@ SPECIAL = (
         "<end_of_text",
     ),
 )
-# What the tokenizers treat each in a way of its own, mixed with anything at all.
-ODD = ("’s", "“", "&amp;", "&#x301;", "ﬁ", "ΟΔΟΣ", "İ", "'Ll", "\u0301", "\x85", "👩‍🚀", "12½", "<", "|")
-ORDINARY = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+# Strings that the tokenizers treat differently from each other, mixed with arbitrary text.
+UNUSUAL = ("’s", "“", "&amp;", "&#x301;", "ﬁ", "ΟΔΟΣ", "İ", "'Ll", "\u0301", "\x85", "👩‍🚀", "12½", "<", "|")
+ORDINARY = st.one_of(st.sampled_from(UNUSUAL), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 PROMPTS = st.lists(st.one_of(st.sampled_from(SPECIAL), ORDINARY), max_size=30).map("".join)
 
 
@@ -70,7 +75,7 @@ def tokenizers(vocabulary: Path) -> dict[str, Tokenizer]:
 def test_any_prompt_has_one_start_and_one_end(
     name: str, tokenizers: dict[str, Tokenizer], prompt: str
 ) -> None:
-    """The start first, the end last, neither anywhere between, and never more than the context."""
+    """Start first, end last, neither in between, and never more tokens than the context."""
     ids = tokenizers[name](prompt).ids
     assert ids[0] == START
     assert ids[-1] == END
@@ -80,10 +85,10 @@ def test_any_prompt_has_one_start_and_one_end(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("special", SPECIAL)
-def test_special_token_strings_are_words_like_others(
+def test_special_token_strings_are_plain_text(
     name: str, special: str, tokenizers: dict[str, Tokenizer]
 ) -> None:
-    """In every spelling that a tokenizer could take for the token; what stands after it is still read."""
+    """In every spelling that a tokenizer could take for the token; the text after it is still read."""
     tokenizer = tokenizers[name]
     whole = tokenizer(f"a cat {special} on a mat").ids
     assert sum(token >= START for token in whole) == 2
@@ -94,19 +99,17 @@ def test_special_token_strings_are_words_like_others(
 
 @given(prompt=st.lists(ORDINARY, max_size=30).map("".join))
 @settings(max_examples=200, deadline=None)
-def test_openai_tokenizer_over_transformers_files_is_openai_own(
-    tokenizers: dict[str, Tokenizer], prompt: str
-) -> None:
-    """open_clip's is OpenAI's code but for its special tokens; transformers lower-cases otherwise."""
+def test_openai_cleaning_equals_openai_tokenizer(tokenizers: dict[str, Tokenizer], prompt: str) -> None:
+    """open_clip has OpenAI's code except for its special tokens; transformers lower-cases differently."""
     assert tokenizers["openai"](prompt) == tokenizers["open_clip"](prompt)
 
 
 @given(prompt=PROMPTS)
 @settings(max_examples=200, deadline=None)
-def test_without_special_tokens_the_ids_are_the_reference_own(
+def test_ids_equal_the_reference_without_special_tokens(
     vocabulary: Path, tokenizers: dict[str, Tokenizer], prompt: str
 ) -> None:
-    """Neutralising changes no prompt in which the reference sees no special token."""
+    """Neutralization changes no prompt in which the reference finds no special token."""
     references = {
         "open_clip": [START, *reference_open_clip().encode(prompt), END],
         "huggingface": reference_transformers(vocabulary)(prompt, verbose=False)["input_ids"],
@@ -127,17 +130,17 @@ def reference_transformers(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def test_neutralised_strings_are_read_as_they_are_written() -> None:
-    """To a tokenizer for which `<|endoftext|>` is nothing special, the spaces are invisible."""
+def test_neutralization_is_invisible_without_the_special_token() -> None:
+    """To a tokenizer for which `<|endoftext|>` is not special, the spaces change nothing."""
     plain = reference_open_clip().encode
     for text in ("<|endoftext|>", "see: <|startoftext|>!", "(<|endoftext|>)"):
-        assert neutralise(text) != text
-        assert plain(neutralise(text)) == plain(text)
+        assert neutralize_special_tokens(text) != text
+        assert plain(neutralize_special_tokens(text)) == plain(text)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_context_holds_75_tokens_of_content(name: str, tokenizers: dict[str, Tokenizer]) -> None:
-    """75 and both ends fit exactly; of 76 the last is cut, and that is said."""
+def test_context_holds_75_tokens_of_content(name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """75 tokens fit exactly with start and end; of 76 the last is truncated, and reported so."""
     fitting, longer = tokenizers[name]("cat " * 75), tokenizers[name]("cat " * 76)
     assert (len(fitting.ids), fitting.truncated) == (CONTEXT, False)
     assert (len(longer.ids), longer.truncated) == (CONTEXT, True)
@@ -146,16 +149,14 @@ def test_the_context_holds_75_tokens_of_content(name: str, tokenizers: dict[str,
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prompt", [" ", "\n\t", "\u00a0\u2003"])
-def test_a_prompt_of_white_space_is_the_empty_prompt(
-    name: str, prompt: str, tokenizers: dict[str, Tokenizer]
-) -> None:
-    """Start and end alone, as the references have it."""
+def test_white_space_is_the_empty_prompt(name: str, prompt: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """Start and end only, as in the references."""
     assert tokenizers[name](prompt).ids == (START, END)
 
 
 @pytest.fixture(scope="session")
-def long_engine(tmp_path_factory: pytest.TempPathFactory) -> RewardEngine:
-    """Four evaluators over small towers with the real vocabulary and the real context."""
+def long_context_engine(tmp_path_factory: pytest.TempPathFactory) -> RewardEngine:
+    """Four evaluators over small towers with the real vocabulary and the real context length."""
     folder = tmp_path_factory.mktemp("long")
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 64}
     text = {"context_length": CONTEXT, "vocab_size": END + 1, "width": 64, "heads": 1, "layers": 2}
@@ -192,11 +193,11 @@ def long_engine(tmp_path_factory: pytest.TempPathFactory) -> RewardEngine:
     return build_engine(ServiceConfig.model_validate(settings))
 
 
-READERS = ("clip", "pickscore", "hpsv2")
+PROMPT_READING_EVALUATORS = ("clip", "pickscore", "hpsv2")
 
 
-def test_long_captions_differ_by_what_is_read_of_them(long_engine: RewardEngine) -> None:
-    """Past 77 tokens another beginning is another score, another end is not, and all are said to be cut."""
+def test_truncated_captions_score_by_their_beginning(long_context_engine: RewardEngine) -> None:
+    """After 77 tokens another end changes no score, another beginning does; all count as truncated."""
     image = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     tail = "a small boat, " * 30
     captions = [
@@ -204,22 +205,22 @@ def test_long_captions_differ_by_what_is_read_of_them(long_engine: RewardEngine)
         "an alley at night, " + tail,
         "a harbour at dawn, " + tail + "!",
     ]
-    one, other_start, other_end = long_engine.score([Pair(caption, image) for caption in captions])
+    one, other_start, other_end = long_context_engine.score([Pair(caption, image) for caption in captions])
     assert one.truncated_prompt
     assert other_start.truncated_prompt
     assert other_end.truncated_prompt
-    for name in READERS:
+    for name in PROMPT_READING_EVALUATORS:
         assert abs(one.raw[name] - other_start.raw[name]) > 1e-4
         assert one.raw[name] == pytest.approx(other_end.raw[name], abs=1e-6)
     assert one.raw["aesthetic"] == pytest.approx(other_start.raw["aesthetic"], abs=1e-6)
 
 
-def test_a_caption_that_just_fits_is_whole(long_engine: RewardEngine) -> None:
-    """75 tokens of content are read to the last word, and nothing is said to be cut."""
+def test_caption_that_just_fits_is_not_truncated(long_context_engine: RewardEngine) -> None:
+    """75 tokens of content are read to the last word."""
     image = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     start = "cat " * 74
-    first, second = long_engine.score([Pair(start + "dog", image), Pair(start + "boat", image)])
+    first, second = long_context_engine.score([Pair(start + "dog", image), Pair(start + "boat", image)])
     assert not first.truncated_prompt
     assert not second.truncated_prompt
-    for name in READERS:
+    for name in PROMPT_READING_EVALUATORS:
         assert abs(first.raw[name] - second.raw[name]) > 1e-5

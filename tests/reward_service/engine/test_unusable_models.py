@@ -1,4 +1,4 @@
-"""Models that may not be used: every command says so in one line, with the file, and ends with code 2."""
+"""Unusable models: every command prints one line that names the file, and exits with code 2."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from reward_service.cli.main import main
 from tests.support.service.checkpoints import HEAD_SIZES, Checkpoints, head_module
 
 CLIP, HPS, HEAD = "clip/model.safetensors", "hps/HPS.pt", "aesthetic/head.pth"
-Spoil = Callable[[Path], None]
+BreakModels = Callable[[Path], None]
 
 
-def cut(file: str, share: float = 0.5) -> Spoil:
-    """Keep the first part of a file only."""
+def truncate(file: str, share: float = 0.5) -> BreakModels:
+    """Keep only the first part of a file."""
 
-    def spoil(folder: Path) -> None:
+    def break_models(folder: Path) -> None:
         data = (folder / file).read_bytes()
         (folder / file).write_bytes(data[: int(len(data) * share)])
 
-    return spoil
+    return break_models
 
 
-def write(file: str, text: str) -> Spoil:
+def write(file: str, text: str) -> BreakModels:
     return lambda folder: (folder / file).write_text(text) and None
 
 
-def change_clip(**changes: torch.Tensor | None) -> Spoil:
-    """Replace tensors of the clip tower, or leave them out; `__` stands for a dot."""
+def change_clip(**changes: torch.Tensor | None) -> BreakModels:
+    """Replace tensors of the clip tower, or remove them; `__` stands for a dot."""
 
-    def spoil(folder: Path) -> None:
+    def break_models(folder: Path) -> None:
         state: dict[str, Any] = load_file(folder / CLIP)
         state |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
         save_file({key: tensor for key, tensor in state.items() if tensor is not None}, folder / CLIP)
 
-    return spoil
+    return break_models
 
 
-def change_config(**changes: object) -> Spoil:
-    def spoil(folder: Path) -> None:
+def change_config(**changes: object) -> BreakModels:
+    def break_models(folder: Path) -> None:
         path = folder / "clip" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    return spoil
+    return break_models
 
 
-def wider_hps(folder: Path) -> None:
-    """As a ViT-H's weights in a ViT-L's place."""
+def widen_hps(folder: Path) -> None:
+    """Double the width, as with a ViT-H's weights in place of a ViT-L's."""
     state = torch.load(folder / HPS, weights_only=True)["state_dict"]
     wider = {key: torch.cat([tensor] * 2, -1) if tensor.ndim else tensor for key, tensor in state.items()}
     torch.save({"state_dict": wider}, folder / HPS)
 
 
-def deeper_hps(folder: Path) -> None:
-    """Every shape fits, but there are layers too many."""
+def deepen_hps(folder: Path) -> None:
+    """Add a layer; all shapes still fit."""
     state = torch.load(folder / HPS, weights_only=True)["state_dict"]
     more = {key.replace("resblocks.1", "resblocks.2"): value for key, value in state.items()}
     torch.save({"state_dict": {**more, **state}}, folder / HPS)
 
 
-def torchscript(folder: Path) -> None:
-    """As OpenAI's own ViT-L-14.pt is."""
+def write_torchscript(folder: Path) -> None:
+    """Write an archive such as OpenAI's own ViT-L-14.pt."""
     with warnings.catch_warnings(action="ignore"):  # newer torch deprecates writing them
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / HPS)
 
@@ -87,34 +87,34 @@ def narrow_head(folder: Path) -> None:
     torch.save({key: value.clone() for key, value in state.items()}, folder / HEAD)
 
 
-def change_head(**changes: torch.Tensor | None) -> Spoil:
-    """Replace tensors of the head, or leave them out; `__` stands for a dot."""
+def change_head(**changes: torch.Tensor | None) -> BreakModels:
+    """Replace tensors of the head, or remove them; `__` stands for a dot."""
 
-    def spoil(folder: Path) -> None:
+    def break_models(folder: Path) -> None:
         state: dict[str, Any] = torch.load(folder / HEAD, weights_only=True)
         state |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
         torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, folder / HEAD)
 
-    return spoil
+    return break_models
 
 
-SPOILT: dict[str, tuple[Spoil, Sequence[str]]] = {
-    "cut safetensors": (cut(CLIP), (CLIP, "not a whole file", "expected", "found")),
-    "cut header": (cut(CLIP, 0.001), (CLIP, "not a whole file", "expected", "found")),
-    "empty safetensors": (cut(CLIP, 0), (CLIP, "expected a safetensors header, found 0")),
-    "cut pickle": (cut(HPS), (HPS, "not a whole file", "expected", "found")),
-    "empty pickle": (cut(HPS, 0), (HPS, "not a whole file", "expected", "found 0")),
+BROKEN_MODELS: dict[str, tuple[BreakModels, Sequence[str]]] = {
+    "truncated safetensors": (truncate(CLIP), (CLIP, "not a whole file", "expected", "found")),
+    "truncated header": (truncate(CLIP, 0.001), (CLIP, "not a whole file", "expected", "found")),
+    "empty safetensors": (truncate(CLIP, 0), (CLIP, "expected a safetensors header, found 0")),
+    "truncated pickle": (truncate(HPS), (HPS, "not a whole file", "expected", "found")),
+    "empty pickle": (truncate(HPS, 0), (HPS, "not a whole file", "expected", "found 0")),
     "pickled code": (
         lambda folder: torch.save({"state_dict": {"x": print}}, folder / HPS),
         (HPS, "expected an archive of tensors, found"),
     ),
-    "TorchScript": (torchscript, (HPS, "expected a state dict, found a TorchScript archive")),
+    "TorchScript": (write_torchscript, (HPS, "expected a state dict, found a TorchScript archive")),
     "not a state dict": (
         lambda folder: torch.save([1, 2], folder / HPS),
         (HPS, "expected a state dict of tensors, found"),
     ),
-    "another width": (wider_hps, (HPS, "expected [", "found [", "another architecture")),
-    "more layers": (deeper_hps, (HPS, "has unknown", "resblocks.2", "expected", "found")),
+    "another width": (widen_hps, (HPS, "expected [", "found [", "another architecture")),
+    "more layers": (deepen_hps, (HPS, "has unknown", "resblocks.2", "expected", "found")),
     "missing key": (change_clip(logit_scale=None), (CLIP, "lacks logit_scale: expected", "found")),
     "extra key": (change_clip(more=torch.zeros(1)), (CLIP, "has unknown more: expected", "found")),
     "missing part of a stack": (
@@ -163,59 +163,74 @@ SPOILT: dict[str, tuple[Spoil, Sequence[str]]] = {
 
 
 @pytest.fixture
-def spoilt(checkpoints: Checkpoints, tmp_path: Path) -> Path:
-    """A copy of the checkpoints to spoil, with an image."""
+def broken_folder(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    """A copy of the checkpoints to break, with an image."""
     shutil.copytree(checkpoints.folder, tmp_path / "models")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "models" / "picture.png")
     return tmp_path / "models"
 
 
-def refusal(capsys: pytest.CaptureFixture[str], folder: Path, command: str, *more: str) -> str:
-    """What the command says on stderr before it ends with code 2; nothing goes to stdout."""
+def refusal_message(capsys: pytest.CaptureFixture[str], folder: Path, command: str, *more: str) -> str:
+    """Return the command's line on stderr; verify exit code 2 and an empty stdout."""
     images = (str(folder / "picture.png"), "--prompt", "a red square") if command == "score" else ()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main([command, *images, "--config", str(folder / "config.yaml"), *more])
-    said = capsys.readouterr()
-    assert ended.value.code == 2
-    assert said.out == ""
-    assert len(said.err.splitlines()) == 1, said.err
-    return said.err
+    output = capsys.readouterr()
+    assert exited.value.code == 2
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1, output.err
+    return output.err
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_unusable_models_are_refused(name: str, spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the same line by every command that reads models."""
-    spoil, words = SPOILT[name]
-    spoil(spoilt)
-    said = {refusal(capsys, spoilt, command) for command in ("score", "evaluators", "download")}
-    assert len(said) == 1
-    assert [word for word in words if word not in min(said)] == []
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_unusable_models_are_refused(
+    name: str, broken_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that reads models prints the same line."""
+    break_models, words = BROKEN_MODELS[name]
+    break_models(broken_folder)
+    messages = {
+        refusal_message(capsys, broken_folder, command) for command in ("score", "evaluators", "download")
+    }
+    assert len(messages) == 1
+    assert [word for word in words if word not in min(messages)] == []
 
 
 @pytest.mark.parametrize("command", ["score", "evaluators", "download"])
-def test_a_wrong_hash_is_refused(command: str, spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the hash expected and the one found, for a tower and for a head."""
+def test_commands_refuse_a_wrong_hash(
+    command: str, broken_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message has the expected hash and the one found, for a tower and for a head."""
     expected = "0" * 64
     for key, file in (
         ("towers.clip.weights", CLIP),
         ("towers.hps.weights", HPS),
         ("evaluators.aesthetic.head.weights", HEAD),
     ):
-        said = refusal(capsys, spoilt, command, "--set", f"{key}.sha256='{expected}'")
-        assert f"{spoilt / file}: expected sha256 {expected}, found " in said
+        message = refusal_message(capsys, broken_folder, command, "--set", f"{key}.sha256='{expected}'")
+        assert f"{broken_folder / file}: expected sha256 {expected}, found " in message
 
 
-def test_half_precision_is_refused(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the two dtypes to choose from."""
-    assert "use float32 or bfloat16" in refusal(capsys, spoilt, "score", "--set", "dtype=float16")
+def test_float16_is_refused(broken_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the two supported dtypes."""
+    assert "use float32 or bfloat16" in refusal_message(
+        capsys, broken_folder, "score", "--set", "dtype=float16"
+    )
 
 
-@pytest.mark.parametrize("name", ["cut safetensors", "another width"])
-def test_the_service_does_not_start_with_them(name: str, spoilt: Path) -> None:
-    """It ends by itself, with code 2 and the line."""
-    spoil, words = SPOILT[name]
-    spoil(spoilt)
-    command = [sys.executable, "-m", "reward_service", "serve", "--config", str(spoilt / "config.yaml")]
+@pytest.mark.parametrize("name", ["truncated safetensors", "another width"])
+def test_service_does_not_start_with_unusable_models(name: str, broken_folder: Path) -> None:
+    """It exits by itself, with code 2 and the line."""
+    break_models, words = BROKEN_MODELS[name]
+    break_models(broken_folder)
+    command = [
+        sys.executable,
+        "-m",
+        "reward_service",
+        "serve",
+        "--config",
+        str(broken_folder / "config.yaml"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
