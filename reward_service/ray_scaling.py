@@ -1,4 +1,4 @@
-"""Autoscaling policy under the name that Serve configuration files hold."""
+"""Autoscaling policy under the import path that users' Ray Serve files contain."""
 
 from reward_service.scheduler.autoscaling import PairsPerReplica
 

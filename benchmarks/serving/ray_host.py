@@ -80,7 +80,7 @@ def _application(setup: Setup, options: dict[str, Any]) -> Any:
             service.build_default_engine = lambda config: _engine(setup, config)
             super().__init__(config, overrides)
 
-    return ray_app.application({"set": setup.overrides}, Replica, **options)
+    return ray_app.build_application({"set": setup.overrides}, Replica, **options)
 
 
 def _engine(setup: Setup, config: ServiceConfig) -> RewardEngine:

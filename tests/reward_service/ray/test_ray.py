@@ -1,4 +1,4 @@
-"""The application on Ray Serve with two replicas: the same API, the same scores, and nothing lost."""
+"""Ray Serve application with two replicas: same API, same scores, no lost requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.service.ray_cluster import Cluster, cluster
 from tests.support.service.ray_faults import FATAL
 
 TWO = {"num_replicas": 2}
-#: With any pair under way, both of them.
+#: Both replicas as soon as any pair is in progress.
 SCALING = {
     "autoscaling_config": {
         "min_replicas": 1,
@@ -44,12 +44,12 @@ SCALING = {
         },
     }
 }
-REAL, BREAKABLE = "reward_service.ray_app:app", "tests.support.service.ray_faults:app"
-#: A new replica imports and loads everything, perhaps on a busy machine.
-WAIT_S = 150.0
-_CALLERS = 3
+REAL_APP, BREAKABLE_APP = "reward_service.ray_app:app", "tests.support.service.ray_faults:app"
+#: A new replica imports and loads everything, possibly on a machine under load.
+WAIT_S = 600.0
+_CLIENTS = 3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,18 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A file of keys, and the key in it."""
+    """Keys file, and the key in it."""
     path = tmp_path_factory.mktemp("keys") / "keys.yaml"
     return path, new_key(path, "trainer")[0]
 
 
 @pytest.fixture(scope="module")
-def judges(running: Cluster, checkpoints: Checkpoints, key: tuple[Path, str]) -> Callable[..., Cluster]:
-    """Has judges run, of the application at an import path."""
+def deploy_replicas(
+    running: Cluster, checkpoints: Checkpoints, key: tuple[Path, str]
+) -> Callable[..., Cluster]:
+    """Function that deploys replicas of the application at an import path."""
 
-    def deploy(import_path: str = REAL, options: Mapping[str, Any] = TWO) -> Cluster:
+    def deploy(import_path: str = REAL_APP, options: Mapping[str, Any] = TWO) -> Cluster:
         overrides = ["threads=1", "auth.allow_anonymous=true", f"auth.keys={key[0]}"]
         running.deploy(
             import_path=import_path,
@@ -82,95 +84,98 @@ def judges(running: Cluster, checkpoints: Checkpoints, key: tuple[Path, str]) ->
 
 
 @pytest.fixture
-def app(judges: Callable[..., Cluster]) -> str:
-    return judges().url
+def app(deploy_replicas: Callable[..., Cluster]) -> str:
+    return deploy_replicas().url
 
 
 globals().update(over_http.tests())
 
 
 class Load:
-    """Callers who check every score that they get. They rest in between: a new replica shares the cores."""
+    """Clients that verify every score. They pause between requests: a new replica shares the cores."""
 
     def __init__(
         self, url: str, engine: RewardEngine, images: list[Pixels], retry_budget_s: float = WAIT_S
     ) -> None:
-        self._url, self._retry_budget_s, self._ended = url, retry_budget_s, threading.Event()
+        self._url, self._retry_budget_s, self._stopped = url, retry_budget_s, threading.Event()
         self._prompts, self._images = list(PROMPTS), images
         pairs = [Pair(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
         self._expected = [scores.raw for scores in engine.score(pairs, deterministic=True)]
-        self._pool = ThreadPoolExecutor(_CALLERS)
-        self._calls = [self._pool.submit(self._ask) for _ in range(_CALLERS)]
-        self.answered = 0
+        self._pool = ThreadPoolExecutor(_CLIENTS)
+        self._calls = [self._pool.submit(self._send_requests) for _ in range(_CLIENTS)]
+        self.responses = 0
 
     def __enter__(self) -> Load:
         self.wait_for(8)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        self._stopped.set()
         self._pool.shutdown()
         for call in self._calls:
             call.result()
 
-    def wait_for(self, answers: int) -> None:
-        """Until there are so many more."""
-        goal, deadline = self.answered + answers, time.monotonic() + WAIT_S
-        while self.answered < goal:
-            assert time.monotonic() < deadline, "no answers come"
+    def wait_for(self, responses: int) -> None:
+        """Wait for this many more responses."""
+        goal, deadline = self.responses + responses, time.monotonic() + WAIT_S
+        while self.responses < goal:
+            assert time.monotonic() < deadline, "no responses arrive"
             assert not any(call.done() for call in self._calls)
             time.sleep(0.01)
 
-    def _ask(self) -> None:
+    def _send_requests(self) -> None:
         with RewardClient(
             self._url, retry_budget_s=self._retry_budget_s, chunk_pairs=4, pin="first"
         ) as service:
-            while not self._ended.is_set():
-                assert raw(service.score(self._prompts, self._images, deterministic=True)) == self._expected
-                self.answered += 1
-                self._ended.wait(0.05)
+            while not self._stopped.is_set():
+                assert (
+                    raw_scores(service.score(self._prompts, self._images, deterministic=True))
+                    == self._expected
+                )
+                self.responses += 1
+                self._stopped.wait(0.05)
 
 
-def raw(answer: ScoreResponse) -> list[dict[str, float]]:
-    return [{name: score.raw for name, score in result.scores.items()} for result in answer.results]
+def raw_scores(response: ScoreResponse) -> list[dict[str, float]]:
+    return [{name: score.raw for name, score in result.scores.items()} for result in response.results]
 
 
-def wait_until(true: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], event: str) -> None:
     deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline, f"{what} did not happen"
+    while not condition():
+        assert time.monotonic() < deadline, f"{event} did not happen"
         time.sleep(0.1)
 
 
-def replaced(running: Cluster, gone: Collection[int]) -> bool:
-    """Whether two replicas run, and some processes do not any more."""
+def replaced(running: Cluster, old_pids: Collection[int]) -> bool:
+    """Return whether two replicas run, and none of the old processes."""
     pids = running.pids()
-    return running.status()["replicas"] == {"RUNNING": 2} and len(pids) == 2 and not set(pids) & set(gone)
+    return running.status()["replicas"] == {"RUNNING": 2} and len(pids) == 2 and not set(pids) & set(old_pids)
 
 
 def scored_by_replica(url: str) -> dict[str, float]:
-    """Pairs scored, by replica."""
+    """Return the number of scored pairs by replica."""
     lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
     found = [line for line in lines if line.startswith("reward_pairs_total{")]
     return {line.split('"')[1]: float(line.split()[1]) for line in found}
 
 
-def test_every_replica_gives_the_same_scores(app: str, engine: RewardEngine, images: list[Pixels]) -> None:
-    """Both score, as the page of metrics tells, and whoever does, the numbers are the engine's to the bit."""
+def test_all_replicas_return_the_same_scores(app: str, engine: RewardEngine, images: list[Pixels]) -> None:
+    """Both replicas score according to the metrics, and the scores equal the engine's bit for bit."""
     before = scored_by_replica(app)
     assert len(before) == 2
     with Load(app, engine, images) as load:
         load.wait_for(20)
     after = scored_by_replica(app)
     assert all(after[name] > before[name] for name in before)
-    asked = 4 * len(PROMPTS)
+    submitted_pairs = 4 * len(PROMPTS)
     with RewardClient(app) as service:
         service.score(list(PROMPTS) * 4, images * 4)
-    assert sum(scored_by_replica(app).values()) == sum(after.values()) + asked
+    assert sum(scored_by_replica(app).values()) == sum(after.values()) + submitted_pairs
 
 
-def test_keys_are_checked_by_every_replica(app: str, key: tuple[Path, str]) -> None:
-    """A key is let in and a wrong one is not, whichever replica answers."""
+def test_all_replicas_check_keys(app: str, key: tuple[Path, str]) -> None:
+    """A valid key is accepted and a wrong one refused, whichever replica responds."""
     statuses = {
         given: {
             httpx.get(f"{app}/v1/evaluators", headers={"Authorization": f"Bearer {given}"}).status_code
@@ -181,13 +186,13 @@ def test_keys_are_checked_by_every_replica(app: str, key: tuple[Path, str]) -> N
     assert list(statuses.values()) == [{200}, {401}]
 
 
-def test_what_cannot_be_deployed_is_told_and_changes_nothing(
-    running: Cluster, judges: Callable[..., Cluster]
+def test_invalid_deployment_is_reported_and_changes_nothing(
+    running: Cluster, deploy_replicas: Callable[..., Cluster]
 ) -> None:
-    """Ray's status has our one line, and the version before goes on."""
-    judges()
+    """Ray's status contains the one-line error, and the previous version continues."""
+    deploy_replicas()
     before = running.pids()
-    running.deploy(wait=False, import_path=REAL, args={"config": "/no/such.yaml"})
+    running.deploy(wait=False, import_path=REAL_APP, args={"config": "/no/such.yaml"})
     wait_until(lambda: running.status()["status"] == "DEPLOY_FAILED", "the refusal")
     message = running.status()["message"].strip()
     assert message.splitlines()[-1] == "/no/such.yaml: no such configuration file; name one with --config"
@@ -196,11 +201,11 @@ def test_what_cannot_be_deployed_is_told_and_changes_nothing(
     assert running.pids() == before
 
 
-def test_a_killed_replica_loses_no_request(
-    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
+def test_killed_replica_loses_no_request(
+    deploy_replicas: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """kill -9 under load: callers who retry get every score, all right, and two replicas run again."""
-    running = judges()
+    """After kill -9 under load, clients that retry get all scores, and two replicas run again."""
+    running = deploy_replicas()
     before = running.pids()
     assert len(before) == 2
     with Load(running.url, engine, images) as load:
@@ -210,52 +215,52 @@ def test_a_killed_replica_loses_no_request(
         load.wait_for(20)
 
 
-def test_another_version_is_deployed_without_losing_a_request(
-    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
+def test_rolling_update_loses_no_request(
+    deploy_replicas: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """Replicas are replaced one after the other under load; who asks without retries gets every answer."""
-    running = judges()
+    """Replicas are replaced one by one under load; clients without retries get every response."""
+    running = deploy_replicas()
     before = running.pids()
     with Load(running.url, engine, images, retry_budget_s=0.0) as load:
-        judges(BREAKABLE, SCALING)
+        deploy_replicas(BREAKABLE_APP, SCALING)
         wait_until(lambda: replaced(running, before), "new replicas")
         load.wait_for(20)
 
 
-def test_a_judge_that_fails_is_replaced(
-    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
+def test_failed_replica_is_replaced(
+    deploy_replicas: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """A device that fails for good is told to its caller, its process ends, and others notice nothing."""
-    running = judges(BREAKABLE, SCALING)
+    """If a device fails permanently, its client gets an error and its process exits; others see no error."""
+    running = deploy_replicas(BREAKABLE_APP, SCALING)
     before = running.pids()
     with Load(running.url, engine, images) as load:
         with RewardClient(running.url, retry_budget_s=0.0) as service, pytest.raises(OverloadedError):
             service.score([FATAL], images[:1])
-        wait_until(lambda: len(set(before) - set(running.pids())) == 1, "the failed process's end")
+        wait_until(lambda: len(set(before) - set(running.pids())) == 1, "the exit of the failed process")
         wait_until(lambda: replaced(running, set(before) - set(running.pids())), "a new replica")
         load.wait_for(20)
 
 
-def test_replicas_follow_the_pairs_that_wait(
-    judges: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
+def test_autoscaling_follows_the_pairs_in_progress(
+    deploy_replicas: Callable[..., Cluster], engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """With nothing to do one replica is left; with more pairs than it should have, a second one comes."""
-    running = judges(BREAKABLE, SCALING)
+    """An idle service keeps one replica; more pairs than the target start a second one."""
+    running = deploy_replicas(BREAKABLE_APP, SCALING)
     wait_until(lambda: running.status()["replicas"] == {"RUNNING": 1}, "the end of the second replica")
     with Load(running.url, engine, images):
         wait_until(lambda: running.status()["replicas"] == {"RUNNING": 2}, "a second replica")
 
 
-def test_what_was_admitted_is_answered_at_the_end(
-    running: Cluster, judges: Callable[..., Cluster], images: list[Pixels]
+def test_shutdown_finishes_admitted_requests(
+    running: Cluster, deploy_replicas: Callable[..., Cluster], images: list[Pixels]
 ) -> None:
-    """The application is taken down while a long request is under way, which is answered all the same."""
+    """A long request that is in progress when the application is deleted still gets its response."""
     if not running.pids():
-        judges()
-    url, asked = running.url, 1000
-    with RewardClient(url, chunk_pairs=asked, retry_budget_s=0.0) as service, ThreadPoolExecutor(1) as pool:
-        call = pool.submit(service.score, ["x"] * asked, images[1:2] * asked, deterministic=True)
+        deploy_replicas()
+    url, pairs = running.url, 1000
+    with RewardClient(url, chunk_pairs=pairs, retry_budget_s=0.0) as service, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(service.score, ["x"] * pairs, images[1:2] * pairs, deterministic=True)
         wait_until(lambda: over_http._metric(url, "reward_inflight_bytes") > 0, "its arrival")
         running.delete()
-        assert len(call.result().results) == asked
+        assert len(call.result().results) == pairs
     assert httpx.get(f"{url}/v1/evaluators").status_code == 404

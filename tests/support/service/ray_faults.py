@@ -1,4 +1,4 @@
-"""The application on Ray Serve with a device that a prompt can break, for a deployment to name."""
+"""Ray Serve application with a device that a prompt can break, deployed by its import path."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from reward_service.scoring import service as service
 FATAL = "break the device"
 
 
-class Breakable(ray_app.Replica):
-    """A replica whose device fails for good at one prompt."""
+class BreakableReplica(ray_app.Replica):
+    """Replica whose device fails permanently at one prompt."""
 
     def __init__(self, config: str, overrides: list[str]) -> None:
-        service._build_engine = _breakable
+        service.build_default_engine = _build_breakable_engine
         super().__init__(config, overrides)
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
-    """The real application, of such replicas."""
-    return ray_app.application(arguments, Breakable)
+    """Build the real application with breakable replicas."""
+    return ray_app.build_application(arguments, BreakableReplica)
 
 
-def _breakable(config: ServiceConfig) -> RewardEngine:
+def _build_breakable_engine(config: ServiceConfig) -> RewardEngine:
     from reward_service.engine.loading import build_engine
 
     engine = build_engine(config)
-    real = engine.score
+    real_score = engine.score
 
     def score(pairs: Any, *rest: Any, **options: Any) -> Any:
         if any(pair.prompt == FATAL for pair in pairs):
-            raise FatalDeviceError("CUDA error: made by a test")
-        return real(pairs, *rest, **options)
+            raise FatalDeviceError("CUDA error: raised by a test")
+        return real_score(pairs, *rest, **options)
 
     engine.score = score  # type: ignore[method-assign]
     return engine
