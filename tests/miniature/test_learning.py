@@ -14,12 +14,13 @@ from reward_service.engine.types import Pair
 from reward_service.scoring.calibration import Calibration, load_calibration
 from trainer.config import load_trainer_config
 from trainer.data.splits import read_splits
-from trainer.evaluation.evaluate import Comparison, compare, measure, standard_errors
+from trainer.evaluation.comparison import Comparison, compare, standard_errors
+from trainer.evaluation.evaluate import measure
 from trainer.rl.rewards import Images, Scores
 from trainer.rl.train import train_fold
 from trainer.runs.folder import RunFolder
 from trainer.runs.setup import load_sampler
-from trainer.runs.train import Result, train_run
+from trainer.runs.train import RunResult, train_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature.yaml"
 SHORT = ("iterations=16", "threads=1")
@@ -58,7 +59,7 @@ def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
     sampler.policy.add_lora(config.lora, seed=1)
     with sampler.policy.base():
         before = measure(sampler, scorer, validation, config.evaluation, "base")
-    training = train_fold(sampler, scorer, train, config, log=lambda record: None)
+    training = train_fold(sampler, scorer, train, config)
     with training.average.applied():
         after = measure(sampler, scorer, validation, config.evaluation, "tuned")
     return compare(before, after, scorer.evaluators, config.objective.weights, config.evaluation)
@@ -77,7 +78,7 @@ def test_with_rewards_shuffled_across_images_the_composite_does_not_rise(scorer:
     assert gain(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
 
 
-def guarded(scorer: EngineScorer, folder: Path, *overrides: str) -> Result:
+def guarded(scorer: EngineScorer, folder: Path, *overrides: str) -> RunResult:
     """A short run with a guard, looked at twice."""
     short = ["iterations=12", "threads=1", "evaluation.every=6", "prompts.validation_limit=40"]
     config = load_trainer_config(CONFIG, [*short, *overrides])
@@ -93,8 +94,8 @@ def test_what_games_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path
     result = guarded(scorer, tmp_path / "run", alone, "guard.evaluator=clip")
     assert result.ending is not None
     assert (result.ending.by, result.reached) == ("guard", 6)
-    assert result.gamed is not None
-    assert "Guard clip falls significantly" in result.gamed
+    assert result.reward_hacking_reason is not None
+    assert "Guard clip falls significantly" in result.reward_hacking_reason
 
 
 @pytest.mark.slow
@@ -103,5 +104,5 @@ def test_an_honest_run_does_not_trip_the_guard(scorer: EngineScorer, tmp_path: P
     """The settings of `crossval`: three evaluators in balance, the fourth on guard."""
     result = guarded(scorer, tmp_path / "run", "objective.weights.hpsv2=0", "guard.evaluator=hpsv2")
     assert (result.ending, result.reached) == (None, 12)
-    assert result.gamed is None
-    assert result.examined.guard is not None
+    assert result.reward_hacking_reason is None
+    assert result.evaluation.guard is not None

@@ -18,21 +18,21 @@ import typer
 from rich.console import Console
 
 from reward_service.client import RewardClientError
-from reward_service.settings import DEFAULT_CONFIG, one_line, rest_idle_threads
+from reward_service.settings import DEFAULT_CONFIG, configure_openmp, one_line
 from trainer.cli.experiments import commands, with_service
 from trainer.cli.jobs import jobs_app
 from trainer.cli.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, refuse_several
 from trainer.cli.prepare import prompts_app
-from trainer.config import ConfigError, TrainerConfig, given, load_trainer_config
+from trainer.config import ConfigError, TrainerConfig, command_overrides, load_trainer_config
 from trainer.data.prompts import clean
 from trainer.data.splits import read_splits
 from trainer.rl.rewards import ServiceScorer
 from trainer.runs.folder import (
     RunFolder,
-    how_to_go_on,
     is_finished,
     newest_run,
     pinned_prompts,
+    resume_hint,
     resumed_config,
 )
 from trainer.runtime.distributed import Processes, is_first_of_job, is_first_on_machine, open_processes
@@ -102,7 +102,7 @@ def train(
         if overrides and "=" not in overrides[0] and run is None:  # --resume RUN
             run, overrides = Path(overrides[0]), overrides[1:]
         run = run or newest_run(_load(config or DEFAULT_CONFIG, seed, set_, overrides))
-        _train(resumed_config(run, config, given(seed, set_, overrides)), run, resume=True)
+        _train(resumed_config(run, config, command_overrides(seed, set_, overrides)), run, resume=True)
     else:
         _train(_load(config or DEFAULT_CONFIG, seed, set_, overrides), run)
 
@@ -212,7 +212,7 @@ def stages(
 
 def main() -> None:
     """Run a command; turn every user error into one line on stderr and an exit code."""
-    rest_idle_threads()
+    configure_openmp()
     install_signal_handlers()
     try:
         code = app(standalone_mode=False)
@@ -268,7 +268,7 @@ def _check_writable(out: Path) -> None:
 def _load(
     config: Path, seed: int | None, set_: list[str] | None, overrides: list[str] | None
 ) -> TrainerConfig:
-    return load_trainer_config(config, given(seed, set_, overrides))
+    return load_trainer_config(config, command_overrides(seed, set_, overrides))
 
 
 def _train(
@@ -292,11 +292,11 @@ def _train(
                 else read_splits(settings.prompts, settings.seed)
             )
             scorer = stack.enter_context(ServiceScorer.connect(settings.service))
-            from trainer.runs.setup import check_evaluators, check_share
+            from trainer.runs.setup import check_evaluators, check_prompts_per_process
             from trainer.runs.train import train_run
 
             check_evaluators(settings, scorer)
-            check_share(settings, prompts[0], processes)
+            check_prompts_per_process(settings, prompts[0], processes)
             if processes.main and folder is None:
                 folder = RunFolder.create(settings, run)
         # The main process keeps its own object: it holds the lock of the run.
@@ -307,7 +307,7 @@ def _train(
                 from trainer.report.report import write_report
 
                 Console().print(f"Report:   {write_report(path)}", soft_wrap=True)
-        found = result.gamed
+        found = result.reward_hacking_reason
         if found is not None and settings.guard.stop:
             raise GuardError(f"{path}: the gain is not to be trusted: {found}")
 
@@ -321,7 +321,7 @@ def _with_resume_advice(run: Path) -> Iterator[None]:
         raise
     except (Stop, RunError, RewardClientError, OSError) as error:
         if not hasattr(error, "__notes__"):
-            error.add_note(how_to_go_on(run))
+            error.add_note(resume_hint(run))
         raise
 
 

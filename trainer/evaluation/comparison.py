@@ -1,9 +1,9 @@
-"""Paired comparison: base and tuned policy have drawn the same prompts from the same random streams.
+"""Paired comparison of the tuned policy with the base policy, and the measurements that it compares.
 
-Intervals resample prompts, those of one group together: images of one prompt share its difficulty, prompts
-of one group are variants of each other, and a new prompt is what a user will bring.
-
-Images and their scores as arrays, and as a file: what one policy does with a set of prompts.
+Both policies generate images of the same prompts from the same random streams; images and scores of one
+policy are a `Measurement`, kept as a .npz file. Intervals resample prompts, those of one group together:
+images of one prompt share its difficulty, prompts of one group are variants of each other, and a new prompt
+is what a user will bring.
 """
 
 import io
@@ -18,14 +18,19 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from trainer.config import EvaluationConfig
-from trainer.evaluation.intervals import Groups, Interval, clusters, interval
+from trainer.evaluation.intervals import Groups, Interval, bootstrap_interval, count_groups
 from trainer.rl.rewards import Floats, Images, composite
 from trainer.runtime.errors import StorageError
 from trainer.runtime.files import write_atomically
 
+COMPOSITE = "composite"
+
+
+# -------------------------------------------------------------------------------------- measurements
+
 
 class Measurement(NamedTuple):
-    """Images of P prompts, G each, and their scores by K evaluators."""
+    """Images of P prompts, G each, and their scores from K evaluators."""
 
     prompts: tuple[str, ...]
     images: Images  # (P, G, H, W, 3)
@@ -33,39 +38,39 @@ class Measurement(NamedTuple):
     z: Floats  # (P, G, K)
 
     def first(self, prompts: int | None) -> Self:
-        """That of the first so many prompts; None: of all."""
+        """Return the measurement of the first `prompts` prompts; None for all of them."""
         cut = slice(prompts)
         return type(self)(self.prompts[cut], self.images[cut], self.raw[cut], self.z[cut])
 
     def encode(self) -> bytes:
-        """All but the prompts, as the content of a .npz file."""
+        """Return the content of a .npz file: everything but the prompts."""
         buffer = io.BytesIO()
         np.savez(buffer, pictures=self.images, raw=self.raw, z=self.z)  # the names in the file stay
         return buffer.getvalue()
 
     @classmethod
     def decode(cls, content: bytes, prompts: Sequence[str]) -> Self:
-        """What `encode` returned, of these prompts. Raises ValueError where it is damaged or of others."""
+        """Parse the content of a .npz file for these prompts. Raises ValueError if it does not fit them."""
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 images, raw, z = (arrays[name] for name in ("pictures", "raw", "z"))
         except (LookupError, TypeError, EOFError, BadZipFile) as error:
-            raise ValueError(f"is no measurement, or damaged ({error})") from error
+            raise ValueError(f"is not a measurement, or is damaged ({error})") from error
         groups = (len(prompts), *images.shape[1:2])
         whole = images.ndim == 5 and images.shape[4] == 3 and images.dtype == np.uint8
         if not whole or raw.ndim != 3 or raw.shape != z.shape:
-            raise ValueError("is no measurement: its arrays are not images with their scores")
+            raise ValueError("is not a measurement: its arrays are not images with their scores")
         if images.shape[:2] != groups or raw.shape[:2] != groups:
-            raise ValueError(f"measures {len(images)} prompts, not these {len(prompts)}")
+            raise ValueError(f"has {len(images)} prompts, expected {len(prompts)}")
         return cls(tuple(prompts), images, raw.astype(np.float64), z.astype(np.float64))
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all. The prompts are kept elsewhere, in prompts.json."""
+        """Write the file atomically. The prompts are not in it: a run has them in prompts.json."""
         write_atomically(path, self.encode())
 
     @classmethod
     def load(cls, path: Path, prompts: Sequence[str]) -> Self:
-        """The measurement of these prompts that was saved. Raises StorageError."""
+        """Read the saved measurement of these prompts. Raises StorageError if it is missing or damaged."""
         try:
             return cls.decode(path.read_bytes(), prompts)
         except FileNotFoundError as error:
@@ -74,12 +79,12 @@ class Measurement(NamedTuple):
             raise StorageError(f"{path}: {error}; delete it and run the same command again") from error
 
 
-COMPOSITE = "composite"
+# --------------------------------------------------------------------------------------- comparisons
 
 
 @dataclass(frozen=True)
 class Change:
-    """A mean over prompts before and after. `low` and `high` bound the difference."""
+    """A mean over prompts before and after training. `low` and `high` bound the difference."""
 
     name: str
     before: float
@@ -91,52 +96,52 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "rises", "falls" or "unclear": which side of 0 the interval lies on."""
+        """Side of 0 that the interval lies on: "rises", "falls", or "unclear" if it contains 0."""
         if self.low > 0:
             return "rises"
         return "falls" if self.high < 0 else "unclear"
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, with the verdict; null where one group of prompts gives no interval."""
-        return finite(asdict(self)) | {"verdict": self.verdict}
+        """Return JSON values with the verdict; null if a single group of prompts gives no interval."""
+        return finite_or_null(asdict(self)) | {"verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Gain(Change):
-    """One row of the comparison."""
+    """Change of one score: a row of the comparison."""
 
     deviations: float  # the difference in calibrated deviations (z)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tuned against base: a row for each evaluator and one for the composite."""
+    """Tuned policy against base policy: a row for each evaluator and one for the composite."""
 
     evaluators: tuple[Gain, ...]  # raw scores
     composite: Gain  # weighted mean of z
     prompts: int
     images_per_prompt: int
     confidence: float
-    groups: int  # how many independent groups the prompts are of
+    groups: int  # number of independent groups of prompts
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, verdicts and standard errors included; null where there is no number."""
+        """Return JSON values with verdicts and standard errors; null for what is not finite."""
         return {
             "prompts": self.prompts,
             "groups": self.groups,
             "images_per_prompt": self.images_per_prompt,
             "confidence": self.confidence,
             "rows": self.rows(),
-            **finite({"composite_standard_errors": standard_errors(self.composite)}),
+            **finite_or_null({"composite_standard_errors": standard_errors(self.composite)}),
         }
 
     def rows(self) -> dict[str, object]:
-        """A row's plain values by its name."""
+        """Return the JSON values of each row by its name."""
         return {gain.name: gain.to_dict() for gain in (*self.evaluators, self.composite)}
 
 
-def finite(values: Mapping[str, object]) -> dict[str, object]:
-    """The values, with None for what is no finite number: JSON knows no other."""
+def finite_or_null(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values with None for numbers that are not finite, which JSON cannot hold."""
     return {
         key: None if isinstance(value, float) and not np.isfinite(value) else value
         for key, value in values.items()
@@ -151,17 +156,22 @@ def compare(
     config: EvaluationConfig,
     groups: Groups = None,
 ) -> Comparison:
-    """Differences tuned - base, image by image, with intervals over groups of prompts.
+    """Return the differences tuned - base, image by image, with intervals over groups of prompts.
 
-    `groups` (P,) tells which prompts belong together; None: each stands for itself. Raises ValueError where
-    the two measured different prompts, or a score is not finite.
+    Args:
+        evaluators: Names of the K columns of scores.
+        weights: Weight of each evaluator in the composite.
+        groups: (P,) group of each prompt; None if each prompt is its own group.
+
+    Raises:
+        ValueError: The two measured different prompts, or a score is not finite.
     """
     if base.prompts != tuned.prompts:
         raise ValueError("base and tuned measured different prompts: they cannot be compared image by image")
     rows = tuple(evaluator_gain(name, base, tuned, evaluators, config, groups) for name in evaluators)
     total = composite_gain(base, tuned, evaluators, weights, config, groups)
     prompts, images = base.raw.shape[:2]
-    return Comparison(rows, total, prompts, images, config.confidence, clusters(prompts, groups))
+    return Comparison(rows, total, prompts, images, config.confidence, count_groups(prompts, groups))
 
 
 def evaluator_gain(
@@ -173,10 +183,10 @@ def evaluator_gain(
     groups: Groups,
     confidence: float | None = None,
 ) -> Gain:
-    """Of one evaluator, in its raw scores; at the configured confidence or another."""
+    """Return the gain of one evaluator in its raw scores, at the configured confidence or another."""
     k = list(evaluators).index(name)
     before, after = base.raw[..., k].mean(axis=1), tuned.raw[..., k].mean(axis=1)
-    row = change(name, before, after, config, groups, confidence)
+    row = paired_change(name, before, after, config, groups, confidence)
     return Gain(**asdict(row), deviations=float((tuned.z[..., k] - base.z[..., k]).mean()))
 
 
@@ -188,35 +198,38 @@ def composite_gain(
     config: EvaluationConfig,
     groups: Groups,
 ) -> Gain:
-    """Of the weighted mean of z."""
+    """Return the gain of the composite, the weighted mean of z."""
     before, after = (composite(m.z, evaluators, weights).mean(axis=1) for m in (base, tuned))
-    row = change(COMPOSITE, before, after, config, groups)
+    row = paired_change(COMPOSITE, before, after, config, groups)
     return Gain(**asdict(row), deviations=row.difference)
 
 
-def pooled(
+def compare_pooled(
     parts: Sequence[tuple[Measurement, Measurement, Groups]],
     evaluators: Sequence[str],
     weights: Mapping[str, float],
     config: EvaluationConfig,
 ) -> Comparison:
-    """Comparison over all folds: (base, tuned, groups) of each one's validation prompts, put together.
+    """Compare over all folds: the validation prompts of every fold, put together.
 
-    Every prompt is judged by the model of its own fold, which was trained neither on it nor on its group:
-    each group lies in one fold. The interval speaks of new prompts and these very models:
+    Every prompt is scored with the model of its own fold, which was trained neither on it nor on its group:
+    each group lies in one fold. The interval is about new prompts and these very models:
 
-    - it leaves out the luck of training: the prompts of a fold share a model, and the models share most of
-      their training prompts. The spread of the folds' own gains shows some of it;
-    - where each fold took its best checkpoint on these same prompts, or settings were searched on them, the
-      gain is optimistic (winner's curse). Only the test prompts, looked at once, are free of that.
+    - It leaves out the variance of training: the prompts of a fold share a model, and the models share most
+      of their training prompts. The spread of the folds' own gains shows some of it.
+    - If each fold took its best checkpoint on these same prompts, or settings were searched on them, the gain
+      is optimistic (winner's curse). Only the test prompts, evaluated once, are free of that.
+
+    Args:
+        parts: (base, tuned, groups) of the validation prompts of each fold.
     """
-    base, tuned = _together([part[0] for part in parts]), _together([part[1] for part in parts])
-    groups = _apart([(len(base.prompts), groups) for base, _, groups in parts])
+    base, tuned = _concatenate([part[0] for part in parts]), _concatenate([part[1] for part in parts])
+    groups = _renumber_groups([(len(base.prompts), groups) for base, _, groups in parts])
     return compare(base, tuned, evaluators, weights, config, groups)
 
 
-def _together(measured: Sequence[Measurement]) -> Measurement:
-    """Scores of all of them, without the images, which are not compared."""
+def _concatenate(measured: Sequence[Measurement]) -> Measurement:
+    """Return one measurement with all scores, without the images, which are not compared."""
     return Measurement(
         tuple(prompt for one in measured for prompt in one.prompts),
         np.empty((0, 0, 0, 0, 3), np.uint8),
@@ -225,8 +238,8 @@ def _together(measured: Sequence[Measurement]) -> Measurement:
     )
 
 
-def _apart(parts: Sequence[tuple[int, Groups]]) -> list[int]:
-    """Groups of all parts in one numbering, none of them shared between two parts."""
+def _renumber_groups(parts: Sequence[tuple[int, Groups]]) -> list[int]:
+    """Return the groups of all parts in one numbering; no two parts share a group."""
     numbered: list[int] = []
     for prompts, groups in parts:
         start = max(numbered, default=-1) + 1
@@ -235,7 +248,7 @@ def _apart(parts: Sequence[tuple[int, Groups]]) -> list[int]:
     return numbered
 
 
-def change(
+def paired_change(
     name: str,
     before: Floats,
     after: Floats,
@@ -243,7 +256,7 @@ def change(
     groups: Groups,
     confidence: float | None = None,
 ) -> Change:
-    """Of one number for each prompt, (P,) each; at the configured confidence or another."""
+    """Return the change of one number per prompt, (P,) each, at the configured confidence or another."""
     bounds = paired_interval(after - before, config, groups, confidence)
     means = float(before.mean()), float(after.mean()), float((after - before).mean())
     return Change(name, *means, *bounds)
@@ -252,35 +265,37 @@ def change(
 def paired_interval(
     differences: Floats, config: EvaluationConfig, groups: Groups = None, confidence: float | None = None
 ) -> Interval:
-    """Interval of the mean of one difference for each prompt, (P,), as the configuration has it."""
+    """Return the interval of the mean of one difference per prompt (P,), as configured."""
     confidence = config.confidence if confidence is None else confidence
-    # A tail needs some resamples to be seen in.
+    # At least ten resamples are expected in the tails.
     resamples = max(config.resamples, int(10 / (1 - confidence)))
-    return interval(differences, groups, confidence=confidence, resamples=resamples, seed=config.seed)
+    return bootstrap_interval(
+        differences, groups, confidence=confidence, resamples=resamples, seed=config.seed
+    )
 
 
 def standard_errors(gain: Change) -> float:
-    """The difference in its own standard errors.
+    """Return the difference in its own standard errors.
 
-    0 where nothing changed; infinite where all prompts changed alike; nan where one group tells no error.
+    0 if nothing changed, infinite if all prompts changed equally, NaN if there is a single group.
     """
     if not np.isfinite(gain.standard_error):
         return float("nan")
-    if alike(gain):
+    if is_constant(gain):
         return float(np.sign(gain.difference)) * np.inf if gain.difference else 0.0
     return gain.difference / gain.standard_error
 
 
-def alike(gain: Change) -> bool:
-    """Whether all prompts changed by the same, but for rounding."""
+def is_constant(gain: Change) -> bool:
+    """Return whether all prompts changed by the same amount, up to rounding."""
     return gain.standard_error <= 1e-9 * abs(gain.difference)
 
 
-# --------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------- presentation
 
 
-def table(comparison: Comparison) -> Table:
-    """The comparison as a person reads it; σ are the calibrated deviations of z."""
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the comparison as a table for the terminal; σ are the calibrated deviations of z."""
     of_groups = f" in {comparison.groups} groups" if comparison.groups < comparison.prompts else ""
     shown = Table(
         title=f"{comparison.prompts} held-out prompts{of_groups} × {comparison.images_per_prompt} images",
@@ -305,28 +320,28 @@ def table(comparison: Comparison) -> Table:
     return shown
 
 
-def sentences(comparison: Comparison) -> list[str]:
-    """What the table says, in words: the composite first, then every evaluator that falls significantly."""
+def comparison_sentences(comparison: Comparison) -> list[str]:
+    """Return the findings in words: the composite, then every evaluator that falls significantly."""
     total = comparison.composite
     verdict = {
         "rises": "rises significantly",
         "falls": "falls significantly",
         "unclear": "does not change clearly",
     }
-    change = f"{total.difference:+.3f} deviations, {_sureness(total)}"
-    said = [f"The composite {verdict[total.verdict]}: {change}."]
+    change = f"{total.difference:+.3f} deviations, {_significance(total)}"
+    lines = [f"The composite {verdict[total.verdict]}: {change}."]
     rising = [gain.name for gain in comparison.evaluators if gain.verdict == "rises"]
-    said.append(f"Rising significantly: {', '.join(rising) or 'none of the evaluators'}.")
+    lines.append(f"Rising significantly: {', '.join(rising) or 'none of the evaluators'}.")
     paid = ": the gain elsewhere is partly paid for with it" if rising else ""
-    said += [_warning(gain) + paid + "." for gain in comparison.evaluators if gain.verdict == "falls"]
-    return said
+    lines += [_warning(gain) + paid + "." for gain in comparison.evaluators if gain.verdict == "falls"]
+    return lines
 
 
-def _sureness(gain: Gain) -> str:
+def _significance(gain: Gain) -> str:
     errors = standard_errors(gain)
-    if np.isfinite(errors) and not alike(gain):
+    if np.isfinite(errors) and not is_constant(gain):
         return f"{errors:+.1f} standard errors"
-    return "one group of prompts tells no error" if np.isnan(errors) else "the same in every prompt"
+    return "no standard error: a single group of prompts" if np.isnan(errors) else "the same in every prompt"
 
 
 def _warning(gain: Gain) -> str:

@@ -1,7 +1,4 @@
-"""What a run leaves behind: a folder of plain files, each written whole or not at all.
-
-What a run that goes on must have in common with the run that began; checked before any model is loaded.
-"""
+"""Folder of a training run: its files, each written atomically, and the checks before a run resumes."""
 
 import json
 import os
@@ -15,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from trainer.config import LORA_FILE, ConfigError, TrainerConfig, flat, load_trainer_config
+from trainer.config import LORA_FILE, ConfigError, TrainerConfig, flatten, load_trainer_config
 from trainer.data.splits import Split, read_splits
 from trainer.runtime.errors import StorageError, reason
 from trainer.runtime.files import (
@@ -30,12 +27,17 @@ from trainer.runtime.files import (
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+PROMPTS_FILE = "prompts.json"
+SCORER_FILE = "scorer.json"
+FINISHED_FILE = "finished.json"
+BASE_FILE, TUNED_FILE = "base.npz", "tuned.npz"  # measurements of the base policy and of the run's result
+RESULT_FILES = ("evaluation.json", TUNED_FILE)
 
 
 class RunFolder:
     """One run's folder: config.yaml, metrics.jsonl, checkpoints/, lora/, images and evaluation.json.
 
-    `create` and `resume` lock it until it is closed, or the process ends.
+    `create` and `resume` lock it until it is closed or the process ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,32 +51,37 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainerConfig, path: Path | None = None) -> "RunFolder":
-        """An empty folder: `path`, which must hold nothing yet, or the next free `<runs_dir>/<name>[-n]`."""
-        wanted = path or config.runs_dir / config.name
+        """Create and lock a folder: `path`, which must be empty, or the next free `<runs_dir>/<name>[-n]`."""
+        target = path or config.runs_dir / config.name
         try:
-            run = cls(_make_empty(path) if path else _make_next_free(wanted))
+            run = cls(_make_empty(path) if path else _make_next_free(target))
             run._acquire_lock()
             clear_stale(run.path)
             run.write_config(config)
         except OSError as error:
-            cause = f"cannot be made or written to: {error.strerror}"
-            raise ConfigError(f"{wanted}: the run folder {cause}; name another with --run") from error
+            cause = f"cannot be created or written: {error.strerror}"
+            raise ConfigError(f"{target}: the run folder {cause}; name another with --run") from error
         return run
 
     @classmethod
-    def resume(cls, path: Path) -> "RunFolder":
-        """The folder of a run that began before, without what was being written when it ended.
+    def resume(cls, path: Path, *, wait_s: float = 0.0) -> "RunFolder":
+        """Lock the folder of an earlier run, and remove what was half written when that ended.
 
-        Raises StorageError where another trainer is writing it.
+        Args:
+            path: The folder.
+            wait_s: Seconds to wait for another trainer that has it locked.
+
+        Raises:
+            StorageError: Another trainer is writing it.
         """
         run = cls(path)
-        run._acquire_lock()
+        run._acquire_lock(wait_s)
         clear_stale(path)
         return run
 
-    def _acquire_lock(self) -> None:
+    def _acquire_lock(self, wait_s: float = 0.0) -> None:
         try:
-            self._lock = Lock(self.path / LOCK_FILE)
+            self._lock = Lock(self.path / LOCK_FILE, wait_s=wait_s)
         except LockHeldError as error:
             raise StorageError(
                 f"{self.path}: another trainer (process {error.process}) is writing this run; "
@@ -92,7 +99,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_config(self, config: TrainerConfig, name: str = CONFIG_FILE) -> None:
-        """Write what was resolved; a run is one from here on."""
+        """Write the resolved configuration; a folder that has it is a run."""
         resolved = {"trainer": config.model_dump(mode="json")}
         self.write_text(name, yaml.safe_dump(resolved, sort_keys=False))
 
@@ -101,23 +108,23 @@ class RunFolder:
         write_atomically(self.path / name, text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file atomically. A number that is not finite is an error."""
+        """Write a JSON file atomically. Raises ValueError for a number that is not finite."""
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote; None where it did not. Raises StorageError where it is no JSON."""
+        """Read a JSON file; None if it is missing. Raises StorageError if it is damaged."""
         try:
             return json.loads((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise StorageError(
-                f"{self.path / name}: not what was written there ({error}); delete it and run the same "
-                "command again"
+                f"{self.path / name}: damaged, not valid JSON ({error}); delete it and run the same command "
+                "again"
             ) from error
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, on the disk before a checkpoint that counts on it."""
+        """Append one line to metrics.jsonl; it is on the disk when this returns."""
         line = json.dumps(record, allow_nan=False)
         path = self.path / METRICS_FILE
         with add_path_to_errors(path), path.open("a", encoding="utf-8") as file:
@@ -126,14 +133,14 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics_bytes(self) -> int:
-        """Size of metrics.jsonl."""
+        """Return the size of metrics.jsonl."""
         path = self.path / METRICS_FILE
         return path.stat().st_size if path.exists() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Take away what was logged after metrics.jsonl had this size: it is going to be logged again.
+        """Truncate metrics.jsonl to an earlier size: what was logged since will be logged again.
 
-        Where it has been cut shorter since, half a line at its end goes: the next would be joined to it.
+        If the file is shorter than that, an incomplete line at its end is removed.
         """
         path, found = self.path / METRICS_FILE, self.metrics_bytes()
         if 0 < found < size:
@@ -142,27 +149,24 @@ class RunFolder:
             os.truncate(path, size)
 
     def save_image(self, name: str, image: Image.Image) -> Path:
-        """Write a PNG atomically and say where."""
+        """Write a PNG file atomically and return its path."""
         path = self.path / name
         write_atomically(path, lambda target: image.save(target, format="PNG"))
         return path
 
     def save_lora(self, save: Callable[[Path], object], card: str) -> None:
-        """Write lora/: what `save` puts there and a README.md; an older one is replaced as a whole."""
+        """Write the folder lora/ atomically: the files that `save` writes, and `card` as README.md."""
         with replacing(self.lora) as folder:
             try:
                 save(folder)
-            except SafetensorError as error:  # what safetensors makes of an error in writing
+            except SafetensorError as error:  # an OSError of the write, wrapped by safetensors
                 raise StorageError(f"{self.lora}: cannot be written ({reason(error)})") from error
             (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------- folders
-
-
 def _make_empty(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    # A lock and what is not whole: a run that was killed before it began.
+    # Hidden files, a lock and incomplete files, are of a run that was killed before it began.
     if any(not file.name.startswith(".") for file in path.iterdir()):
         raise ConfigError(f"{path}: this folder is not empty; name another with --run, or add --resume")
     return path
@@ -177,62 +181,14 @@ def _make_next_free(path: Path) -> Path:
         except FileExistsError:
             continue
         return candidate
-    raise ConfigError(f"{path}: ten thousand runs have this name; choose another (trainer.name)")
+    raise ConfigError(f"{path}: 10,000 runs have this name; choose another (trainer.name)")
 
 
-def newest_run(config: TrainerConfig) -> Path:
-    """The folder of the run of this name that was last begun. Raises ConfigError where there is none."""
-    name = re.compile(rf"{re.escape(config.name)}(-\d+)?")
-    runs = [
-        path.parent for path in config.runs_dir.glob(f"*/{CONFIG_FILE}") if name.fullmatch(path.parent.name)
-    ]
-    if not runs:
-        raise ConfigError(
-            f"{config.runs_dir}: no run named {config.name} to go on with; name its folder with --run"
-        )
-    return max(runs, key=lambda path: (path / CONFIG_FILE).stat().st_mtime_ns)
+# ----------------------------------------------------------------------------------------- resuming
 
-
-def model_card(config: TrainerConfig, done: int, identity: Mapping[str, str], summary: Sequence[str]) -> str:
-    """README.md of a LoRA after `done` iterations: what for, how made, what gained, how to load."""
-    source = config.karlo.repo or (config.karlo.path.name if config.karlo.path else "")
-    judges = "\n".join(f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(identity.items()))
-    return f"""---
-library_name: peft
-tags: [lora, unclip, reinforcement-learning]
----
-# {config.name}
-
-A LoRA for the decoder of {source}, rank {config.lora.rank}, trained for {done} iterations by
-policy gradient on the rewards of these evaluators (fingerprint/calibration):
-
-{judges}
-
-On held-out prompts, against the same decoder without it:
-
-{chr(10).join(f"- {line}" for line in summary)}
-
-## Load
-
-`decoder` is Karlo's decoder, a diffusers `UNet2DConditionModel`:
-
-```python
-decoder.load_lora_adapter("lora", prefix=None, weight_name="{LORA_FILE}")
-pipeline = UnCLIPPipeline(decoder=decoder, **other_parts)
-```
-
-It inherits the licence of the model it was trained on.
-"""
-
-
-PROMPTS_FILE = "prompts.json"
-SCORER_FILE = "scorer.json"
-FINISHED_FILE = "finished.json"
-RESULT_FILES = ("evaluation.json", "tuned.npz")
-
-# Settings that may differ when a run goes on, and all below them: none decides what is learned. `name` and
-# `runs_dir` only say where the run is, and that is known; `iterations` may grow.
-FREE = (
+# Settings, and sections of them, that may differ when a run resumes: none decides what is learned. `name` and
+# `runs_dir` only give the run's place, which is known; `iterations` may grow.
+MUTABLE_SETTINGS = (
     "name",
     "runs_dir",
     "iterations",
@@ -259,48 +215,74 @@ FREE = (
 )
 
 
-def resumed_config(run: Path, config: Path | None, overrides: Sequence[str]) -> TrainerConfig:
-    """The configuration with which a run goes on: its own, with what may differ from `config` and overrides.
+def newest_run(config: TrainerConfig) -> Path:
+    """Return the folder of the newest run of the configured name. Raises ConfigError if there is none."""
+    name = re.compile(rf"{re.escape(config.name)}(-\d+)?")
+    runs = [
+        path.parent for path in config.runs_dir.glob(f"*/{CONFIG_FILE}") if name.fullmatch(path.parent.name)
+    ]
+    if not runs:
+        raise ConfigError(
+            f"{config.runs_dir}: no run named {config.name} to resume; name its folder with --run"
+        )
+    return max(runs, key=lambda path: (path / CONFIG_FILE).stat().st_mtime_ns)
 
-    Raises ConfigError naming the first setting that may not differ, with both values.
+
+def resumed_config(run: Path, config: Path | None, overrides: Sequence[str]) -> TrainerConfig:
+    """Return the configuration of a resumed run: its own, with what may differ taken from the arguments.
+
+    Args:
+        run: The run's folder.
+        config: A configuration file; by default the run's own.
+        overrides: Settings as KEY=VALUE.
+
+    Raises:
+        ConfigError: There is no run, or a setting differs that must not; both values are named.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{run}: no run to go on with (no {CONFIG_FILE}); name its folder with --run")
+        raise ConfigError(f"{run}: no run to resume (no {CONFIG_FILE}); name its folder with --run")
     own = load_trainer_config(run / CONFIG_FILE)
-    wanted = load_trainer_config(config or run / CONFIG_FILE, overrides)
-    check_same(own, wanted, str(run))
-    return wanted.model_copy(update={"name": own.name, "runs_dir": own.runs_dir})
+    given = load_trainer_config(config or run / CONFIG_FILE, overrides)
+    check_same_settings(own, given, str(run))
+    return given.model_copy(update={"name": own.name, "runs_dir": own.runs_dir})
 
 
-def check_same(own: TrainerConfig, wanted: TrainerConfig, run: str, free: Sequence[str] = FREE) -> None:
-    """Raises ConfigError where `wanted` differs from the run's `own` in what decides the result."""
-    before, now = (flat(config.model_dump(mode="json")) for config in (own, wanted))
+def check_same_settings(
+    own: TrainerConfig, given: TrainerConfig, run: str, mutable: Sequence[str] = MUTABLE_SETTINGS
+) -> None:
+    """Raise ConfigError if `given` differs from the run's `own` settings in one that is not mutable."""
+    before, now = (flatten(config.model_dump(mode="json")) for config in (own, given))
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not _is_free(key, free):
+        if before.get(key) != now.get(key) and not _is_mutable(key, mutable):
             raise ConfigError(
                 f"trainer.{key}: {_shown(now.get(key))}, but {run} began with {_shown(before.get(key))}; "
                 "leave it as it was, or begin a new run"
             )
-    if wanted.iterations != own.iterations and own.update.schedule != "constant":
+    if given.iterations != own.iterations and own.update.schedule != "constant":
         raise ConfigError(
-            f"trainer.iterations: {wanted.iterations}, but {run} began with {own.iterations}, which its "
+            f"trainer.iterations: {given.iterations}, but {run} began with {own.iterations}, which its "
             f"{own.update.schedule} update.schedule depends on; leave it as it was, or begin a new run"
         )
 
 
-def _is_free(key: str, free: Sequence[str]) -> bool:
-    return any(key == it or key.startswith(it + ".") for it in free)
+def _is_mutable(key: str, mutable: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in mutable)
 
 
 def _shown(value: object) -> str:
     return "nothing" if value is None else repr(value)[:80]
 
 
-# ---------------------------------------------------------------------------------------------- pins
+def resume_hint(run: Path) -> str:
+    """Return the command that resumes a run, in words for an error message."""
+    return f"resume with: reward-trainer train --resume --run {shlex.quote(str(run))}"
+
+
+# ------------------------------------------------------------------------------------ pinned inputs
 
 
 def pin_prompts(run: RunFolder, prompts: Split) -> None:
-    """Keep the run's prompts with it, or check them. Raises ConfigError where they are others."""
+    """Store the run's prompts in it, or check that they are the same. Raises ConfigError if not."""
     now = {name: list(values) for name, values in prompts._asdict().items()}
     kept = run.read_json(PROMPTS_FILE)
     if kept is None:
@@ -313,60 +295,98 @@ def pin_prompts(run: RunFolder, prompts: Split) -> None:
 
 
 def pinned_prompts(run: RunFolder, config: TrainerConfig) -> Split:
-    """The prompts that the run began with, whatever has become of the files; else those of the files."""
+    """Return the prompts that the run began with, if it has any; else read the configured files."""
     kept = run.read_json(PROMPTS_FILE)
     if kept is None:
         return read_splits(config.prompts, config.seed)
-    groups = kept.get("groups", range(len(kept["validation"])))  # runs of before there were any: each its own
+    groups = kept.get("groups", range(len(kept["validation"])))  # an old run without groups: each its own
     return Split(tuple(kept["train"]), tuple(kept["validation"]), tuple(groups))
 
 
 def pin_scorer(run: RunFolder, identity: Mapping[str, str]) -> None:
-    """Keep the scorer's identity with the run, or check it. Raises StorageError naming what differs."""
+    """Store the scorer's identity in the run, or check it. Raises StorageError naming the differences."""
     kept = run.read_json(SCORER_FILE)
     if kept is None:
         run.write_json(SCORER_FILE, dict(identity))
     elif kept != dict(identity):
         differences = "; ".join(_scorer_differences(kept, identity))
         raise StorageError(
-            f"the scoring service is not the one that {run.path} began with: {differences}; "
+            f"the reward service is not the one that {run.path} began with: {differences}; "
             "start it with the same models and calibration, or begin a new run"
         )
 
 
 def _scorer_differences(kept: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    said = []
+    differences = []
     for name in sorted({*kept, *now}):
         if name not in now:
-            said.append(f"evaluator {name} is missing")
+            differences.append(f"evaluator {name} is missing")
         elif name not in kept:
-            said.append(f"evaluator {name} is new")
+            differences.append(f"evaluator {name} is new")
         else:
             parts = zip(
                 ("fingerprint", "calibration"), kept[name].split("/"), now[name].split("/"), strict=False
             )
-            said += [f"{name}'s {part} is {b}, was {a}" for part, a, b in parts if a != b]
-    return said
+            differences += [f"{name}'s {part} is {b}, was {a}" for part, a, b in parts if a != b]
+    return differences
 
 
-# ------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------- result
 
 
 def mark_finished(run: RunFolder, iterations: int, reached: int, done: int) -> None:
-    """Everything is there that a run of so many iterations leaves behind.
+    """Mark that all files of a run are written.
 
-    It has ended after those that it `reached`; what it shipped has `done` behind it.
+    Args:
+        run: The run's folder.
+        iterations: Configured iterations.
+        reached: Iterations that were trained.
+        done: Iterations behind the policy that was saved.
     """
     run.write_json(FINISHED_FILE, {"iterations": iterations, "reached": reached, "done": done})
 
 
 def is_finished(run: RunFolder, iterations: int) -> bool:
-    """Whether the run has nothing left to do for so many iterations; what is missing is redone."""
+    """Return whether a run of `iterations` iterations is complete; if not, what is missing is redone."""
     finished: Any = run.read_json(FINISHED_FILE)
-    whole = all((run.path / name).exists() for name in RESULT_FILES)
-    return whole and finished is not None and finished["iterations"] == iterations
+    complete = all((run.path / name).exists() for name in RESULT_FILES)
+    return complete and finished is not None and finished["iterations"] == iterations
 
 
-def how_to_go_on(run: Path) -> str:
-    """What to say to whoever may want the rest of a run."""
-    return f"go on with: reward-trainer train --resume --run {shlex.quote(str(run))}"
+def model_card(config: TrainerConfig, done: int, identity: Mapping[str, str], summary: Sequence[str]) -> str:
+    """Return the README.md of a LoRA: its base model, training, evaluators, gain, and how to load it.
+
+    Args:
+        config: Configuration of the run.
+        done: Iterations of training.
+        identity: Fingerprint and calibration of each evaluator.
+        summary: Sentences about the gain.
+    """
+    source = config.karlo.repo or (config.karlo.path.name if config.karlo.path else "")
+    evaluators = "\n".join(f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(identity.items()))
+    return f"""---
+library_name: peft
+tags: [lora, unclip, reinforcement-learning]
+---
+# {config.name}
+
+A LoRA for the decoder of {source}, rank {config.lora.rank}, trained for {done} iterations by
+policy gradient on the rewards of these evaluators (fingerprint/calibration):
+
+{evaluators}
+
+On held-out prompts, against the same decoder without it:
+
+{chr(10).join(f"- {line}" for line in summary)}
+
+## Load
+
+`decoder` is Karlo's decoder, a diffusers `UNet2DConditionModel`:
+
+```python
+decoder.load_lora_adapter("lora", prefix=None, weight_name="{LORA_FILE}")
+pipeline = UnCLIPPipeline(decoder=decoder, **other_parts)
+```
+
+It inherits the licence of the model it was trained on.
+"""

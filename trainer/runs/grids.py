@@ -1,4 +1,4 @@
-"""Picture grids: the same prompts and random streams, before and after."""
+"""Grids of images: the same prompts and random streams, before and after training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,19 @@ BETWEEN_PX = 24
 
 
 def grid(prompts: Sequence[str], images: Images, columns: int) -> Image.Image:
-    """Images (P, G, H, W, 3): a captioned row for each prompt, with its first `columns` images."""
+    """Return a sheet of images (P, G, H, W, 3): a captioned row of `columns` images per prompt."""
     return _stack([_row(prompt, [row[:columns]]) for prompt, row in zip(prompts, images, strict=True)])
 
 
 def before_and_after(prompts: Sequence[str], before: Images, after: Images, columns: int) -> Image.Image:
-    """Both (P, G, H, W, 3): in each captioned row `columns` images before, then the same ones after."""
+    """Return a sheet with a captioned row per prompt: `columns` images before, then the same ones after.
+
+    Args:
+        prompts: P captions.
+        before: (P, G, H, W, 3) images.
+        after: (P, G, H, W, 3) images from the same random streams.
+        columns: Images of each prompt that are shown.
+    """
     rows = [
         _row(prompt, [old[:columns], new[:columns]])
         for prompt, old, new in zip(prompts, before, after, strict=True)
@@ -38,14 +45,14 @@ def before_and_after(prompts: Sequence[str], before: Images, after: Images, colu
     return _stack([heading, *rows])
 
 
-def enlarged(image: Images) -> Image.Image:
-    """One image (H, W, 3); small ones are enlarged by a whole factor, so that no pixel is invented."""
+def enlarge(image: Images) -> Image.Image:
+    """Return an image (H, W, 3), enlarged by a whole factor if it is small, so that pixels stay sharp."""
     factor = max(1, MIN_TILE_PX // image.shape[1])
     return Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
 def _row(prompt: str, blocks: Sequence[Images]) -> Image.Image:
-    tiles = [[enlarged(image) for image in block] for block in blocks]
+    tiles = [[enlarge(image) for image in block] for block in blocks]
     side = tiles[0][0].width + GAP_PX
     width = sum(len(block) for block in tiles) * side + GAP_PX + (len(blocks) - 1) * BETWEEN_PX
     row = Image.new("RGB", (width, CAPTION_PX + GAP_PX + tiles[0][0].height + GAP_PX), "white")
@@ -68,27 +75,27 @@ def _stack(rows: Sequence[Image.Image]) -> Image.Image:
 
 
 def _printable(prompt: str) -> str:
-    """Pillow's built-in font may know Latin-1 only; other letters become question marks."""
+    """Replace letters beyond Latin-1, which Pillow's built-in font may lack, by question marks."""
     return prompt.encode("latin-1", "replace").decode("latin-1")
 
 
 def generate_run(
     config: TrainerConfig, lora: Path | None, prompts: Sequence[str], count: int, out: Path
 ) -> Path:
-    """Draw `count` images of each prompt, with the LoRA if there is one, and save them as one PNG grid."""
+    """Generate `count` images of each prompt, with a LoRA if given, and save them as one PNG grid."""
     sampler = load_sampler(config)
     if lora is not None:
         sampler.policy.load_lora(lora)
     keys = [ImageKey(config.seed, 0, -1, prompt, image) for prompt in prompts for image in range(count)]
     size = config.sampling.micro_batch
-    batches = [sampler.draw(keys[start : start + size]).images for start in range(0, len(keys), size)]
-    drawn = np.concatenate(batches)
-    sheet = grid(prompts, drawn.reshape(len(prompts), count, *drawn.shape[1:]), columns=count)
+    batches = [sampler.sample(keys[start : start + size]).images for start in range(0, len(keys), size)]
+    images = np.concatenate(batches)
+    sheet = grid(prompts, images.reshape(len(prompts), count, *images.shape[1:]), columns=count)
     return RunFolder(out.parent).save_image(out.name, sheet)
 
 
 def save_grids(run: RunFolder, before: Measurement, after: Measurement, config: TrainerConfig) -> None:
-    """Write the grids of a run: before, after, and both side by side."""
+    """Write the grids of a run: before.png, after.png and before_after.png."""
     rows, columns = config.evaluation.grid_prompts, config.evaluation.grid_images
     prompts, old, new = before.prompts[:rows], before.images[:rows], after.images[:rows]
     run.save_image("before.png", grid(prompts, old, columns))
@@ -97,6 +104,6 @@ def save_grids(run: RunFolder, before: Measurement, after: Measurement, config: 
 
 
 def comparison_grid(before: Measurement, after: Measurement, config: TrainerConfig) -> Image.Image:
-    """The first prompts of both, side by side."""
+    """Return the grid of the first prompts of both measurements, side by side."""
     rows, columns = config.evaluation.grid_prompts, config.evaluation.grid_images
     return before_and_after(before.prompts[:rows], before.images[:rows], after.images[:rows], columns)

@@ -7,36 +7,38 @@ import diffusers
 import torch
 import transformers
 
-from trainer.config import ConfigError, TrainerConfig, flat
-from trainer.rl.karlo import keep_few_activations, load_karlo
+from trainer.config import ConfigError, TrainerConfig, flatten
+from trainer.rl.karlo import enable_activation_checkpointing, load_karlo
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import Scorer
 from trainer.rl.sampler import ImageSampler
 from trainer.runtime.distributed import Processes
 
 
-def check_share(config: TrainerConfig, prompts: Sequence[str], processes: Processes) -> None:
-    """Raises ConfigError where an iteration has fewer prompts than there are processes to draw them."""
+def check_prompts_per_process(config: TrainerConfig, prompts: Sequence[str], processes: Processes) -> None:
+    """Raise ConfigError if an iteration has fewer prompts than there are processes to share them."""
     groups = min(config.rollout.prompts_per_iteration, len(prompts))
-    if groups < processes.world:
+    if groups < processes.world_size:
         raise ConfigError(
             f"trainer.rollout.prompts_per_iteration: {groups} prompts cannot be shared among "
-            f"{processes.world} processes, whole groups each; raise it or start fewer processes"
+            f"{processes.world_size} processes of at least one each; raise it or start fewer processes"
         )
 
 
-def check_alike(config: TrainerConfig, scorer: Scorer, policy: DecoderPolicy, processes: Processes) -> None:
-    """Raises JobError where one process has another configuration, scorer or adapter than the main one."""
-    start_alike = "start all processes with the same command and files"
-    processes.check_alike("configuration", flat(config.model_dump(mode="json")), start_alike)
-    processes.check_alike("scorer", scorer.identity, "point all processes at the same service")
-    processes.check_alike("adapter", {"LoRA": checksum(policy)}, start_alike)
+def check_processes_agree(
+    config: TrainerConfig, scorer: Scorer, policy: DecoderPolicy, processes: Processes
+) -> None:
+    """Raise JobError if a process has another configuration, scorer or adapter than the main one."""
+    remedy = "start all processes with the same command and files"
+    processes.check_same("configuration", flatten(config.model_dump(mode="json")), remedy)
+    processes.check_same("scorer", scorer.identity, "point all processes at the same service")
+    processes.check_same("adapter", {"LoRA": adapter_checksum(policy)}, remedy)
 
 
 def check_evaluators(config: TrainerConfig, scorer: Scorer) -> None:
-    """Raises ConfigError where a weight names an evaluator that the service does not have."""
-    wanted = {*config.objective.weights, *config.reward_evaluators, config.guard.evaluator} - {None}
-    unknown = sorted(map(str, wanted - set(scorer.evaluators)))
+    """Raise ConfigError if a weight or the guard names an evaluator that the service does not have."""
+    required = {*config.objective.weights, *config.composite_weights, config.guard.evaluator} - {None}
+    unknown = sorted(map(str, required - set(scorer.evaluators)))
     if unknown:
         raise ConfigError(
             f"trainer.objective.weights: the service has no evaluator {', '.join(unknown)} (named there, in "
@@ -44,8 +46,8 @@ def check_evaluators(config: TrainerConfig, scorer: Scorer) -> None:
         )
 
 
-def checksum(policy: DecoderPolicy) -> str:
-    """Hash of the adapter, the same for equal bits."""
+def adapter_checksum(policy: DecoderPolicy) -> str:
+    """Return a hash of the adapter's bits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(policy.lora.items()):
         digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
@@ -53,7 +55,7 @@ def checksum(policy: DecoderPolicy) -> str:
 
 
 def load_sampler(config: TrainerConfig, device: str | None = None) -> ImageSampler:
-    """Load Karlo on the device, or the configured one; the policy has no adapter yet. Raises ConfigError."""
+    """Load Karlo, its policy without an adapter, on `device` or the configured one. Raises ConfigError."""
     device = device or config.device
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -63,7 +65,7 @@ def load_sampler(config: TrainerConfig, device: str | None = None) -> ImageSampl
         config.karlo, device, getattr(torch, config.precision), getattr(torch, config.policy_precision)
     )
     if config.update.gradient_checkpointing:
-        keep_few_activations(karlo.decoder)
+        enable_activation_checkpointing(karlo.decoder)
     if config.compile:
         karlo.decoder.compile()
     policy = DecoderPolicy(
@@ -81,11 +83,13 @@ def _check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"trainer.device: {name!r} is no device here; set cpu or cuda") from error
+        raise ConfigError(
+            f"trainer.device: {name!r} is not a device of this machine; set cpu or cuda"
+        ) from error
 
 
 def quiet_libraries() -> None:
-    """Errors only from diffusers and transformers: their notes on loading are no news to our users."""
+    """Show only errors of diffusers and transformers: their notes on loading do not concern our users."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

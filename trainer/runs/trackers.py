@@ -1,4 +1,4 @@
-"""Who hears of a run while it goes on: metrics.jsonl, TensorBoard, and Weights & Biases where asked for.
+"""Metric loggers: metrics.jsonl, TensorBoard, and Weights & Biases if configured.
 
 A step is the number of iterations done: that of the first iteration is 1, and 0 is the base policy.
 """
@@ -21,94 +21,97 @@ from trainer.runtime.files import add_path_to_errors
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb.json"
 
 
-class Listener(Protocol):
-    """Somebody who draws curves."""
+class Tracker(Protocol):
+    """Program that plots curves and shows images of a run."""
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by tag."""
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers by tag."""
 
-    def image(self, tag: str, image: Image.Image, step: int) -> None:
-        """An image."""
+    def log_image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Log an image."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered."""
 
 
-class Journal:
-    """Tells the run folder and every listener; without a run folder, nobody. A context manager."""
+class RunLogger:
+    """Logs a run to its folder and to every tracker; a context manager. By default it logs nothing."""
 
-    def __init__(self, run: RunFolder | None = None, listeners: tuple[Listener, ...] = ()) -> None:
+    def __init__(self, run: RunFolder | None = None, trackers: tuple[Tracker, ...] = ()) -> None:
         self._run = run
-        self._listeners = listeners
+        self._trackers = trackers
 
     @classmethod
     def open(cls, config: TrainerConfig, run: RunFolder, done: int) -> Self:
-        """The journal of a run that goes on after `done` iterations; what was said of later ones is void.
+        """Open the logger of a run after `done` iterations; what trackers have of later ones is discarded.
 
-        Raises ConfigError where Weights & Biases cannot be had.
+        Raises:
+            ConfigError: Weights & Biases is configured, but not installed or not reachable.
         """
-        listeners: list[Listener] = []
+        trackers: list[Tracker] = []
         if config.logging.wandb:
-            listeners.append(WeightsAndBiases(config, run))
+            trackers.append(WeightsAndBiases(config, run))
         if config.logging.tensorboard:
-            listeners.append(TensorBoard(run, done))
-        return cls(run, tuple(listeners))
+            trackers.append(TensorBoard(run, done))
+        return cls(run, tuple(trackers))
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        """One iteration: a line of metrics.jsonl, and a curve for each of its numbers."""
+    def log_iteration(self, record: Mapping[str, Any]) -> None:
+        """Log an iteration: a line of metrics.jsonl, and a point on the curve of each of its numbers."""
         if self._run is not None:
             self._run.log(record)
         training = {key: value for key, value in record.items() if key != "evaluation"}
-        self.scalars({"training": training, "evaluation": record.get("evaluation")}, record["iteration"] + 1)
+        self.log_scalars(
+            {"training": training, "evaluation": record.get("evaluation")}, record["iteration"] + 1
+        )
 
-    def scalars(self, values: Mapping[str, Any], step: int) -> None:
-        """Curves alone; nested names are joined by a slash."""
+    def log_scalars(self, values: Mapping[str, Any], step: int) -> None:
+        """Log numbers to the trackers only; nested names are joined by a slash."""
         numbers = dict(flat_numbers(values))
-        for listener in self._listeners:
-            listener.scalars(numbers, step)
+        for tracker in self._trackers:
+            tracker.log_scalars(numbers, step)
 
-    def grid(self, image: Image.Image, step: int) -> None:
-        """A grid of images, kept as grids/iteration-NNNNNN.png."""
+    def log_grid(self, image: Image.Image, step: int) -> None:
+        """Log a grid of images, and write it to grids/iteration-NNNNNN.png."""
         if self._run is not None:
             self._run.save_image(f"grids/iteration-{step:06d}.png", image)
-        for listener in self._listeners:
-            listener.image("grids", image, step)
+        for tracker in self._trackers:
+            tracker.log_image("grids", image, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for listener in self._listeners:
-            listener.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class TensorBoard:
-    """Events in <run>/tensorboard."""
+    """Event files in <run>/tensorboard."""
 
     def __init__(self, run: RunFolder, done: int) -> None:
         self._path = run.path / TENSORBOARD
         with add_path_to_errors(self._path):
             self._writer = SummaryWriter(str(self._path), purge_step=done + 1)
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See `Listener.scalars`."""
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log_scalars`."""
         with add_path_to_errors(self._path):
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
 
-    def image(self, tag: str, image: Image.Image, step: int) -> None:
-        """See `Listener.image`."""
+    def log_image(self, tag: str, image: Image.Image, step: int) -> None:
+        """See `Tracker.log_image`."""
         with add_path_to_errors(self._path):
             self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        """See `Listener.close`."""
+        """See `Tracker.close`."""
         with add_path_to_errors(self._path):
             self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; one that goes on is the same run there."""
+    """Run of Weights & Biases; a resumed run is the same run there."""
 
     def __init__(self, config: TrainerConfig, run: RunFolder) -> None:
         try:
@@ -134,27 +137,27 @@ class WeightsAndBiases:
             )
         except self._wandb.Error as error:
             raise ConfigError(
-                f"trainer.logging.wandb: cannot begin ({reason(error)}); log in with `wandb login`, "
+                f"trainer.logging.wandb: cannot start ({reason(error)}); log in with `wandb login`, "
                 "or set logging.wandb_mode=offline"
             ) from error
-        # Its own step may not go back, as it must where a run goes on from an older checkpoint.
+        # The step of W&B itself must not decrease, as it does if a run resumes from an older checkpoint.
         self._run.define_metric("*", step_metric="step")
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See `Listener.scalars`."""
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log_scalars`."""
         self._run.log({**values, "step": step})
 
-    def image(self, tag: str, image: Image.Image, step: int) -> None:
-        """See `Listener.image`."""
+    def log_image(self, tag: str, image: Image.Image, step: int) -> None:
+        """See `Tracker.log_image`."""
         self._run.log({tag: self._wandb.Image(image), "step": step})
 
     def close(self) -> None:
-        """See `Listener.close`."""
+        """See `Tracker.close`."""
         self._run.finish()
 
 
 def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of nested mappings by their joined names; words, nulls and truth values are left out."""
+    """Yield the numbers of nested mappings with joined names; strings, nulls and booleans are left out."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flat_numbers(value, f"{prefix}{key}/")

@@ -131,7 +131,7 @@ def test_run_writes_its_results_and_generate_uses_them(
     result = train_run(config, split, FakeScorer(), folder, Console())
     assert "red" in capfd.readouterr().out
     saved = json.loads((folder.path / "evaluation.json").read_text())
-    assert saved["rows"]["composite"]["difference"] == result.examined.comparison.composite.difference
+    assert saved["rows"]["composite"]["difference"] == result.evaluation.comparison.composite.difference
     assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 2
     for name in ("before.png", "after.png", "before_after.png"):
         Image.open(folder.path / name).verify()
@@ -152,7 +152,7 @@ def test_resume_needs_an_unfinished_run(
 
     command = ["train", "--config", str(config_file), "--resume"]
     assert run(command, monkeypatch) == 2
-    assert "no run named run to go on with" in capfd.readouterr().err
+    assert "no run named run to resume" in capfd.readouterr().err
     folder = RunFolder.create(load_trainer_config(config_file))
     folder.close()
     assert run([*command, "seed=5"], monkeypatch) == 2

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.support.trainer.painter import PLANTED
+from tests.support.trainer.fitted_karlo import LEARNABLE
 from tests.trainer.conftest import SAMPLING, FakeScorer
 from trainer.config import LORA_FILE, ConfigError, TrainerConfig, with_values
 from trainer.data.splits import Split
@@ -55,7 +55,7 @@ def config(tmp_path: Path, karlo_folder: Path) -> TrainerConfig:
 
 def learning(config: TrainerConfig, karlo: Path, changes: Mapping[str, Any]) -> TrainerConfig:
     """The same with a Karlo and settings with which something is learned."""
-    planted = {key.replace("__", "."): value for key, value in PLANTED.items()}
+    planted = {key.replace("__", "."): value for key, value in LEARNABLE.items()}
     more = {"karlo.path": str(karlo), "crossval.folds": 2, "checkpoints.keep": 100}
     more |= {"iterations": 15, "evaluation.every": 5, "evaluation.images_per_prompt": 4}
     more |= {"early_stopping.patience": 0, "sampling.decoder_steps": SAMPLING.decoder_steps}
@@ -213,12 +213,12 @@ class Overfitting(FakeScorer):
 
 @pytest.mark.slow
 def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
-    config: TrainerConfig, painter_folder: Path, tmp_path: Path
+    config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
     """Not its last: the LoRA and the evaluation are those of the checkpoint at the peak."""
     patient = learning(
         config,
-        painter_folder,
+        fitted_karlo_folder,
         {"evaluation.every": 1, "early_stopping.patience": 3, "early_stopping.min_delta": 0},
     )
     scorer = Overfitting(TEST, most=-0.1)
@@ -235,7 +235,7 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
     assert peak < result.reached < 15
     assert result.reached - peak <= 3
     assert result.done == peak
-    assert result.examined.comparison.composite.after == pytest.approx(curve[peak - 1], abs=1e-9)
+    assert result.evaluation.comparison.composite.after == pytest.approx(curve[peak - 1], abs=1e-9)
     best, _ = decode(read_stored(run.checkpoints / f"iteration-{peak:06d}"))
     shipped = load_file(run.lora / LORA_FILE)
     averages = [tensor for name, tensor in best.tensors.items() if name.startswith("average/")]
@@ -249,7 +249,7 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
 
 @pytest.mark.slow
 def test_a_guard_that_falls_while_the_composite_rises_ends_the_run(
-    config: TrainerConfig, painter_folder: Path, tmp_path: Path
+    config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
     """Red images are not dark: trained on red alone, with "dark" on guard, no final fit comes of it."""
 
@@ -259,7 +259,7 @@ def test_a_guard_that_falls_while_the_composite_rises_ends_the_run(
             raw = np.stack([-red, red], axis=1)
             return Scores(raw, 10 * raw)
 
-    guarded = learning(config, painter_folder, {"guard.evaluator": "dark"})
+    guarded = learning(config, fitted_karlo_folder, {"guard.evaluator": "dark"})
     with pytest.raises(GuardError, match="guard tripped in fold 0"):
         crossval(guarded, Opposed(), tmp_path / "hacked")
     rows = json.loads((tmp_path / "hacked" / "crossval.json").read_text())["folds"]
@@ -271,7 +271,7 @@ def test_a_guard_that_falls_while_the_composite_rises_ends_the_run(
 
 @pytest.mark.slow
 def test_an_honest_run_does_not_trip_its_guard(
-    config: TrainerConfig, painter_folder: Path, tmp_path: Path
+    config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
     """An evaluator that rises with what is trained on guards in peace."""
 
@@ -281,7 +281,7 @@ def test_an_honest_run_does_not_trip_its_guard(
             raw = np.stack([red, red], axis=1)
             return Scores(raw, 10 * raw)
 
-    guarded = learning(config, painter_folder, {"guard.evaluator": "dark", "iterations": 5})
+    guarded = learning(config, fitted_karlo_folder, {"guard.evaluator": "dark", "iterations": 5})
     path = crossval(guarded, Allied(), tmp_path / "honest")
     assert not any(fold["guard"]["tripped"] for fold in outcome(path)["crossval.json"]["folds"])
     assert outcome(path)["test.json"]["guard"]["tripped"] is False

@@ -1,4 +1,4 @@
-"""The loop: it learns what it is rewarded for, and nothing from shuffled rewards."""
+"""Training loop: learns a planted reward, is deterministic, and has exact micro-batch updates."""
 
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,21 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from tests.support.trainer.painter import PLANTED
+from tests.support.trainer.fitted_karlo import LEARNABLE
+from tests.support.trainer.recording import RecordingCallback
 from tests.trainer.conftest import PROMPTS, SAMPLING, FakeScorer, make_policy
 from trainer.config import EvaluationConfig, LoraSettings, ModelSource, TrainerConfig
 from trainer.evaluation.evaluate import measure
 from trainer.rl.karlo import load_karlo
 from trainer.rl.replay import replay_loss, select_transitions
 from trainer.rl.rewards import Scorer
-from trainer.rl.rollout import DropCount, collect, group_keys
+from trainer.rl.rollout import DropCount, collect_rollout, group_keys
 from trainer.rl.sampler import ImageSampler
-from trainer.rl.train import new_training_state, prompt_batches, stratified_steps, train_fold, update
+from trainer.rl.train import new_training_state, prompt_batches, run_updates, stratified_steps, train_fold
 
 
 def with_changes(config: TrainerConfig, **changes: Any) -> TrainerConfig:
-    """The configuration with `section__key=value` changes, validated again."""
+    """Return the configuration with `section__key=value` changes, validated again."""
     values = config.model_dump()
     for name, value in changes.items():
         *sections, key = name.split("__")
@@ -38,13 +39,16 @@ def trained(
     karlo = load_karlo(ModelSource(path=folder))
     sampler = ImageSampler(karlo, make_policy(karlo), SAMPLING)
     sampler.policy.add_lora(config.lora, seed=config.seed)
-    records: list[Any] = []
-    train_fold(sampler, scorer or FakeScorer(), PROMPTS, config, log=records.append)
-    return sampler, records
+    callback = RecordingCallback()
+    train_fold(sampler, scorer or FakeScorer(), PROMPTS, config, callback=callback)
+    return sampler, callback.records
 
 
 def redness_gained(folder: Path, config: TrainerConfig) -> float:
-    """Held-out redness of the tuned policy over the base's, same streams, in within-prompt deviations."""
+    """Return the gain in held-out redness of the tuned over the base policy, same random streams.
+
+    In within-prompt standard deviations.
+    """
     sampler, records = trained(folder, config)
     evaluation = EvaluationConfig(images_per_prompt=16)
     tuned = measure(sampler, FakeScorer(), ["held out", "another"], evaluation, "tuned").z[..., 1]
@@ -54,34 +58,34 @@ def redness_gained(folder: Path, config: TrainerConfig) -> float:
 
 
 @pytest.mark.slow
-def test_a_planted_reward_rises_and_the_shuffled_null_does_not(
-    painter_folder: Path, trainer_config: TrainerConfig
+def test_planted_reward_rises_and_shuffled_null_does_not(
+    fitted_karlo_folder: Path, trainer_config: TrainerConfig
 ) -> None:
     """Redness is learned in ten iterations; with scores shuffled across images it is not.
 
-    A run is the unit: each drifts somewhere, and all its images with it. Four seeds, in pairs.
+    The run is the statistical unit, because the images of a run drift together. Four paired seeds.
     """
-    config = with_changes(trainer_config, **PLANTED)
+    config = with_changes(trainer_config, **LEARNABLE)
     null_config = with_changes(config, ablation__shuffle_rewards=True)
-    gains = [redness_gained(painter_folder, with_changes(config, seed=seed)) for seed in range(4)]
-    nulls = [redness_gained(painter_folder, with_changes(null_config, seed=seed)) for seed in range(4)]
+    gains = [redness_gained(fitted_karlo_folder, with_changes(config, seed=seed)) for seed in range(4)]
+    nulls = [redness_gained(fitted_karlo_folder, with_changes(null_config, seed=seed)) for seed in range(4)]
     assert t_interval(np.subtract(gains, nulls))[0] > 0
     assert t_interval(np.array(gains))[0] > 0.5  # within-prompt deviations
     assert t_interval(np.array(nulls))[0] < 0, "the null does not rise significantly"
 
 
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval for the mean of independent runs."""
+    """Return Student's confidence interval for the mean of independent runs."""
     interval = ttest_1samp(values, 0.0).confidence_interval(confidence)
     return float(interval.low), float(interval.high)
 
 
-def test_the_ratio_is_one_before_the_first_update_of_every_iteration(
+def test_ratio_is_one_before_first_update_of_every_iteration(
     karlo_folder: Path, trainer_config: TrainerConfig
 ) -> None:
-    """Replay never drifts from sampling, also after updates.
+    """Replay equals sampling in every iteration, also after updates.
 
-    The ratio is that of whole transitions. Batches are of one size: another rounds differently.
+    Sampling and update have the same batch size: another one rounds differently.
     """
     _, records = trained(karlo_folder, with_changes(trainer_config, iterations=3, update__micro_batch=8))
     for record in records:
@@ -90,7 +94,7 @@ def test_the_ratio_is_one_before_the_first_update_of_every_iteration(
 
 
 def test_training_is_deterministic(karlo_folder: Path, trainer_config: TrainerConfig) -> None:
-    """Same seed, same adapter, bit for bit on the CPU; another seed, another adapter."""
+    """The same seed gives the same adapter, bit for bit on the CPU; another seed another one."""
     config = with_changes(trainer_config, iterations=2)
     runs = [trained(karlo_folder, with_changes(config, seed=seed))[0] for seed in (0, 0, 1)]
     first, again, other = (torch.cat([w.flatten() for w in s.policy.lora.values()]) for s in runs)
@@ -98,38 +102,40 @@ def test_training_is_deterministic(karlo_folder: Path, trainer_config: TrainerCo
     assert not torch.equal(first, other)
 
 
-def test_evaluators_of_weight_zero_do_not_teach(karlo_folder: Path, trainer_config: TrainerConfig) -> None:
-    """Only weighted evaluators move the policy: changing another's scores changes no weight."""
+def test_evaluators_of_weight_zero_have_no_influence(
+    karlo_folder: Path, trainer_config: TrainerConfig
+) -> None:
+    """Changing the scores of an evaluator without weight changes no parameter."""
 
-    class Inverted(FakeScorer):
+    class InvertedScorer(FakeScorer):
         def score(self, prompts, images):
             scores = super().score(prompts, images)
             return type(scores)(scores.raw * [-1, 1], scores.z * [-1, 1])
 
     config = with_changes(trainer_config, iterations=1)
     a, _ = trained(karlo_folder, config)
-    b, _ = trained(karlo_folder, config, Inverted())
+    b, _ = trained(karlo_folder, config, InvertedScorer())
     for x, y in zip(a.policy.lora.values(), b.policy.lora.values(), strict=True):
         assert torch.equal(x, y)
 
 
 @pytest.fixture
-def learning(sampler: ImageSampler, trainer_config: TrainerConfig):
-    """A trainer with its adapter and the transitions of one small rollout."""
+def state_and_transitions(sampler: ImageSampler, trainer_config: TrainerConfig):
+    """Training state with a new adapter, and the transitions of one small rollout."""
     sampler.policy.add_lora(LoraSettings(rank=2), seed=0)
     training = new_training_state(sampler.policy, trainer_config, 2)
     keys = group_keys(PROMPTS[:2], 4, seed=0, fold=0, iteration=0)
-    rollout = collect(sampler, FakeScorer(), keys, trainer_config.rollout, 8, DropCount(0.05))
+    rollout = collect_rollout(sampler, FakeScorer(), keys, trainer_config.rollout, 8, DropCount(0.05))
     steps = stratified_steps(8, trainer_config, torch.Generator().manual_seed(0))
     advantages = torch.randn(8, generator=torch.Generator().manual_seed(0))
     return training, select_transitions(rollout, torch.arange(8), steps, advantages)
 
 
-def test_accumulated_micro_batches_take_the_step_of_the_whole(
-    learning, trainer_config: TrainerConfig
+def test_accumulated_micro_batches_equal_whole_batch(
+    state_and_transitions, trainer_config: TrainerConfig
 ) -> None:
-    """Memory decides the micro-batch, not the result: four of four equal one of sixteen, uneven ones too."""
-    training, transitions = learning
+    """The micro-batch size does not change the step: four of 4 equal one of 16, also uneven ones."""
+    training, transitions = state_and_transitions
     assert len(transitions.step) == 16
     start = {name: weight.detach().clone() for name, weight in training.policy.lora.items()}
     found = []
@@ -140,7 +146,7 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole(
         config = with_changes(
             trainer_config, update__micro_batch=size, update__accumulate=accumulate, update__max_grad_norm=1e9
         )
-        record = update(training, transitions, config, torch.Generator().manual_seed(0))
+        record = run_updates(training, transitions, config, torch.Generator().manual_seed(0))
         assert record["updates"] == 1
         found.append(torch.cat([(w.detach() - start[n]).flatten() for n, w in training.policy.lora.items()]))
     assert found[0].abs().max() > 0
@@ -148,25 +154,25 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole(
         torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
 
 
-def test_an_iteration_without_differences_changes_nothing(
-    karlo_folder: Path, trainer_config: TrainerConfig
-) -> None:
-    """Where every image gets the same reward there is nothing to learn, and the run goes on."""
+def test_equal_rewards_change_nothing(karlo_folder: Path, trainer_config: TrainerConfig) -> None:
+    """If all rewards are equal there is no update, and the run continues."""
 
-    class Indifferent(FakeScorer):
+    class ConstantScorer(FakeScorer):
         def score(self, prompts, images):
             scores = super().score(prompts, images)
             return type(scores)(0 * scores.raw, 0 * scores.z)
 
-    sampler, records = trained(karlo_folder, with_changes(trainer_config, iterations=2), Indifferent())
+    sampler, records = trained(karlo_folder, with_changes(trainer_config, iterations=2), ConstantScorer())
     assert [record["updates"] for record in records] == [0, 0]
     assert [record["zero_variance_groups"] for record in records] == [2, 2]
     assert all(not w.any() for name, w in sampler.policy.lora.items() if "lora_B" in name)
 
 
-def test_the_kl_penalty_pulls_towards_the_base(learning, trainer_config: TrainerConfig) -> None:
-    """Away from the base the penalty adds to the loss; at the base it adds nothing."""
-    training, transitions = learning
+def test_kl_penalty_is_zero_at_base_and_positive_away(
+    state_and_transitions, trainer_config: TrainerConfig
+) -> None:
+    """The penalty is 0 at the base policy and increases the loss of a changed policy."""
+    training, transitions = state_and_transitions
     config = with_changes(trainer_config, objective__kl_to_base=1.0)
     at_base = replay_loss(training.policy, transitions, config)[0]
     torch.testing.assert_close(at_base, replay_loss(training.policy, transitions, trainer_config)[0])
@@ -177,16 +183,16 @@ def test_the_kl_penalty_pulls_towards_the_base(learning, trainer_config: Trainer
     assert away > plain
 
 
-def test_transitions_are_the_stored_neighbours(learning) -> None:
-    """x_p follows x_t in the chain, and the stored mean and sigma are those of that step."""
-    _, transitions = learning
+def test_selected_transitions_are_neighbours_in_chain(state_and_transitions) -> None:
+    """x_p follows x_t, and the stored mean and sigma are those of that step."""
+    _, transitions = state_and_transitions
     noise = (transitions.x_p - transitions.mean_old) / transitions.sigma_old
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert abs(noise.mean().item()) < 0.05
 
 
-def test_steps_are_stratified_and_within_range(trainer_config: TrainerConfig) -> None:
-    """Each image trains one step of each part of the range, and every step comes up."""
+def test_stratified_steps_are_within_range(trainer_config: TrainerConfig) -> None:
+    """Each image has one step of each part of the range, and every step occurs."""
     config = with_changes(trainer_config, update__train_steps=(1, 4))
     steps = stratified_steps(500, config, torch.Generator().manual_seed(0))
     assert steps.shape == (500, 2)
@@ -196,8 +202,8 @@ def test_steps_are_stratified_and_within_range(trainer_config: TrainerConfig) ->
     assert stratified_steps(3, every, torch.Generator()).tolist() == [[1, 2, 3, 4]] * 3
 
 
-def test_prompt_batches_are_distinct_seeded_and_go_round() -> None:
-    """An epoch shows every prompt once; the order depends on seed, fold and epoch."""
+def test_prompt_batches_cover_every_epoch_in_seeded_order() -> None:
+    """An epoch contains every prompt once; the order depends on seed, fold and epoch."""
     batches = prompt_batches(PROMPTS, 2, seed=0, fold=0)
     epochs = [[*next(batches), *next(batches)] for _ in range(6)]
     assert all(sorted(epoch) == sorted(PROMPTS) for epoch in epochs)
