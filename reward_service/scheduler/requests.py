@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from reward_service.scheduler.fair_queue import FairQueue, JobSlice
@@ -36,7 +37,7 @@ class ClosedError(Exception):
     """The scheduler accepts no more requests, or was closed before this one was scored."""
 
 
-class DeadlineError(Exception):
+class DeadlineMissedError(Exception):
     """The deadline has passed, or would pass before the request is scored."""
 
 
@@ -259,7 +260,9 @@ class OpenRequests(Generic[Input, Result]):
         overdue = []
         while self.next_deadline_s <= now_s:
             overdue.append(heapq.heappop(self._deadlines)[2])
-        return self._finish(overdue, lambda: DeadlineError("the deadline passed before this was scored"))
+        return self._finish(
+            overdue, partial(DeadlineMissedError, "the deadline passed before scoring")
+        )
 
     def drop_late(self, now_s: float, batch_s: Callable[[Hashable], float]) -> list[FinishedRequest[Result]]:
         """Finish queued requests that would miss their deadline even if they ran now.
@@ -283,7 +286,9 @@ class OpenRequests(Generic[Input, Result]):
         ]
         if sum(map(self._queue.remaining_pairs, late)) >= self._queue.pairs:
             return []
-        return self._finish(late, lambda: DeadlineError("the deadline would pass before this was scored"))
+        return self._finish(
+            late, partial(DeadlineMissedError, "the deadline would pass before scoring")
+        )
 
     def fail_all(self, make_error: Callable[[], Exception]) -> list[FinishedRequest[Result]]:
         """Finish every open request, each with an exception object of its own."""

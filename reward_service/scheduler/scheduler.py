@@ -22,7 +22,7 @@ from reward_service.scheduler.batching import BatchSize, BatchTime, Prefetcher, 
 from reward_service.scheduler.requests import (
     ClosedError,
     Completed,
-    DeadlineError,
+    DeadlineMissedError,
     FinishedRequest,
     Input,
     NullObserver,
@@ -39,7 +39,7 @@ from reward_service.scheduler.requests import (
 __all__ = [
     "ClosedError",
     "Completed",
-    "DeadlineError",
+    "DeadlineMissedError",
     "Observer",
     "PairFailedError",
     "Prepare",
@@ -137,11 +137,11 @@ class Scheduler(Generic[Input, Result]):
 
         Returns:
             the future result; its exception is a `PairFailedError` if a pair cannot be scored, a
-            `DeadlineError`, a `ClosedError` or a `StuckError`
+            `DeadlineMissedError`, a `ClosedError` or a `StuckError`
 
         Raises:
             QueueFullError: the queue has no room for all pairs
-            DeadlineError: the deadline has passed, or the device is busy and needs longer for this request
+            DeadlineMissedError: the deadline has passed, or the busy device cannot meet it
             ClosedError: the scheduler is closing
             StuckError: nothing more can be scored
             ValueError: no inputs, or an invalid weight
@@ -192,7 +192,7 @@ class Scheduler(Generic[Input, Result]):
     # callbacks of a future are foreign code that may call the scheduler again.
 
     def _refuse_if_late(self, request: QueuedRequest[Input, Result]) -> None:
-        """Lock held. Raise DeadlineError if the device is busy and the request cannot be done in time.
+        """Lock held. Raise DeadlineMissedError if the device is busy and the request cannot be done in time.
 
         An idle device tries in any case: only a run can correct a wrong estimate.
         """
@@ -200,7 +200,7 @@ class Scheduler(Generic[Input, Result]):
         busy = self._running_pairs > 0 or self._requests.queued_pairs > 0
         if left_s <= 0 or (busy and left_s < self._lane_s(request.lane, request.pairs)):
             self._post(partial(self._observer.on_expired, request.pairs))
-            raise DeadlineError("the deadline is too early for this many pairs")
+            raise DeadlineMissedError("the deadline is too early for this many pairs")
 
     def _retry_after_s(self) -> int:
         """Lock held."""
@@ -225,7 +225,7 @@ class Scheduler(Generic[Input, Result]):
         """Lock held."""
         for request in finished:
             self._post(request.settle)
-            if request.dropped and isinstance(request.outcome, DeadlineError):
+            if request.dropped and isinstance(request.outcome, DeadlineMissedError):
                 self._post(partial(self._observer.on_expired, request.dropped))
 
     def _abort(self, make_error: Callable[[], Exception]) -> None:

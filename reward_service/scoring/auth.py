@@ -178,8 +178,8 @@ def _read_entries(path: Path) -> tuple[Key, ...]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {where}: {one_line(first['msg'])}") from None
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a YAML list of keys ({type(error).__name__}); correct it") from None
     if mode & (stat.S_IWGRP | stat.S_IWOTH):

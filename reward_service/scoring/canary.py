@@ -108,8 +108,8 @@ def load_golden(path: Path) -> GoldenScores:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {where}: {one_line(first['msg'])}; {remedy}") from None
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}; {remedy}") from None
     if golden.pair != pair_hash(canary_pair()):
         raise ConfigError(f"{path}: the golden scores are for another canary pair; {remedy}")
     return golden

@@ -128,10 +128,8 @@ class Load:
             self._url, retry_budget_s=self._retry_budget_s, chunk_pairs=4, pin="first"
         ) as service:
             while not self._stopped.is_set():
-                assert (
-                    raw_scores(service.score(self._prompts, self._images, deterministic=True))
-                    == self._expected
-                )
+                response = service.score(self._prompts, self._images, deterministic=True)
+                assert raw_scores(response) == self._expected
                 self.responses += 1
                 self._stopped.wait(0.05)
 
@@ -260,7 +258,7 @@ def test_shutdown_finishes_admitted_requests(
     url, pairs = running.url, 1000
     with RewardClient(url, chunk_pairs=pairs, retry_budget_s=0.0) as service, ThreadPoolExecutor(1) as pool:
         call = pool.submit(service.score, ["x"] * pairs, images[1:2] * pairs, deterministic=True)
-        wait_until(lambda: over_http._metric(url, "reward_inflight_bytes") > 0, "its arrival")
+        wait_until(lambda: over_http.metric(url, "reward_inflight_bytes") > 0, "its arrival")
         running.delete()
         assert len(call.result().results) == pairs
     assert httpx.get(f"{url}/v1/evaluators").status_code == 404

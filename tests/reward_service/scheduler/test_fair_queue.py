@@ -28,7 +28,7 @@ from reward_service.scheduler.fair_queue import FairQueue
 from reward_service.scheduler.requests import (
     ClosedError,
     Completed,
-    DeadlineError,
+    DeadlineMissedError,
     FinishedRequest,
     OpenRequests,
     PairFailedError,
@@ -243,7 +243,7 @@ class QueueMachine(RuleBasedStateMachine):
         elif isinstance(outcome, PairFailedError):
             alone_too_large = isinstance(outcome.__cause__, OutOfMemoryError)
             assert numbers[outcome.index] in model.poison or alone_too_large
-        elif isinstance(outcome, DeadlineError):
+        elif isinstance(outcome, DeadlineMissedError):
             assert model.deadline_s <= due_s
         else:
             assert isinstance(outcome, ClosedError)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from reward_service.scheduler.scheduler import ClosedError, DeadlineError, QueueFullError, Scheduler
+from reward_service.scheduler.scheduler import ClosedError, DeadlineMissedError, QueueFullError, Scheduler
 from tests.support.service.devices import WAIT_S, Device, NumberScheduler, RecordingObserver, keep_busy
 
 
@@ -158,7 +158,7 @@ def test_requests_fail_at_their_deadline() -> None:
     queued = scheduler.submit([1, 2, 3], deadline_s=time.monotonic() + 1.0)
     no_deadline = scheduler.submit([4])
     for future in (running, queued):
-        assert isinstance(future.exception(WAIT_S), DeadlineError)
+        assert isinstance(future.exception(WAIT_S), DeadlineMissedError)
     assert not device.free.is_set()
     device.free.set()
     assert no_deadline.result(WAIT_S).results == [8]
@@ -176,11 +176,11 @@ def test_unreachable_deadline_is_refused_at_once() -> None:
         return device(inputs, lane)
 
     scheduler = NumberScheduler(slow, batch_pairs=4, max_queued_pairs=1000)
-    with pytest.raises(DeadlineError):
+    with pytest.raises(DeadlineMissedError):
         scheduler.submit([1], deadline_s=time.monotonic() - 1)
     scheduler.submit([1, 2, 3]).result(WAIT_S)
     keep_busy(device, scheduler)
-    with pytest.raises(DeadlineError):
+    with pytest.raises(DeadlineMissedError):
         scheduler.submit(range(100), deadline_s=time.monotonic() + 1)
     assert scheduler.queued_pairs == 0
     device.free.set()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reward_service.engine.types import FatalDeviceError, OutOfMemoryError
 from reward_service.scheduler.scheduler import (
     Completed,
-    DeadlineError,
+    DeadlineMissedError,
     PairFailedError,
     QueueFullError,
     StuckError,
@@ -167,7 +167,7 @@ def test_requests_of_many_threads_end_correctly() -> None:
                 future = scheduler.submit(
                     own, rng.choice("ab"), client=f"c{number % 5}", weight=1 + number % 3, deadline_s=due
                 )
-            except (QueueFullError, DeadlineError):
+            except (QueueFullError, DeadlineMissedError):
                 continue
             outcomes.append((own, future))
             if rng.random() < 0.2:
@@ -204,7 +204,7 @@ def check_outcome(own: list[int], future: Future[Completed[int]], poison: set[in
     if isinstance(error, PairFailedError):
         assert own[error.index] in poison
     else:
-        assert isinstance(error, DeadlineError)
+        assert isinstance(error, DeadlineMissedError)
     return type(error).__name__
 
 
