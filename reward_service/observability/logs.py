@@ -1,8 +1,8 @@
-"""The log on stderr: a line of JSON for each event, or plain text on a terminal.
+"""Structured log on stderr: one JSON object per line, or plain text on a terminal.
 
-What can be logged is what is passed by name; prompts, images and keys never are. A thread of its own
-writes: a full disk, a closed stderr or a reader that has stopped costs lines, which are counted, and nothing
-else. No torch, no web.
+Only values passed by name are logged; prompts, images and keys never are. A separate thread writes the lines:
+a full disk, a closed stderr or a stalled reader costs lines, which are counted, and nothing else. This module
+needs neither torch nor a web server.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import structlog
 Log: TypeAlias = structlog.typing.FilteringBoundLogger
 Format: TypeAlias = Literal["auto", "json", "text"]
 
-_MOST_WAITING = 10_000
+_MAX_QUEUED_LINES = 10_000
 
 
 def write_stderr(line: bytes) -> None:
-    """Write to the process's stderr, unbuffered: nothing is left to fail at the exit.
+    """Write to the process's stderr, unbuffered: no buffer is left whose flush could fail at exit.
 
     Raises:
-        OSError: it is full or closed
+        OSError: if stderr is full or closed
     """
     if sys.stderr is None:  # closed before the start: by now 2 may be the number of a socket
         raise OSError(errno.EBADF, "stderr is closed")
@@ -39,24 +39,34 @@ def write_stderr(line: bytes) -> None:
 
 
 class Sink:
-    """Takes lines without waiting, in any thread or signal handler; writes them on a thread of its own."""
+    """Non-blocking line writer, for any thread or signal handler; a thread of its own does the writing.
 
-    def __init__(self, write: Callable[[bytes], object] = write_stderr, most: int = _MOST_WAITING) -> None:
-        self._write, self._most = write, most
+    Args:
+        write: writes one line with its line end
+        max_lines: lines queued at most; further lines are lost
+
+    Attributes:
+        lost: number of lines that could not be written
+    """
+
+    def __init__(
+        self, write: Callable[[bytes], object] = write_stderr, max_lines: int = _MAX_QUEUED_LINES
+    ) -> None:
+        self._write, self._max_lines = write, max_lines
         # The one queue whose put may interrupt another put of the same thread.
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self.lost = 0
         threading.Thread(target=self._drain, name="log", daemon=True).start()
 
     def __call__(self, line: str) -> None:
-        """Have a line written, or count it as lost if too many wait."""
-        if self._lines.qsize() >= self._most:
+        """Queue a line, or count it as lost if the queue is full."""
+        if self._lines.qsize() >= self._max_lines:
             self.lost += 1
         else:
             self._lines.put(line)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything so far is written; whether it was."""
+        """Wait until all lines queued so far are written; return whether they were within the timeout."""
         written = threading.Event()
         self._lines.put(written)
         return written.wait(timeout_s)
@@ -74,20 +84,21 @@ class Sink:
 
 
 def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
-    """A log that writes to a sink.
+    """Return a log that writes to a sink.
 
     Args:
-        form: `auto` is text if stderr is a terminal
+        sink: gets each line, without line end
+        form: `auto` is text if stderr is a terminal, else JSON
     """
     as_text = form == "text" or (form == "auto" and sys.stderr is not None and sys.stderr.isatty())
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     log: Log = structlog.wrap_logger(
-        _Lines(sink),
+        _SinkLogger(sink),
         processors=[
             structlog.processors.add_log_level,
             # A plain traceback: one with local variables would show what was sent.
             structlog.processors.format_exc_info,
-            *([_text] if as_text else [stamp, _known, structlog.processors.JSONRenderer()]),
+            *([_as_text] if as_text else [stamp, _ordered, structlog.processors.JSONRenderer()]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
@@ -95,17 +106,17 @@ def open_log(sink: Callable[[str], None], form: Format = "auto") -> Log:
 
 
 @contextmanager
-def libraries_log_to(log: Log) -> Iterator[None]:
-    """Let what everybody else logs at level warning or above, or warns of, come out of this log.
+def redirect_library_logs(log: Log) -> Iterator[None]:
+    """Redirect the libraries' log records of level warning or above, and Python's warnings, to this log.
 
-    Except Pillow's warnings: they tell what is odd about a caller's image, and of each new one Python keeps
-    the words for ever.
+    Pillow's warnings are dropped: they are about odd images of clients, and Python keeps the text of each new
+    one in memory for ever.
     """
-    root, handler = logging.getLogger(), _FromLogging(log)
+    root, handler = logging.getLogger(), _StandardLibraryHandler(log)
     root.addHandler(handler)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        # Their usual way is straight to stderr, where a reader that has stopped would hold them up.
+        # By default they are written straight to stderr, where a stalled reader would block them.
         logging.captureWarnings(True)
         try:
             yield
@@ -114,7 +125,7 @@ def libraries_log_to(log: Log) -> Iterator[None]:
             root.removeHandler(handler)
 
 
-class _FromLogging(logging.Handler):
+class _StandardLibraryHandler(logging.Handler):
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
         self._log = log
@@ -124,31 +135,31 @@ class _FromLogging(logging.Handler):
         self._log.log(record.levelno, record.getMessage(), logger=record.name, **extra)
 
 
-class _Lines:
-    """What structlog writes to: the same for every level."""
+class _SinkLogger:
+    """Adapter from structlog's logger methods to a sink, the same for every level."""
 
     def __init__(self, sink: Callable[[str], None]) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = self.exception = sink
         self.msg = self.log = sink
 
 
-def _known(_: Any, __: str, event: Any) -> Any:
-    """What everybody looks for first, then the rest, without what is unknown."""
+def _ordered(_: Any, __: str, event: Any) -> Any:
+    """Put timestamp, level and event first; drop fields that are None."""
     first = {key: event.pop(key) for key in ("timestamp", "level", "event")}
     return first | {key: value for key, value in event.items() if value is not None}
 
 
-def _text(_: Any, level: str, event: Any) -> str:
-    """`event key=value`; the level only where it says more than that something happened."""
+def _as_text(_: Any, level: str, event: Any) -> str:
+    """Format as `event key=value`; the level is shown unless it is info."""
     del event["level"]
     message, traceback = event.pop("event"), event.pop("exception", None)
-    mark = "" if level == "info" else f"{level}: "
-    facts = "".join(f" {key}={_shown(value)}" for key, value in event.items() if value is not None)
-    line = f"{mark}{_shown(message)}{facts}"
+    prefix = "" if level == "info" else f"{level}: "
+    fields = "".join(f" {key}={_printable(value)}" for key, value in event.items() if value is not None)
+    line = f"{prefix}{_printable(message)}{fields}"
     return f"{line}\n{traceback}" if traceback else line
 
 
-def _shown(value: object) -> str:
-    """On one line, so that nobody can write a line of his own."""
+def _printable(value: object) -> str:
+    """Return a value as text on one line, so that no value can forge a line of the log."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if text.isprintable() else ascii(text)[1:-1]

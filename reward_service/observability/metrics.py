@@ -1,6 +1,7 @@
-"""What Prometheus is told. Every name is here; docs/operations.md explains them and they do not change.
+"""Prometheus metrics of the service. docs/operations.md explains every name; the names are stable.
 
-A registry of its own, so that two services in one process do not count together. No torch, no web.
+Each `Metrics` has its own registry, so that two services in one process are counted apart. This module needs
+neither torch nor a web server.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _DEVIATIONS = (-4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0
 
 
 class Metrics:
-    """The service's metrics; any thread may tell it. It is an Observer of the scheduler.
+    """Metrics of one service, safe to update from any thread; an `Observer` of the scheduler.
 
-    Labels stay few: clients are named by their keys, not as they call themselves, and any path that is not
-    in `routes` is counted as `other`.
+    The number of labels is bounded: clients are labelled with the name of their key, never with a name that
+    they send, and any path that is not in `routes` is counted as `other`.
     """
 
     def __init__(self) -> None:
@@ -42,41 +43,50 @@ class Metrics:
             return Histogram(f"reward_{name}", text, labels, registry=registry, buckets=bounds)
 
         # prometheus-client adds _total to a counter's name.
-        self.requests = counter("requests", "Requests answered, by route and status.", "route", "code")
-        self.rejections = counter("rejections", "Requests answered with a problem, by its code.", "reason")
+        self.requests = counter("requests", "Responses, by route and status.", "route", "code")
+        self.rejections = counter("rejections", "Problem responses, by problem code.", "reason")
         self.client_pairs = counter("client_pairs", "Pairs scored, by configured client.", "client")
-        self.pairs = counter("pairs", "Pairs that went through the device.")
-        self.cancelled_pairs = counter("cancelled_pairs", "Pairs never run because their caller left.")
-        self.expired_pairs = counter("expired_pairs", "Pairs never run because their deadline passed.")
-        self.oom_retries = counter("oom_retries", "Batches that did not fit into memory and were halved.")
-        self.queue = histogram("queue_seconds", "Seconds a request waited for the device.")
-        self.decode = histogram("decode_seconds", "Seconds a request's parsing and images took.")
+        self.pairs = counter("pairs", "Pairs scored on the device.")
+        self.cancelled_pairs = counter(
+            "cancelled_pairs", "Pairs not scored because their client disconnected."
+        )
+        self.expired_pairs = counter("expired_pairs", "Pairs not scored because their deadline passed.")
+        self.oom_retries = counter("oom_retries", "Batches halved after running out of memory.")
+        self.queue = histogram("queue_seconds", "Seconds that a request waited in the queue.")
+        self.decode = histogram("decode_seconds", "Seconds to parse a request and decode its images.")
         self.forward = histogram("forward_seconds", "Seconds of a batch in a tower.", "tower")
-        self.batch = histogram("batch_seconds", "Seconds of a batch in all.")
-        self.fill = histogram("batch_fill", "Pairs of a batch, as a share of its most.", bounds=_FILL)
-        self.queued_pairs = gauge("queued_pairs", "Pairs admitted and not yet begun.")
-        self.inflight_bytes = gauge("inflight_bytes", "Bytes of requests under way, decoded ones included.")
-        self.ready = gauge("ready", "1 if the service can score.")
+        self.batch = histogram("batch_seconds", "Total seconds of a batch.")
+        self.fill = histogram("batch_fill", "Pairs of a batch, as a fraction of its capacity.", bounds=_FILL)
+        self.queued_pairs = gauge("queued_pairs", "Pairs admitted and not yet started.")
+        self.inflight_bytes = gauge(
+            "inflight_bytes", "Bytes of requests in progress, decoded images included."
+        )
+        self.ready = gauge("ready", "1 if the service is ready to score.")
         self.evaluator_up = gauge("evaluator_up", "1 if the evaluator is in service.", "evaluator")
         self.lost_log_lines = gauge("lost_log_lines", "Log lines that could not be written.")
-        made_by = ("evaluator", "fingerprint", "calibration")
-        self.evaluator_info = gauge("evaluator_info", "1, with what makes an evaluator's numbers.", *made_by)
-        self.build_info = gauge("build_info", "1, with what runs.", "version", "device", "dtype")
+        self.evaluator_info = gauge(
+            "evaluator_info",
+            "1, labelled with what determines an evaluator's scores.",
+            *("evaluator", "fingerprint", "calibration"),
+        )
+        self.build_info = gauge(
+            "build_info", "1, labelled with version, device and dtype.", "version", "device", "dtype"
+        )
         self.scores = Scores()
         registry.register(self.scores)
-        # Memory, open files and when it started, under prometheus-client's own names.
+        # Memory, open files and start time, under prometheus-client's own names.
         ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
-        """The answer of `/metrics`."""
+        """Return the body of `/metrics`."""
         return generate_latest(self.registry)
 
     def route(self, path: str) -> str:
-        """The label of a path."""
+        """Return the `route` label of a path."""
         return path if path in self.routes else OTHER
 
     def on_batch(self, pairs: int, capacity: int, queue_s: Sequence[float], run_s: float) -> None:
-        """See the scheduler's Observer."""
+        """See `Observer` of the scheduler."""
         self.fill.observe(pairs / capacity)
         self.batch.observe(run_s)
         self.pairs.inc(pairs)
@@ -84,23 +94,23 @@ class Metrics:
             self.queue.observe(waited_s)
 
     def on_cancelled(self, pairs: int) -> None:
-        """See the scheduler's Observer."""
+        """See `Observer` of the scheduler."""
         self.cancelled_pairs.inc(pairs)
 
     def on_expired(self, pairs: int) -> None:
-        """See the scheduler's Observer."""
+        """See `Observer` of the scheduler."""
         self.expired_pairs.inc(pairs)
 
-    def on_oom(self, size: int) -> None:  # noqa: ARG002 - how large it was is in the log
-        """See the scheduler's Observer."""
+    def on_oom(self, size: int) -> None:  # noqa: ARG002 - the size would make no useful label
+        """See `Observer` of the scheduler."""
         self.oom_retries.inc()
 
     def on_forward(self, tower: str, seconds: float) -> None:
-        """A tower's seconds in a batch."""
+        """Record the seconds of a batch in a tower."""
         self.forward.labels(tower).observe(seconds)
 
-    def on_answer(self, route: str, code: int, reason: str | None = None) -> None:
-        """A request was answered; `reason` is its problem's code."""
+    def on_response(self, route: str, code: int, reason: str | None = None) -> None:
+        """Count a response; `reason` is the problem code, None if it is not a problem."""
         self.requests.labels(self.route(route), str(code)).inc()
         if reason is not None:
             self.rejections.labels(reason).inc()
@@ -108,26 +118,29 @@ class Metrics:
     def on_loaded(
         self, evaluators: Mapping[str, tuple[str, str]], version: str, device: str, dtype: str
     ) -> None:
-        """The models are loaded.
+        """Record what was loaded.
 
         Args:
-            evaluators: name → fingerprint and calibration
+            evaluators: name → (fingerprint, calibration)
+            version: of this package
+            device: the device that scores
+            dtype: of the trunks
         """
         self.build_info.labels(version, device, dtype).set(1)
         for name, (fingerprint, calibration) in evaluators.items():
             self.evaluator_info.labels(name, fingerprint, calibration).set(1)
             self.evaluator_up.labels(name).set(1)
 
-    def on_change(self, evaluator: str, up: bool, _reason: str = "") -> None:
-        """An evaluator went out of service or came back."""
+    def on_evaluator_change(self, evaluator: str, up: bool) -> None:
+        """Record that an evaluator went out of service or came back."""
         self.evaluator_up.labels(evaluator).set(up)
 
 
 class Scores:
-    """The histogram of z by evaluator.
+    """Histogram of z by evaluator.
 
-    prometheus-client's own takes microseconds a value, and here there are four to each pair. There is no sum:
-    it could fall, which Prometheus would take for a restart.
+    prometheus-client's own histogram takes microseconds a value, and each pair has four values. This one has
+    no sum: a sum of z can decrease, which Prometheus would take for a restart.
     """
 
     def __init__(self) -> None:
@@ -135,14 +148,14 @@ class Scores:
         self._counts: dict[str, list[int]] = {}
 
     def observe(self, evaluator: str, values: Iterable[float]) -> None:
-        """Count some z of an evaluator."""
+        """Count values of z of an evaluator."""
         with self._lock:
             counts = self._counts.setdefault(evaluator, [0] * (len(_DEVIATIONS) + 1))
             for z in values:
                 counts[bisect_left(_DEVIATIONS, z)] += 1
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """For the registry."""
+        """Yield the histogram (prometheus-client's collector protocol)."""
         family = HistogramMetricFamily(
             "reward_score", "Scores in calibrated deviations (z).", labels=["evaluator"]
         )
@@ -156,5 +169,5 @@ class Scores:
         yield family
 
     def describe(self) -> list[HistogramMetricFamily]:
-        """For the registry, which asks for names before there are values."""
+        """Return the name and labels, which the registry needs before there are values."""
         return [HistogramMetricFamily("reward_score", "", labels=["evaluator"])]

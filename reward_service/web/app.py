@@ -1,4 +1,4 @@
-"""create_app(config): routes and errors. No scoring here; nothing holds up the event loop."""
+"""HTTP application: routes, static pages and error responses. No scoring; nothing blocks the event loop."""
 
 from __future__ import annotations
 
@@ -18,38 +18,48 @@ from starlette.staticfiles import StaticFiles
 from reward_service.config import ServiceConfig
 from reward_service.observability import metrics
 from reward_service.observability.logs import Log
-from reward_service.observability.tracing import Observed, Tracer, current
+from reward_service.observability.tracing import (
+    CLIENT_CLOSED_REQUEST,
+    ObservabilityMiddleware,
+    RequestTrace,
+    Tracer,
+)
 from reward_service.protocol import JSON, MSGPACK, PROBLEM, Health, ProblemError, ScoreResponse, encode
 from reward_service.scoring.auth import Client, Keyring, Permission
+from reward_service.scoring.responses import deadline_exceeded
 from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
-from reward_service.web import openapi as describing
+from reward_service.web import openapi
 from reward_service.web.dependencies import (
-    ClientGoneError,
-    announced_bytes,
-    client_of,
+    ClientDisconnectedError,
+    authenticate,
+    cancel_on_disconnect,
+    content_length,
     content_type,
     deadline,
+    prefers_msgpack,
     read_body,
     request_id,
-    wants_msgpack,
-    while_connected,
+    trace_of,
 )
-from reward_service.web.openapi import POLICY, handbook
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ROUTES = ("/score", "/v1/score", "/v1/evaluators", "/health/live", "/health/ready", "/metrics", "/docs", "/")
-PAGE = Path(__file__).resolve().parent / "static"
-_DESCRIPTION = "Judges images by their prompts with several evaluators; POST /v1/score scores a batch."
-_FAILED = ProblemError("internal_error", "the service failed; its log says why")
-_CLIENT_GONE = 499
+STATIC_FILES = Path(__file__).resolve().parent / "static"
+#: Swagger UI's own files, as this package ships them.
+SWAGGER_UI_PACKAGE = ("fastapi_offline", "static")
+
+_INTERNAL_ERROR = ProblemError("internal_error", "the service failed; see its log for the cause")
 _logger = logging.getLogger(__name__)
-#: The page may fetch from here only, show images that it holds itself, and make no markup of text.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+# Both pages may load and send data only from and to this service, and run no inline script.
+_OWN_FILES_ONLY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 )
+_PAGE_POLICY = f"{_OWN_FILES_ONLY}img-src 'self' blob:; require-trusted-types-for 'script'"
+# Swagger UI's stylesheet has its icons as data: URLs.
+_DOCS_POLICY = f"{_OWN_FILES_ONLY}img-src 'self' data:"
 
 
 def create_app(
@@ -58,68 +68,69 @@ def create_app(
     log: Log | None = None,
     tracer: Tracer | None = None,
 ) -> FastAPI:
-    """The service as an ASGI application; the models load once it has started.
+    """Return the service as an ASGI application; the models are loaded once it has started.
 
     Args:
-        judge: the scorer to serve; None for one of this configuration
+        config: of the service
+        service: the service to serve; None for a new one with this configuration
         log: gets a line for each request
         tracer: gets the spans of each request
 
     Raises:
-        ConfigError: the calibration table or the file of keys is unusable
+        ConfigError: if the calibration table or the keys file is unusable
     """
-    scorer = service or ScoringService(config)
+    scoring = service or ScoringService(config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        scorer.start()
+        scoring.start()
         yield
-        await asyncio.to_thread(scorer.close)
+        await asyncio.to_thread(scoring.close)
 
     app = _Application(
         title="Reward service",
-        description=_DESCRIPTION,
+        description=openapi.description(),
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
     )
-    # A redirect would be an empty answer to a client that does not follow it.
+    # A redirect would be an empty response for a client that does not follow it.
     app.router.redirect_slashes = False
-    app.state.service, app.state.log, app.state.tracer = scorer, log, tracer
-    scorer.metrics.routes = frozenset(ROUTES)
-    app.state.keys = _keyring(config, log)
-    _add_scoring(app, scorer)
-    _add_listings(app, scorer)
-    _add_health(app, scorer)
+    app.state.service, app.state.log, app.state.tracer = scoring, log, tracer
+    scoring.metrics.routes = frozenset(ROUTES)
+    app.state.keys = _load_keyring(config, log)
+    _add_scoring_routes(app, scoring)
+    _add_information_routes(app, scoring)
+    _add_health_routes(app, scoring)
     _add_pages(app)
-    _add_error_answers(app)
+    _add_error_handlers(app)
     return app
 
 
-def _keyring(config: ServiceConfig, log: Log | None) -> Keyring | None:
+def _load_keyring(config: ServiceConfig, log: Log | None) -> Keyring | None:
     note = log.warning if log else lambda _: None
     return Keyring(config.auth.keys, note) if config.auth.keys else None
 
 
 class _Application(FastAPI):
-    """FastAPI, with what goes around it and what its document lacks."""
+    """FastAPI with the service's middleware, and with the schemas that it cannot derive."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        """What a request passes, from the outside: it is told of, HEAD becomes GET, then Starlette's own."""
-        inner = _HeadAsGet(super().build_middleware_stack())
+        """Return the application inside its middleware; observability is outermost."""
+        inner = _HeadMiddleware(super().build_middleware_stack())
         state = self.state
-        return Observed(inner, state.service.metrics, state.log, state.tracer)
+        return ObservabilityMiddleware(inner, state.service.metrics, state.log, state.tracer)
 
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's document with the wire types' own schemas."""
+        """Return FastAPI's document with the schemas of the wire types."""
         document = super().openapi()
-        for name, found in describing.components().items():
+        for name, found in openapi.components().items():
             document.setdefault("components", {}).setdefault(name, {}).update(found)
         return document
 
 
-class _HeadAsGet:
-    """HEAD is answered as GET is, without the body (RFC 9110, section 9.3.2)."""
+class _HeadMiddleware:
+    """ASGI middleware that responds to HEAD as to GET, without the body (RFC 9110, section 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -130,172 +141,209 @@ class _HeadAsGet:
             await self._app(scope, receive, send)
             return
 
-        async def bodiless(message: Message) -> None:
+        async def send_without_body(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        await self._app(dict(scope, method="GET"), receive, bodiless)
+        await self._app(dict(scope, method="GET"), receive, send_without_body)
 
 
-def _add_scoring(app: FastAPI, service: ScoringService) -> None:
+# Scoring ----------------------------------------------------------------------------------------------
+
+
+def _add_scoring_routes(app: FastAPI, service: ScoringService) -> None:
     async def score(request: Request) -> Response:
-        """Score prompt-image pairs with every evaluator asked for."""
-        client = _client(request, "score")
-        given, until = content_type(request), deadline(request)
-        announced = announced_bytes(request, service.config.limits.max_body_bytes)
+        """Score prompt-image pairs with every requested evaluator."""
+        trace = trace_of(request)
+        client = _authenticate(request, trace, "score")
+        kind, deadline_s = content_type(request), deadline(request)
+        length = content_length(request, service.config.limits.max_body_bytes)
         try:
-            async with asyncio.timeout_at(until):
-                response = await _scored(request, service, client, announced, given, until)
+            async with asyncio.timeout_at(deadline_s):
+                response = await _score(request, service, client, length, kind, trace, deadline_s)
         except TimeoutError:
-            raise ProblemError("deadline_exceeded", "it could not be scored before X-Deadline-Ms") from None
-        except ClientGoneError:
-            return Response(status_code=_CLIENT_GONE)
-        except asyncio.CancelledError:  # still open when the time for an orderly end was over
-            detail = "the service shut down before this was scored"
+            raise deadline_exceeded() from None
+        except ClientDisconnectedError:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except asyncio.CancelledError:  # still unfinished when the time for a graceful shutdown was over
+            detail = "the service shut down before the request was scored"
             raise ProblemError("not_ready", detail, retry_after_s=RETRY_LOADING_S) from None
-        return _answer(request, response)
+        return _encoded(request, response)
 
-    auth = {"needs_key": _needs_key(app), "may_have_key": app.state.keys is not None}
     for path, name in (("/score", "score"), ("/v1/score", "score_v1")):
-        extra = describing.scoring(name, **auth)
-        app.add_api_route(path, score, methods=["POST"], operation_id=name, openapi_extra=extra)
+        app.add_api_route(
+            path,
+            score,
+            methods=["POST"],
+            operation_id=name,
+            responses=openapi.model_responses("ScoreResponse", openapi.SCORE_STATUSES),
+            openapi_extra=openapi.score_request() | _security(app),
+        )
 
 
-async def _scored(
+async def _score(
     request: Request,
     service: ScoringService,
     client: Client,
-    announced: int | None,
-    given: str,
-    until: float | None,
+    length: int | None,
+    kind: str,
+    trace: RequestTrace,
+    deadline_s: float | None,
 ) -> ScoreResponse:
+    """Admit the request, read its body and score it.
+
+    Args:
+        request: the request
+        service: scores it
+        client: its client
+        length: announced bytes of the body; None if unknown
+        kind: its Content-Type header
+        trace: of the request
+        deadline_s: on the event loop's clock; None for no deadline
+    """
     limits = service.config.limits
-    with service.enter(client, announced) as ticket:
+    with service.admit(client, length) as ticket:
         body = await read_body(request, limits.max_body_bytes, limits.body_timeout_s)
         ticket.set("body bytes", len(body))
-        work = service.score(ticket, body, given, request_id(request), until)
-        del body  # the work alone holds it, and lets it go early
-        return await while_connected(request, work)
+        work = service.score(ticket, body, kind, trace, deadline_s)
+        del body  # only the service holds it now, which frees it early
+        return await cancel_on_disconnect(request, work)
 
 
-def _add_listings(app: FastAPI, service: ScoringService) -> None:
+# Information ------------------------------------------------------------------------------------------
+
+
+def _add_information_routes(app: FastAPI, service: ScoringService) -> None:
     async def evaluators(request: Request) -> Response:
-        """What is configured, with fingerprints and calibration."""
-        _client(request, "score")
-        return _answer(request, service.describe())
+        """List the configured evaluators with fingerprints and calibration."""
+        _authenticate(request, trace_of(request), "score")
+        return _encoded(request, service.describe())
 
-    async def rendered(request: Request) -> Response:
-        """Prometheus metrics."""
+    async def prometheus(request: Request) -> Response:
+        """Return the metrics in Prometheus' text format."""
         if not service.config.auth.open_metrics:
-            _client(request, "metrics")
+            _authenticate(request, trace_of(request), "metrics")
         page = await asyncio.to_thread(service.metrics.render)
         return Response(page, headers=_headers(request), media_type=metrics.CONTENT_TYPE)
 
-    needs, keys = _needs_key(app), app.state.keys is not None
-    extra = {"responses": describing.answers("EvaluatorList", [401, 403, 422, 503])}
-    extra |= describing.security(needs_key=needs, may_have_key=keys)
-    app.add_api_route("/v1/evaluators", evaluators, openapi_extra=extra)
-    extra = {"responses": describing.text("text/plain", [401, 403, 422])}
-    extra |= describing.security(needs_key=needs, may_have_key=keys and not service.config.auth.open_metrics)
-    app.add_api_route("/metrics", rendered, openapi_extra=extra)
+    app.add_api_route(
+        "/v1/evaluators",
+        evaluators,
+        responses=openapi.model_responses("EvaluatorList", [401, 403, 422, 503]),
+        openapi_extra=_security(app),
+    )
+    app.add_api_route(
+        "/metrics",
+        prometheus,
+        operation_id="rendered_metrics_get",  # from an earlier name of the function; generated clients use it
+        responses=openapi.text_responses("text/plain", [401, 403, 422]),
+        openapi_extra={} if service.config.auth.open_metrics else _security(app),
+    )
 
 
-def _add_health(app: FastAPI, service: ScoringService) -> None:
+def _add_health_routes(app: FastAPI, service: ScoringService) -> None:
     async def live(request: Request) -> Response:
-        """Whether the process runs; says nothing about the models."""
-        return _answer(request, Health("live"))
+        """Report that the process runs, whatever the state of the models."""
+        return _encoded(request, Health("live"))
 
     async def ready(request: Request) -> Response:
-        """Whether the models are loaded, warmed and proven; 503 before, and once the end is asked for."""
+        """Report whether the models are loaded, warmed up and verified; 503 until then and at shutdown."""
         health = service.health
-        return _answer(request, health, 200 if health.status == "ready" else 503)
+        return _encoded(request, health, 200 if health.status == "ready" else 503)
 
-    extra = {"responses": describing.answers("Health", [])}
-    app.add_api_route("/health/live", live, openapi_extra=extra)
-    app.add_api_route("/health/ready", ready, openapi_extra={"responses": describing.readiness()})
+    app.add_api_route("/health/live", live, responses=openapi.model_responses("Health", []))
+    app.add_api_route("/health/ready", ready, responses=openapi.readiness_responses())
+
+
+# Pages ------------------------------------------------------------------------------------------------
 
 
 def _add_pages(app: FastAPI) -> None:
-    async def docs(request: Request) -> Response:
-        """The routes, types and problems, for people."""
-        headers = _headers(request) | {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(handbook(app.openapi()), headers=headers, media_type="text/html")
+    files = _PageFiles(directory=STATIC_FILES, packages=[SWAGGER_UI_PACKAGE])
 
-    extra = {"responses": describing.text("text/html", [])}
-    app.add_api_route("/docs", docs, openapi_extra=extra)
-    files = _PageFiles(directory=PAGE)
+    async def docs(request: Request) -> Response:
+        """Show this document in Swagger UI."""
+        response = await files.get_response("docs.html", request.scope)
+        response.headers.update(_headers(request))
+        return response
 
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
 
-    # The files refer to each other as page/NAME, so that the service may live below a path of a proxy's.
+    app.add_api_route("/docs", docs, responses=openapi.text_responses("text/html", []))
+    # The files refer to each other as page/NAME, so that the service also works below a path of a proxy.
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/page", files)
 
 
 class _PageFiles(StaticFiles):
-    """The files of the page, which may fetch nothing from elsewhere."""
+    """Static files of the pages, which may load nothing from another host."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Starlette's answer with the policy of the page."""
-        answer = await super().get_response(path, scope)
-        answer.headers["Content-Security-Policy"] = _PAGE_POLICY
-        answer.headers["X-Content-Type-Options"] = "nosniff"
-        # Asked about each time, so that no two files are of different versions.
-        answer.headers["Cache-Control"] = "no-cache"
-        answer.headers["Referrer-Policy"] = "no-referrer"
-        return answer
+        """Return Starlette's response with the security headers of the page."""
+        response = await super().get_response(path, scope)
+        response.headers["Content-Security-Policy"] = _DOCS_POLICY if path == "docs.html" else _PAGE_POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        # Revalidated each time, so that no two files are of different versions.
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
 
 
-def _add_error_answers(app: FastAPI) -> None:
-    async def problem(request: Request, error: Exception) -> Response:
+# Errors -----------------------------------------------------------------------------------------------
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def on_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, ProblemError)
         if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR and error.__cause__ is not None:
             _logger.error("a request failed", exc_info=error.__cause__)
-        return _problem_answer(request, error)
+        return _problem_response(request, error)
 
-    async def http(request: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code, detail = {
-            404: ("not_found", "no such address; POST /v1/score scores, GET /docs explains"),
-            405: ("method_not_allowed", "this address takes another method; see GET /docs"),
-        }.get(error.status_code, (_FAILED.code, _FAILED.detail))
-        return _problem_answer(request, ProblemError(code, detail, headers=error.headers or {}))
+            404: ("not_found", "no such address; POST /v1/score to score, see GET /docs for all routes"),
+            405: ("method_not_allowed", "this address does not support the method; see GET /docs"),
+        }.get(error.status_code, (_INTERNAL_ERROR.code, _INTERNAL_ERROR.detail))
+        return _problem_response(request, ProblemError(code, detail, headers=error.headers or {}))
 
-    async def bug(request: Request, _: Exception) -> Response:
-        return _problem_answer(request, _FAILED)
+    async def on_bug(request: Request, _: Exception) -> Response:
+        return _problem_response(request, _INTERNAL_ERROR)
 
-    app.add_exception_handler(ProblemError, problem)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, bug)
-
-
-def _needs_key(app: FastAPI) -> bool:
-    return app.state.keys is not None and not app.state.service.config.auth.allow_anonymous
+    app.add_exception_handler(ProblemError, on_problem)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
 
 
-def _client(request: Request, to: Permission) -> Client:
-    current().id = request_id(request)  # also of a caller who leaves
+def _problem_response(request: Request, error: ProblemError) -> Response:
+    headers = _headers(request) | dict(error.headers)
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    trace_of(request).reason = error.code
+    body = encode(error.to_problem(request_id(request)), JSON)
+    return Response(body, int(error.status), headers, PROBLEM)
+
+
+# Shared by the routes ---------------------------------------------------------------------------------
+
+
+def _security(app: FastAPI) -> dict[str, Any]:
+    requires_key = not app.state.service.config.auth.allow_anonymous
+    return openapi.security(has_keys=app.state.keys is not None, requires_key=requires_key)
+
+
+def _authenticate(request: Request, trace: RequestTrace, permission: Permission) -> Client:
     state = request.app.state
     anonymous = state.service.config.auth.allow_anonymous
-    client = client_of(request, state.keys, allow_anonymous=anonymous, to=to)
-    current().client = client.name or metrics.ANONYMOUS
+    client = authenticate(request, state.keys, allow_anonymous=anonymous, permission=permission)
+    trace.client = client.name or metrics.ANONYMOUS
     return client
 
 
 def _headers(request: Request) -> dict[str, str]:
-    current().id = request_id(request)
-    return {"X-Request-Id": request_id(request)}
+    return {"X-Request-Id": trace_of(request).id or ""}
 
 
-def _answer(request: Request, value: Struct, status: int = 200) -> Response:
-    kind = MSGPACK if wants_msgpack(request) else JSON
+def _encoded(request: Request, value: Struct, status: int = 200) -> Response:
+    kind = MSGPACK if prefers_msgpack(request) else JSON
     return Response(encode(value, kind), status, _headers(request) | {"Vary": "Accept"}, kind)
-
-
-def _problem_answer(request: Request, error: ProblemError) -> Response:
-    headers = _headers(request) | dict(error.headers)
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    current().reason = error.code
-    body = encode(error.as_problem(request_id(request)), JSON)
-    return Response(body, int(error.status), headers, PROBLEM)

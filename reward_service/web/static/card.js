@@ -1,6 +1,6 @@
-// One picture with its prompt and, once it is scored, its scores.
+// Card of one image with its prompt and, once it is scored, its scores.
 
-import { el, scoreTable, verdictOf } from "./view.js";
+import { el, scoreTable, rewardAndNotes } from "./view.js";
 
 const MIB = 2 ** 20;
 const size = (bytes) => (bytes < MIB ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / MIB).toFixed(1)} MiB`);
@@ -8,13 +8,13 @@ const size = (bytes) => (bytes < MIB ? `${Math.ceil(bytes / 1024)} KiB` : `${(by
 let made = 0;
 
 export class Card {
-  /** `events`: changed(card), removed(card). `name`: as the curl line has it. */
+  /** `events`: changed(card), removed(card). `name`: as in the curl command. */
   constructor(file, name, prompt, events) {
     Object.assign(this, { file, name, result: null });
     const id = `prompt-${++made}`;
     this.url = URL.createObjectURL(file);
     this.size = el("span", { class: "quiet" }, size(file.size));
-    this.picture = el("img", { alt: "", src: this.url, load: () => this.#seen(), error: () => this.#unseen() });
+    this.image = el("img", { alt: "", src: this.url, load: () => this.#previewLoaded(), error: () => this.#previewFailed() });
     this.field = el("textarea", { id, rows: 2, required: true, input: () => this.#edited(events) }, prompt);
     this.label = el("h2");
     this.button = el("button", { type: "button", class: "plain", click: () => events.removed(this) }, "Remove");
@@ -25,7 +25,7 @@ export class Card {
       "li",
       { class: "card" },
       el("div", { class: "top" }, this.label, this.button),
-      el("div", { class: "frame" }, this.picture),
+      el("div", { class: "frame" }, this.image),
       el("p", { class: "facts" }, this.size, saved),
       el("label", { for: id }, "Prompt"),
       this.field,
@@ -40,32 +40,32 @@ export class Card {
 
   set prompt(text) {
     this.field.value = text;
-    this.forget();
+    this.clearScores();
   }
 
-  /** Its place, from 0. */
-  set place(index) {
+  /** Index of the card, from 0. */
+  set index(index) {
     this.title = `${index + 1} · ${this.name}`;
     this.label.replaceChildren(this.title);
-    this.picture.alt = `Picture ${index + 1}`;
-    this.button.setAttribute("aria-label", `Remove picture ${index + 1}, ${this.name}`);
+    this.image.alt = `Image ${index + 1}`;
+    this.button.setAttribute("aria-label", `Remove image ${index + 1}, ${this.name}`);
   }
 
   show(result, failed, weights) {
     this.result = result;
-    this.found.replaceChildren(scoreTable(result, failed, weights), ...verdictOf(result, failed));
+    this.found.replaceChildren(scoreTable(result, failed, weights), ...rewardAndNotes(result, failed));
   }
 
-  complain(detail) {
+  showProblem(detail) {
     this.wrong.replaceChildren(detail);
     this.wrong.hidden = !detail;
   }
 
-  /** The scores are not those of what is here now. */
-  forget() {
+  /** Clear the scores, which belong to an earlier prompt. */
+  clearScores() {
     this.result = null;
     this.found.replaceChildren();
-    this.complain("");
+    this.showProblem("");
   }
 
   close() {
@@ -74,16 +74,16 @@ export class Card {
   }
 
   #edited(events) {
-    this.forget();
+    this.clearScores();
     events.changed(this);
   }
 
-  #seen() {
-    const { naturalWidth: width, naturalHeight: height } = this.picture;
+  #previewLoaded() {
+    const { naturalWidth: width, naturalHeight: height } = this.image;
     this.size.replaceChildren(`${width} × ${height} px, ${size(this.file.size)}`);
   }
 
-  #unseen() {
-    this.picture.replaceWith(el("span", { class: "quiet" }, "no preview"));
+  #previewFailed() {
+    this.image.replaceWith(el("span", { class: "quiet" }, "no preview"));
   }
 }

@@ -1,4 +1,4 @@
-// The page: pictures and prompts in, scores out. State is the list of cards; the rest follows from it.
+// Demo page: scores images by their prompts. The only state is the list of cards.
 
 import { Card } from "./card.js";
 import { comparison, el, evaluatorList, listed, problemText } from "./view.js";
@@ -9,9 +9,9 @@ const STORED = "reward-service key";
 const $ = (id) => document.getElementById(id);
 const cards = [];
 const events = { changed: refresh, removed: remove };
-let known = null;
+let listedEvaluators = null;
 
-// ---- pictures
+// ---- images
 
 function add(files, named = null) {
   for (const file of files) {
@@ -28,45 +28,45 @@ function remove(card) {
   const index = cards.indexOf(card);
   cards.splice(index, 1);
   card.close();
-  tell(null);
+  showProblem(null);
   refresh();
   (cards[Math.min(index, cards.length - 1)]?.button ?? $("files")).focus();
 }
 
-/** A file that was chosen twice has one name. */
+/** Name of a file; the same for a file that was chosen twice. */
 function nameOf(file) {
   const same = (other) =>
     other.file.name === file.name && other.file.size === file.size && other.file.lastModified === file.lastModified;
-  const twin = cards.find(same);
-  return twin ? twin.name : freeName(file.name);
+  const duplicate = cards.find(same);
+  return duplicate ? duplicate.name : freeName(file.name);
 }
 
-/** A name that no other picture here has, so that the curl line means the right files. */
-function freeName(wanted) {
-  const plain = wanted.replace(/[\x00-\x1f\x7f/\\]/g, "_") || "picture";
+/** A name that no other image has, so that the curl command names the right files. */
+function freeName(requested) {
+  const plain = requested.replace(/[\x00-\x1f\x7f/\\]/g, "_") || "image";
   const [, stem, ending] = plain.match(/^(.+?)(\.[^.]*)?$/);
   let name = plain;
   for (let count = 2; cards.some((card) => card.name === name); count++) name = `${stem}-${count}${ending ?? ""}`;
   return name;
 }
 
-/** A bitmap from the clipboard has no name of its own. */
+/** Name of a bitmap from the clipboard, which has none of its own. */
 const pasted = (file) => (file.name === "image.png" ? "pasted.png" : file.name);
 
-// ---- what follows from the cards
+// ---- updates from the list of cards
 
 function refresh() {
-  cards.forEach((card, index) => (card.place = index));
-  const some = cards.length > 0;
-  $("actions").hidden = $("again").hidden = !some;
+  cards.forEach((card, index) => (card.index = index));
+  const anyCards = cards.length > 0;
+  $("actions").hidden = $("again").hidden = !anyCards;
   $("same").hidden = cards.every((card) => card.prompt === cards[0].prompt);
-  $("line").replaceChildren(some ? curl(cards, Boolean(key())) : "");
+  $("line").replaceChildren(anyCards ? curl(cards, Boolean(key())) : "");
   $("again-key").hidden = !key();
-  offer();
+  updateComparison();
 }
 
-/** The scored pictures to choose two from; what was chosen stays chosen. */
-function offer() {
+/** Offer the scored images for comparison; the selected ones stay selected. */
+function updateComparison() {
   const scored = cards.filter((card) => card.result);
   $("compare").hidden = scored.length < 2;
   const chosen = [$("left"), $("right")].map((select) => select.card);
@@ -87,61 +87,61 @@ function offer() {
 // ---- scoring
 
 async function run() {
-  tell(null);
-  const asked = cards.map((card) => ({ card, file: card.file, prompt: card.prompt }));
+  showProblem(null);
+  const pairs = cards.map((card) => ({ card, file: card.file, prompt: card.prompt }));
   busy(true);
   try {
-    const answer = await score(asked, key());
-    await learn(answer);
-    const fresh = asked.map(({ card, prompt }) => cards.includes(card) && card.prompt === prompt);
-    asked.forEach(({ card }, index) => {
-      if (fresh[index]) card.show(answer.results[index], answer.failed, weights());
+    const response = await score(pairs, key());
+    await updateEvaluators(response);
+    const unchanged = pairs.map(({ card, prompt }) => cards.includes(card) && card.prompt === prompt);
+    pairs.forEach(({ card }, index) => {
+      if (unchanged[index]) card.show(response.results[index], response.failed, weights());
     });
-    say(`${asked.length === 1 ? "1 picture" : `${asked.length} pictures`} scored in ${Math.ceil(answer.timing_ms.total)} ms.`);
+    setStatus(`${pairs.length === 1 ? "1 image" : `${pairs.length} images`} scored in ${Math.ceil(response.timing_ms.total)} ms.`);
     refresh();
   } catch (error) {
-    fail(error, asked);
+    fail(error, pairs);
   } finally {
     busy(false);
   }
 }
 
-/** The list below the scores is of the evaluators that made them. */
-async function learn(answer) {
+/** Update the list of evaluators if others than the listed ones made the scores. */
+async function updateEvaluators(response) {
   const same = ([name, one]) =>
-    known?.[name]?.fingerprint === one.fingerprint && known[name].calibration === one.calibration;
-  if (!Object.entries(answer.evaluators).every(same)) await describe();
+    listedEvaluators?.[name]?.fingerprint === one.fingerprint && listedEvaluators[name].calibration === one.calibration;
+  if (!Object.entries(response.evaluators).every(same)) await describe();
 }
 
-const weights = () => Object.fromEntries(Object.entries(known ?? {}).map(([name, one]) => [name, one.weight]));
+const weights = () => Object.fromEntries(Object.entries(listedEvaluators ?? {}).map(([name, one]) => [name, one.weight]));
 
 function busy(now) {
   $("score").setAttribute("aria-disabled", now);
   $("score").replaceChildren(now ? "Scoring …" : "Score");
-  if (now) say("");
+  if (now) setStatus("");
 }
 
-function fail(error, asked = []) {
+function fail(error, pairs = []) {
   if (!(error instanceof Problem)) throw error;
-  say("");
-  const aboutKey = error.code === "unauthorized" || error.code === "forbidden";
-  if (aboutKey) $("key-note").after($("problem"));
+  setStatus("");
+  const concernsKey = error.code === "unauthorized" || error.code === "forbidden";
+  if (concernsKey) $("key-note").after($("problem"));
   else $("actions").before($("problem"));
-  tell(error, asked);
-  for (const { index, detail } of error.errors) asked[index]?.card.complain(detail);
-  if (aboutKey) openKey();
+  showProblem(error, pairs);
+  for (const { index, detail } of error.errors) pairs[index]?.card.showProblem(detail);
+  if (concernsKey) openKey();
   $("problem").scrollIntoView({ block: "nearest" });
   if (error.code === "not_ready" || error.code === "no_answer") setTimeout(watch, POLL_MS);
 }
 
-function tell(problem, asked = []) {
-  const nameOf = (index) => `Picture ${index + 1}${asked[index] ? `, ${asked[index].card.name}` : ""}`;
+function showProblem(problem, pairs = []) {
+  const nameOf = (index) => `Image ${index + 1}${pairs[index] ? `, ${pairs[index].card.name}` : ""}`;
   $("problem").className = problem ? "problem" : "";
   $("problem").replaceChildren(...(problem ? problemText(problem, nameOf) : []));
-  if (!problem) for (const card of cards) card.complain("");
+  if (!problem) for (const card of cards) card.showProblem("");
 }
 
-const say = (text) => $("said").replaceChildren(text);
+const setStatus = (text) => $("said").replaceChildren(text);
 
 // ---- the service
 
@@ -162,22 +162,22 @@ async function watch() {
 
 function state(status, text) {
   const node = $("state");
-  if (node.textContent === text && node.dataset.status === status) return; // read out once
+  if (node.textContent === text && node.dataset.status === status) return; // so that a screen reader reads it once
   node.dataset.status = status;
   node.replaceChildren(text);
 }
 
 async function describe() {
   const { evaluators: found, device, dtype } = await evaluators(key());
-  known = found;
+  listedEvaluators = found;
   state("ready", `ready: ${Object.keys(found).length} evaluators on ${device}, ${dtype}`);
   $("list").replaceChildren(...evaluatorList(found));
   $("judges").hidden = false;
   const provisional = Object.keys(found).filter((name) => found[name].provisional);
   $("notice").hidden = !provisional.length;
   $("notice").replaceChildren(
-    `The scale of ${listed(provisional)} is provisional: z and unit put pictures in order, ` +
-      "but their size may change once it is calibrated.",
+    `The scale of ${listed(provisional)} is provisional: z and unit rank images correctly, ` +
+      "but their values may change after calibration.",
   );
 }
 
@@ -191,11 +191,11 @@ function openKey() {
   $("key").focus();
 }
 
-function keep() {
+function storeKey() {
   if (key()) sessionStorage.setItem(STORED, key());
   else sessionStorage.removeItem(STORED);
   $("key").removeAttribute("aria-invalid");
-  tell(null);
+  showProblem(null);
   refresh();
   describe().catch((error) => fail(error));
 }
@@ -224,14 +224,14 @@ for (const select of [$("left"), $("right")]) {
     const before = select.card;
     select.card = cards[select.value];
     if (other.card === select.card) other.card = before;
-    offer();
+    updateComparison();
   });
 }
-$("key").addEventListener("change", keep);
+$("key").addEventListener("change", storeKey);
 $("key").addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
-  event.preventDefault(); // Enter here confirms the key, it does not score
-  keep();
+  event.preventDefault(); // Enter confirms the key here; it does not submit the form
+  storeKey();
 });
 $("copy").addEventListener("click", async () => {
   const text = $("line").textContent;
@@ -240,11 +240,11 @@ $("copy").addEventListener("click", async () => {
     await navigator.clipboard.writeText(text);
     done = true;
   } catch {
-    // Without https there is no clipboard but the selection's.
+    // Without https the clipboard is available through a selection only.
     getSelection().selectAllChildren($("line"));
     done = document.execCommand("copy");
   }
-  $("copied").replaceChildren(done ? "Copied." : "Select the line and copy it.");
+  $("copied").replaceChildren(done ? "Copied." : "Select the command and copy it.");
 });
 
 document.addEventListener("paste", (event) => {

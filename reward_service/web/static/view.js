@@ -1,4 +1,4 @@
-// What is seen. Words of people and of the service become text nodes, never markup.
+// Elements of the page. Text of users and of the service becomes text nodes, never markup.
 
 /** An element; attributes by name, handlers as functions, children as nodes or text. */
 export function el(tag, attributes = {}, ...children) {
@@ -21,7 +21,7 @@ const RAW = format({ maximumSignificantDigits: 4, maximumFractionDigits: 4, roun
 const unit = (value) => number(value, UNIT);
 export const listed = (names) => names.join(", ").replace(/, ([^,]*)$/, " and $1");
 
-/** A bar from 0 to 1 with a mark at 0.5; the number stands beside it. */
+/** A bar from 0 to 1 with a mark at 0.5; the number is shown beside it. */
 function bar(value, side = "") {
   const fill = el("i");
   fill.style.setProperty("--at", value);
@@ -30,12 +30,12 @@ function bar(value, side = "") {
 
 const row = (kind, cells) => el("tr", {}, ...cells.map((cell) => el(kind, {}, cell)));
 
-/** Table of one picture's scores: a row for each evaluator, those out of service marked. */
+/** Table of the scores of one image: a row for each evaluator, marked if it is out of service. */
 export function scoreTable(result, failed, weights) {
   const head = el("thead", {}, row("th", ["evaluator", "", "unit", "z", "raw"]));
   const body = el("tbody");
   for (const [name, score] of Object.entries(result.scores)) {
-    const muted = weights[name] === 0 ? " (weighs 0)" : "";
+    const muted = weights[name] === 0 ? " (weight 0)" : "";
     body.append(
       el(
         "tr",
@@ -54,20 +54,20 @@ export function scoreTable(result, failed, weights) {
   return el("table", { class: "scores" }, head, body);
 }
 
-/** The reward of one picture, and what should be known about its scores. */
-export function verdictOf(result, failed) {
+/** The reward of one image, and notes about its scores. */
+export function rewardAndNotes(result, failed) {
   const down = listed(Object.keys(failed));
   const reward =
     result.reward === null
       ? el("p", { class: "reward" }, `no reward: ${down} out of service`)
       : el("p", { class: "reward" }, "reward ", unit(result.reward));
   const notes = [];
-  if (result.truncated_prompt) notes.push("The prompt was too long: an evaluator did not read its end.");
-  if (result.lossy_input) notes.push("Lossy file: its compression is judged along with the picture.");
+  if (result.truncated_prompt) notes.push("The prompt was too long: its end was cut off for an evaluator.");
+  if (result.lossy_input) notes.push("Lossy file: its compression artifacts affect the scores.");
   return [reward, ...notes.map((note) => el("p", { class: "notice" }, note))];
 }
 
-/** A versus B: by each evaluator and by reward, in words and bars. */
+/** Comparison of A and B by each evaluator and by reward, in words and bars. */
 export function comparison(a, b) {
   const names = Object.keys(a.result.scores).filter((name) => name in b.result.scores);
   const wins = { A: [], B: [], equal: [] };
@@ -87,10 +87,10 @@ export function comparison(a, b) {
   }
   const head = el("thead", {}, row("th", ["evaluator", "", "unit", "better"]));
   const table = el("table", { class: "versus" }, head, body);
-  const parts = [el("p", {}, told(wins))];
+  const parts = [el("p", {}, summary(wins))];
   if (a.prompt !== b.prompt) {
     parts.push(
-      el("p", { class: "notice" }, "The prompts differ: each picture is judged by how well it fits its own."),
+      el("p", { class: "notice" }, "The prompts differ: each image is scored by its own prompt."),
     );
   }
   return [...parts, table];
@@ -111,7 +111,7 @@ function versus(name, one, other, by) {
   );
 }
 
-function told(wins) {
+function summary(wins) {
   const parts = ["A", "B"]
     .filter((name) => wins[name].length)
     .map((name) => `${name} is better by ${listed(wins[name])}`);
@@ -120,7 +120,7 @@ function told(wins) {
   return text[0].toUpperCase() + text.slice(1);
 }
 
-/** A problem in words; `nameOf(index)` is the picture at a place of the request. */
+/** Description of a problem; `nameOf(index)` names the image at an index of the request. */
 export function problemText(problem, nameOf) {
   const items = problem.errors.filter((one) => one.index !== null && one.index !== undefined);
   const parts = [el("strong", {}, problem.title || "Something went wrong")];
@@ -131,14 +131,14 @@ export function problemText(problem, nameOf) {
   }
   if (problem.retryable) {
     const wait = problem.retryAfter ? ` in ${problem.retryAfter} s` : "";
-    parts.push(el("p", {}, `Try again${wait}.`));
+    parts.push(el("p", {}, `Retry${wait}.`));
   }
   const marks = [problem.code, problem.status, problem.id && `request ${problem.id}`].filter(Boolean);
   parts.push(el("p", { class: "quiet" }, marks.join(" · ")));
   return parts;
 }
 
-/** What is configured, an entry for each evaluator. */
+/** The configured evaluators, one entry each. */
 export function evaluatorList(found) {
   return Object.entries(found).map(([name, one]) => {
     const scale = `mean ${minus(one.mean.toPrecision(4))}, deviation ${one.std.toPrecision(4)}`;

@@ -1,36 +1,36 @@
-// What goes over the wire: health, evaluators, and a batch of pairs as the form that curl would send.
+// Requests to the service: health, evaluators, and a batch of pairs as the form that curl would send.
 
 const KEY = /^[\x21-\x7e]+$/;
 
-/** Something that went wrong, as the service's own problem details or in the same form. */
+/** An error, as the service's problem details or in the same form. */
 export class Problem extends Error {
-  constructor(told, retryAfter = null) {
-    super(told.detail);
-    Object.assign(this, { title: "", code: "", errors: [], id: "", ...told, retryAfter });
+  constructor(details, retryAfter = null) {
+    super(details.detail);
+    Object.assign(this, { title: "", code: "", errors: [], id: "", ...details, retryAfter });
   }
 }
 
-/** Address of a route; the service may live below a path of a proxy's. */
+/** Address of a route; the service may be served below a path of a proxy. */
 export const address = (path) => new URL(path, document.baseURI).href;
 
-/** Whether it is ready: {status, detail}. A service that is not ready says so with an error's status. */
+/** Readiness: {status, detail}. A service that is not ready sends it with status 503. */
 export async function health() {
-  const answer = await sent("health/ready");
-  const found = await parsed(answer);
-  return found.status in { ready: 1, loading: 1, stopping: 1, failed: 1 } ? found : refused(answer, found);
+  const response = await send("health/ready");
+  const found = await parse(response);
+  return found.status in { ready: 1, loading: 1, stopping: 1, failed: 1 } ? found : reject(response, found);
 }
 
-/** What is configured: {evaluators, device, dtype}. */
-export const evaluators = async (key) => checked(await sent("v1/evaluators", key));
+/** The configuration: {evaluators, device, dtype}. */
+export const evaluators = async (key) => checkStatus(await send("v1/evaluators", key));
 
 /** Scores of pairs {prompt, file}, in their order. */
 export async function score(pairs, key) {
-  const answer = await checked(await sent("v1/score", key, { method: "POST", body: form(pairs) }));
-  if (answer.results?.length !== pairs.length) throw foreign(200);
-  return answer;
+  const response = await checkStatus(await send("v1/score", key, { method: "POST", body: form(pairs) }));
+  if (response.results?.length !== pairs.length) throw unexpected(200);
+  return response;
 }
 
-/** The command that gives the same answer, for a shell in the folder of the pictures {prompt, name}. */
+/** The curl command with the same response, for a shell in the folder of the images {prompt, name}. */
 export function curl(pairs, withKey) {
   const words = [`curl ${quoted(address("v1/score"))}`];
   if (withKey) words.push('-H "Authorization: Bearer $REWARD_KEY"');
@@ -43,13 +43,13 @@ export function curl(pairs, withKey) {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** One for all if they are the same, else one for each. */
+/** One prompt if all are equal, else one for each image. */
 function prompts(pairs) {
   const all = pairs.map((pair) => pair.prompt);
   return new Set(all).size === 1 ? all.slice(0, 1) : all;
 }
 
-/** FormData would change the prompts' line ends, and with them what is scored. */
+/** Encode by hand: FormData would change the line ends of the prompts, and with them the scores. */
 function form(pairs) {
   const random = crypto.getRandomValues(new Uint8Array(16));
   const boundary = `pairs${Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
@@ -62,45 +62,45 @@ function form(pairs) {
   return new Blob([...parts, `--${boundary}--\r\n`], { type: `multipart/form-data; boundary=${boundary}` });
 }
 
-async function sent(path, key = "", options = {}) {
+async function send(path, key = "", options = {}) {
   if (key && !KEY.test(key)) {
-    const detail = "a key has only letters, digits and signs, without spaces; copy it again";
-    throw new Problem({ title: "This cannot be a key", code: "unauthorized", detail });
+    const detail = "a key consists of letters, digits and signs, without spaces; copy it again";
+    throw new Problem({ title: "Invalid API key", code: "unauthorized", detail });
   }
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   try {
     return await fetch(address(path), { ...options, headers, cache: "no-store", credentials: "omit" });
   } catch {
     const detail = options.body
-      ? "it cannot be reached, or it refused what was sent: is it running, are the pictures together below its " +
-        "limit (64 MiB unless it is set otherwise), and are their files still as they were chosen?"
-      : "it cannot be reached; is it running?";
-    throw new Problem({ title: "The service gave no answer", code: "no_answer", detail });
+      ? "it cannot be reached, or it rejected the request: check that it is running, that the images together " +
+        "are below its limit (64 MiB by default), and that the files have not changed since they were chosen"
+      : "it cannot be reached; check that it is running";
+    throw new Problem({ title: "No response from the service", code: "no_answer", detail });
   }
 }
 
-async function checked(answer) {
-  const found = await parsed(answer);
-  return answer.ok ? found : refused(answer, found);
+async function checkStatus(response) {
+  const found = await parse(response);
+  return response.ok ? found : reject(response, found);
 }
 
-async function parsed(answer) {
+async function parse(response) {
   try {
-    const found = await answer.json();
+    const found = await response.json();
     if (found && typeof found === "object") return found;
   } catch {
-    // told below
+    // reported below
   }
-  throw foreign(answer.status);
+  throw unexpected(response.status);
 }
 
-function refused(answer, found) {
-  throw found.code ? new Problem(found, answer.headers.get("retry-after")) : foreign(answer.status);
+function reject(response, found) {
+  throw found.code ? new Problem(found, response.headers.get("retry-after")) : unexpected(response.status);
 }
 
-const foreign = (status) =>
+const unexpected = (status) =>
   new Problem({
-    title: "This is not the service's answer",
+    title: "Unexpected response",
     code: `status ${status}`,
-    detail: "something between this page and the service may have answered in its place; ask who runs it",
+    detail: "a proxy between this page and the service may have sent it; contact the operator of the service",
   });

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""Command line of the reward service, run as a process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def serving(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A service of its own on a free port, and its address."""
+    """Yield the process of a running service and its address."""
     command = [sys.executable, "-m", "reward_service", "serve", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -56,55 +56,55 @@ MISTAKES = {
     "no configuration": (["serve", "--config", "/nothing.yaml"], "name one with --config"),
     "unknown key": (["serve", "--set", "deivce=cpu"], "did you mean 'device'"),
     "bare override": (["serve", "nothing.at.all=1"], "unknown key"),
-    "open to all in IPv6": (["serve", "--host", "::"], "auth.allow_anonymous"),
+    "no keys, IPv6": (["serve", "--host", "::"], "auth.allow_anonymous"),
     "empty prompt": (["score", "x.png", "--prompt", ""], "the prompt is empty"),
-    "open to all": (["serve", "--host", "0.0.0.0"], "auth.allow_anonymous"),
+    "no keys, IPv4": (["serve", "--host", "0.0.0.0"], "auth.allow_anonymous"),
     "bad port": (["serve", "--port", "99999"], "service.port"),
     "no prompt": (["score", "x.png"], "prompt"),
     "no image": (["score", "/nothing.png", "--prompt", "x"], "/nothing.png cannot be read"),
     "not an image": (["score", __file__, "--prompt", "x"], "not a PNG, JPEG or WebP"),
-    "two forms": (["score", "x.png", "--prompt", "x", "--json", "--csv"], "choose one"),
+    "two formats": (["score", "x.png", "--prompt", "x", "--json", "--csv"], "choose one"),
     "three prompts": (["score", "x.png", "y.png", *3 * ["--prompt", "x"]], "3 prompts for 2 images"),
-    "strange evaluator": (["score", __file__, "--prompt", "x", "--evaluators", "beauty"], "choose from"),
+    "unknown evaluator": (["score", __file__, "--prompt", "x", "--evaluators", "beauty"], "choose from"),
     "no evaluators": (["score", __file__, "--prompt", "x", "--evaluators", " ,"], "names none"),
-    "endless name": (["score", 5000 * "x", "--prompt", "x"], "cannot be read (File name too long)"),
+    "too long a name": (["score", 5000 * "x", "--prompt", "x"], "cannot be read (File name too long)"),
     "no table": (["serve", "--set", "calibration=/nothing.json"], "/nothing.json"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_and_code_2(name: str) -> None:
-    """Cause and remedy on stderr, no traceback, nothing on stdout."""
-    arguments, words = MISTAKES[name]
+def test_user_errors_are_one_line_and_exit_code_2(name: str) -> None:
+    """Cause and remedy are on stderr, without a traceback; stdout is empty."""
+    arguments, message = MISTAKES[name]
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert words in done.stderr.lower() or words in done.stderr
+    assert message in done.stderr.lower() or message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_taken_port_is_told(checkpoints: Checkpoints) -> None:
-    """With the remedy."""
+def test_a_port_in_use_is_reported(checkpoints: Checkpoints) -> None:
+    """The error has the remedy, another port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run("serve", "--config", checkpoints.config, "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
-    assert "another --port: 0 is a free one" in done.stderr
+    assert "another --port (0 selects a free one)" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_models_that_cannot_be_loaded_end_the_service(checkpoints: Checkpoints) -> None:
-    """It does not stay up as a service that will never be ready."""
+def test_the_service_exits_if_models_cannot_be_loaded(checkpoints: Checkpoints) -> None:
+    """A service that can never become ready does not stay up."""
     done = run("serve", "--config", checkpoints.config, "--set", "towers.hps.weights.file=nothing.pt")
     assert done.returncode == 2
     assert "nothing.pt: no such file" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_score_without_a_server(
+def test_score_prints_the_scores_of_the_engine(
     checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels], tmp_path: Path
 ) -> None:
-    """The engine's own numbers, as JSON and as a table."""
-    path = tmp_path / "picture.png"
+    """`score --json` prints the engine's raw scores without a server."""
+    path = tmp_path / "image.png"
     Image.fromarray(images[1]).save(path)
     done = run("score", path, path, "--prompt", "a red square", "--config", checkpoints.config, "--json")
     assert done.returncode == 0, done.stderr
@@ -114,10 +114,10 @@ def test_score_without_a_server(
         assert {name: s["raw"] for name, s in result["scores"].items()} == pytest.approx(expected, abs=1e-4)
 
 
-def test_serve_from_start_to_end(
+def test_serve_scores_until_sigterm(
     checkpoints: Checkpoints, engine: RewardEngine, images: list[Pixels]
 ) -> None:
-    """Starts on a free port, gets ready, scores, refuses, goes on serving, and SIGTERM ends it with 0."""
+    """The service starts on a free port, scores, rejects a request, keeps serving, and exits with 0."""
     with (
         serving("--config", checkpoints.config, "--port", "0") as (process, url),
         RewardClient(url) as service,
@@ -143,8 +143,8 @@ def test_serve_from_start_to_end(
             late.score(["x"], images[:1])
 
 
-def test_an_allowed_stranger_may_ask(checkpoints: Checkpoints) -> None:
-    """With the explicit setting it listens beyond loopback; Ctrl-C ends it with 0 even while loading."""
+def test_serve_can_listen_beyond_loopback(checkpoints: Checkpoints) -> None:
+    """allow_anonymous permits other addresses; Ctrl-C exits with 0 even while loading."""
     arguments = ["--config", checkpoints.config, "--host", "0.0.0.0", "--set", "auth.allow_anonymous=true"]
     with serving(*arguments) as (process, url):
         port = url.rsplit(":", 1)[1]

@@ -1,4 +1,4 @@
-"""The log: what a line is, and that no trouble with it reaches the service."""
+"""Log: format of its lines, and isolation of the service from a failing sink."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from reward_service.observability.logs import Log, Sink, libraries_log_to, open_log
+from reward_service.observability.logs import Log, Sink, open_log, redirect_library_logs
 
 WAIT_S = 10.0
 
@@ -30,12 +30,12 @@ def log(lines: list[str]) -> Log:
 
 @pytest.fixture
 def libraries(log: Log) -> Iterator[None]:
-    with libraries_log_to(log):
+    with redirect_library_logs(log):
         yield
 
 
-def test_a_json_line_is_an_object_with_time_and_level(log: Log, lines: list[str]) -> None:
-    """One line each, whatever it holds; machines can read every one."""
+def test_json_line_has_time_and_level(log: Log, lines: list[str]) -> None:
+    """Each event is one line of valid JSON, whatever its values contain."""
     log.info("ready: 4 evaluators on cpu")
     log.warning("request", id="a\nb\ud800", status=500, queue_ms=1.5, trace_id=None)
     first, second = map(json.loads, lines)
@@ -50,8 +50,8 @@ def test_a_json_line_is_an_object_with_time_and_level(log: Log, lines: list[str]
     assert not any("\n" in line for line in lines)
 
 
-def test_text_is_for_people_and_cannot_be_forged(lines: list[str]) -> None:
-    """The event first, what is unknown left out, and no value can begin a line of its own."""
+def test_text_line_cannot_be_forged(lines: list[str]) -> None:
+    """The event comes first, None is left out, and no value can start a new line."""
     log = open_log(lines.append, "text")
     log.info("ready: 4 evaluators on cpu")
     log.error("request", id="x\nready: forged", pairs=3, client=None, queue_ms=0.25)
@@ -62,8 +62,8 @@ def test_text_is_for_people_and_cannot_be_forged(lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-def test_a_traceback_shows_no_variables(form: str, lines: list[str]) -> None:
-    """What was being worked on, such as a prompt, isn't in the log; where it failed is."""
+def test_traceback_shows_no_variables(form: str, lines: list[str]) -> None:
+    """The log has the place of an error, but no local variable, such as a prompt."""
     log = open_log(lines.append, form)  # type: ignore[arg-type]
 
     def fail() -> None:
@@ -81,10 +81,10 @@ def test_a_traceback_shows_no_variables(form: str, lines: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-def test_libraries_come_out_of_the_same_log(lines: list[str]) -> None:
-    """uvicorn's and the exporter's warnings are lines like ours; their chatter is left out."""
+def test_library_warnings_are_redirected(lines: list[str]) -> None:
+    """Warnings and errors of libraries become lines of the log; their info records are dropped."""
     logging.getLogger("uvicorn.error").warning("invalid %s", "request")
-    logging.getLogger("opentelemetry").info("chatter")
+    logging.getLogger("opentelemetry").info("connected")
     try:
         raise RuntimeError("why")
     except RuntimeError:
@@ -98,8 +98,8 @@ def test_libraries_come_out_of_the_same_log(lines: list[str]) -> None:
     assert "RuntimeError: why" in second["exception"]
 
 
-def test_a_full_disk_costs_lines_and_nothing_else() -> None:
-    """Nobody who logs sees the error; lines are counted as lost, and come again when there is room."""
+def test_full_disk_loses_lines_only() -> None:
+    """Callers get no error; lost lines are counted, and writing resumes when there is room."""
     written: list[bytes] = []
     full = True
 
@@ -119,21 +119,21 @@ def test_a_full_disk_costs_lines_and_nothing_else() -> None:
     assert (sink.lost, written) == (2, [b"three\n"])
 
 
-def test_a_reader_that_has_stopped_holds_up_nobody() -> None:
-    """A pipe that isn't read fills up; who logs never waits for it, and memory stays bounded."""
-    go_on = threading.Event()
-    sink = Sink(lambda _: go_on.wait(WAIT_S), most=10)
+def test_stalled_reader_blocks_no_caller() -> None:
+    """If the pipe is not read, logging does not wait, and the queue stays bounded."""
+    resume = threading.Event()
+    sink = Sink(lambda _: resume.wait(WAIT_S), max_lines=10)
     for number in range(100):
         sink(f"line {number}")
     assert sink.lost >= 80
     assert not sink.flush(0.01)
-    go_on.set()
+    resume.set()
     assert sink.flush(WAIT_S)
 
 
 @pytest.mark.parametrize("stderr", ["/dev/full", "closed"])
-def test_a_process_without_a_stderr_ends_well(stderr: str) -> None:
-    """Nothing is left in a buffer that fails at the exit, which would change the status."""
+def test_process_without_stderr_exits_normally(stderr: str) -> None:
+    """No buffer is left whose flush fails at exit, which would change the exit status."""
     program = (
         "from reward_service.observability.logs import Sink, open_log; sink = Sink(); "
         "open_log(sink).info('x'); "
@@ -145,10 +145,10 @@ def test_a_process_without_a_stderr_ends_well(stderr: str) -> None:
     assert (done.returncode, done.stdout) == (0, b"1\n")
 
 
-def test_warnings_come_out_of_the_log() -> None:
-    """Never straight to stderr, where they could be held up; Pillow's, about images, not at all."""
+def test_python_warnings_are_redirected() -> None:
+    """They go to the log and not to stderr, where they could block; Pillow's are dropped."""
     lines: list[str] = []
-    with libraries_log_to(open_log(lines.append, "json")):
+    with redirect_library_logs(open_log(lines.append, "json")):
         for number in range(3):
             warnings.warn_explicit(f"tag {number}", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
         assert lines == []

@@ -1,4 +1,4 @@
-"""What Prometheus is told, and that dashboard, alerts and documentation speak of nothing else."""
+"""Metrics: their values, and their agreement with dashboard, alerts and documentation."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from reward_service.observability.metrics import Metrics
-from reward_service.protocol import CODES
+from reward_service.protocol import PROBLEM_CODES
 
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = ROOT / "deploy/grafana/reward-service.json"
 RULES = ROOT / "deploy/prometheus/alerts.yml"
 SCRAPING = ROOT / "deploy/prometheus/prometheus.yml"
-HANDBOOK = ROOT / "docs/operations.md"
+OPERATIONS = ROOT / "docs/operations.md"
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """One that has been told of everything once."""
+    """Metrics with one event of each kind."""
     metrics = Metrics()
     metrics.routes = ("/score", "/v1/score")
-    metrics.on_answer("/score", 200)
-    metrics.on_answer("/score", 503, "queue_full")
+    metrics.on_response("/score", 200)
+    metrics.on_response("/score", 503, "queue_full")
     metrics.on_batch(16, 64, [0.1, 0.2], 0.5)
     metrics.on_cancelled(3)
     metrics.on_expired(2)
@@ -62,12 +62,12 @@ def names(metrics: Metrics) -> set[str]:
 
 
 def mentioned(expression: str) -> set[str]:
-    """The metrics of a PromQL expression."""
+    """Return the metrics in a PromQL expression."""
     return set(re.findall(r"\b(?:reward|process)_[a-z_]+\b", re.sub(r'"[^"]*"', "", expression)))
 
 
-def test_what_is_told_is_shown(metrics: Metrics) -> None:
-    """Each number under the name that is documented, in a form that Prometheus reads."""
+def test_recorded_events_are_rendered(metrics: Metrics) -> None:
+    """Each value has its documented name, in a format that Prometheus parses."""
     assert value(metrics, "reward_requests_total", route="/score", code="503") == 1
     assert value(metrics, "reward_rejections_total", reason="queue_full") == 1
     assert value(metrics, "reward_queue_seconds_count") == 2
@@ -77,37 +77,37 @@ def test_what_is_told_is_shown(metrics: Metrics) -> None:
     assert value(metrics, "reward_oom_retries_total") == 1
     assert value(metrics, "reward_forward_seconds_sum", tower="clip") == 0.2
     assert value(metrics, "reward_evaluator_up", evaluator="clip") == 1
-    metrics.on_change("clip", False, "it failed")
+    metrics.on_evaluator_change("clip", False)
     assert value(metrics, "reward_evaluator_up", evaluator="clip") == 0
 
 
 def test_scores_are_a_histogram_of_z(metrics: Metrics) -> None:
-    """Cumulative, with everything in the last bucket and a bound in its own."""
+    """Buckets are cumulative, include their upper bound, and the last one has all values."""
 
     def bucket(bound: str) -> float:
         return value(metrics, "reward_score_bucket", evaluator="clip", le=bound)
 
     assert [bucket(bound) for bound in ("-4.0", "-0.5", "0.0", "0.5", "4.0", "+Inf")] == [1, 1, 2, 3, 3, 4]
-    # A sum that can fall is no counter: rate() would take each fall for a restart.
+    # A sum that can decrease is not a counter: rate() would take each decrease for a restart.
     assert not names(metrics) & {"reward_score_sum", "reward_score_count"}
 
 
-def test_nobody_can_make_labels(metrics: Metrics) -> None:
-    """A thousand unknown paths are one label: memory stays bounded whatever is asked for."""
+def test_unknown_paths_share_one_label(metrics: Metrics) -> None:
+    """A thousand unknown paths are one label: memory stays bounded whatever clients request."""
     before = len(samples(metrics))
     for number in range(1000):
-        metrics.on_answer(f"/made/up/{number}", 404, "not_found")
+        metrics.on_response(f"/made/up/{number}", 404, "not_found")
     assert len(samples(metrics)) <= before + 4
     assert value(metrics, "reward_requests_total", route="other", code="404") == 1000
 
 
-def test_two_services_do_not_count_together(metrics: Metrics) -> None:
+def test_two_services_are_counted_apart(metrics: Metrics) -> None:
     """Each has a registry of its own."""
     assert value(Metrics(), "reward_cancelled_pairs_total") == 0
     assert value(metrics, "reward_cancelled_pairs_total") == 3
 
 
-def test_metrics_need_no_torch() -> None:
+def test_metrics_import_no_torch() -> None:
     """A process that only counts starts in milliseconds."""
     program = (
         "import sys, reward_service.observability.metrics; assert not {'torch', 'fastapi'} & set(sys.modules)"
@@ -115,8 +115,8 @@ def test_metrics_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
 
 
-def test_the_dashboard_shows_what_there_is(metrics: Metrics) -> None:
-    """Every metric in it exists, every metric of ours but its notes is on it, and no panel is empty."""
+def test_dashboard_shows_every_metric(metrics: Metrics) -> None:
+    """Every metric on it exists, every metric of the service is on it, and no panel is empty."""
     board: dict[str, Any] = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     shown = set().union(*map(mentioned, expressions))
@@ -132,14 +132,14 @@ def test_the_dashboard_shows_what_there_is(metrics: Metrics) -> None:
     assert ours - stems == set()
 
 
-def test_alerts_are_of_what_there_is(metrics: Metrics) -> None:
-    """Every metric and every reason in a rule exists; each rule says how bad it is and what it is."""
+def test_alerts_use_existing_metrics(metrics: Metrics) -> None:
+    """Every metric and every reason in a rule exists; each rule has a severity and a summary."""
     (group,) = yaml.safe_load(RULES.read_text())["groups"]
     assert len(group["rules"]) >= 5
     for rule in group["rules"]:
         assert mentioned(rule["expr"]) - names(metrics) == set()
         for reasons in re.findall(r'reason=~"([^"]*)"', rule["expr"]):
-            assert set(reasons.split("|")) <= CODES.keys()
+            assert set(reasons.split("|")) <= PROBLEM_CODES.keys()
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert rule["annotations"]["summary"]
     scraping = yaml.safe_load(SCRAPING.read_text())
@@ -149,9 +149,9 @@ def test_alerts_are_of_what_there_is(metrics: Metrics) -> None:
     assert f'job="{job["job_name"]}"' in RULES.read_text()
 
 
-def test_the_handbook_has_every_metric_and_every_alert(metrics: Metrics) -> None:
-    """What is shown is explained, and what is explained is shown."""
-    text = HANDBOOK.read_text()
+def test_operations_page_documents_every_metric_and_alert(metrics: Metrics) -> None:
+    """The documented metrics and alerts are exactly those that exist."""
+    text = OPERATIONS.read_text()
     ours = {name for name in names(metrics) if name.startswith("reward_") and not name.endswith("_created")}
     ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours}
     explained = set(re.findall(r"`(reward_[a-z_]+)", text))

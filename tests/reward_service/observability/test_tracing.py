@@ -1,4 +1,4 @@
-"""Spans: off without an endpoint, and the caller's trace goes on in ours."""
+"""Request traces: spans, log lines and metrics of requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from reward_service.observability.logs import open_log
 from reward_service.observability.metrics import Metrics
-from reward_service.observability.tracing import Observed, Tracer, current, open_tracer, trace_id_of
+from reward_service.observability.tracing import (
+    ObservabilityMiddleware,
+    RequestTrace,
+    Tracer,
+    open_tracer,
+    trace_id_of,
+)
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -28,38 +34,38 @@ def exporter() -> InMemorySpanExporter:
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers as the service does, and notes what the service notes."""
-    story = current()
-    story.id, story.client, story.pairs = "request-1", "team", 3
+    """Respond, and record in the trace what the service records."""
+    trace: RequestTrace = scope["state"]["trace"]
+    trace.id, trace.client, trace.pairs = "request-1", "team", 3
     await receive()
-    story.passed("decode", 0.25)
-    began_ns = story.passed("run", 0.5)
-    story.passed("queue", 1.0, began_ns)
+    trace.add_span("decode", 0.25)
+    run_begin_ns = trace.add_span("run", 0.5)
+    trace.add_span("queue", 1.0, run_begin_ns)
     status = 503 if scope["path"] == "/busy" else 200
-    story.reason = "queue_full" if status == 503 else None
+    trace.reason = "queue_full" if status == 503 else None
     await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body", "body": b"{}"})
 
 
-def ask(exporter: InMemorySpanExporter | None, path: str, **headers: str) -> dict[str, Any]:
-    """One request; returns its line of the log."""
+def send_request(exporter: InMemorySpanExporter | None, path: str, **headers: str) -> dict[str, Any]:
+    """Send a request; return its line of the log, or {} if there is none."""
     lines: list[str] = []
     tracer = Tracer(SimpleSpanProcessor(exporter)) if exporter else None
     metrics = Metrics()
     metrics.routes = ("/v1/score", "/busy", "/health/ready")
-    app = Observed(application, metrics, open_log(lines.append, "json"), tracer)
+    app = ObservabilityMiddleware(application, metrics, open_log(lines.append, "json"), tracer)
 
     async def run() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://judge") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
             await client.post(path, content=b"12345", headers=headers)
 
     asyncio.run(run())
     return json.loads(lines[0]) if lines else {}
 
 
-def test_a_request_is_a_span_with_its_parts(exporter: InMemorySpanExporter) -> None:
-    """In the caller's trace; the parts lie inside, follow each other and take what was noted."""
-    line = ask(exporter, "/v1/score", traceparent=TRACEPARENT)
+def test_request_is_a_span_with_child_spans(exporter: InMemorySpanExporter) -> None:
+    """The span continues the client's trace; its children are adjacent and have the recorded durations."""
+    line = send_request(exporter, "/v1/score", traceparent=TRACEPARENT)
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"POST /v1/score", "decode", "queue", "forward"}
     whole = spans["POST /v1/score"]
@@ -75,27 +81,25 @@ def test_a_request_is_a_span_with_its_parts(exporter: InMemorySpanExporter) -> N
 
 
 @pytest.mark.parametrize("header", ["", "nonsense", f"00-{'0' * 32}-{PARENT}-01", "00-xyz-1-1"])
-def test_without_a_trace_of_the_callers_there_is_a_new_one(
-    exporter: InMemorySpanExporter, header: str
-) -> None:
-    """A header that is none is no error, and the log names the trace that was begun."""
-    line = ask(exporter, "/v1/score", traceparent=header)
+def test_invalid_traceparent_starts_a_new_trace(exporter: InMemorySpanExporter, header: str) -> None:
+    """An invalid header is not an error; the log line has the ID of the new trace."""
+    line = send_request(exporter, "/v1/score", traceparent=header)
     whole = exporter.get_finished_spans()[-1]
     assert whole.parent is None
     assert f"{whole.context.trace_id:032x}" == line["trace_id"] != TRACE
     assert trace_id_of(header) is None
 
 
-def test_a_failure_is_marked(exporter: InMemorySpanExporter) -> None:
-    """In the span and in the log, with the problem's code."""
-    line = ask(exporter, "/busy")
+def test_server_error_is_marked(exporter: InMemorySpanExporter) -> None:
+    """A 5xx sets the span's status to error and the log level to warning, with the problem code."""
+    line = send_request(exporter, "/busy")
     assert exporter.get_finished_spans()[-1].status.status_code is StatusCode.ERROR
     assert (line["level"], line["status"], line["reason"]) == ("warning", 503, "queue_full")
 
 
-def test_the_line_of_a_request(exporter: InMemorySpanExporter) -> None:
-    """Who, what, how large and how long, with the caller's trace id though nothing is traced."""
-    line = ask(None, "/v1/score", traceparent=TRACEPARENT)
+def test_log_line_of_a_request() -> None:
+    """The line has client, route, sizes and timings, and the client's trace ID even if tracing is off."""
+    line = send_request(None, "/v1/score", traceparent=TRACEPARENT)
     assert line.pop("total_ms") > 0
     assert line.pop("timestamp")
     assert line == {
@@ -115,14 +119,14 @@ def test_the_line_of_a_request(exporter: InMemorySpanExporter) -> None:
     }
 
 
-def test_probes_are_counted_only(exporter: InMemorySpanExporter) -> None:
-    """What asks every few seconds fills neither log nor traces."""
-    assert ask(exporter, "/health/ready") == {}
+def test_probes_are_neither_logged_nor_traced(exporter: InMemorySpanExporter) -> None:
+    """Health checks and scrapes every few seconds do not fill log and traces."""
+    assert send_request(exporter, "/health/ready") == {}
     assert exporter.get_finished_spans() == ()
 
 
-def test_tracing_is_off_and_costs_no_import_without_an_endpoint() -> None:
-    """Nothing of OpenTelemetry is loaded."""
+def test_opentelemetry_is_not_imported_without_endpoint() -> None:
+    """Without an endpoint, tracing is off and costs no import."""
     program = (
         "import sys; from reward_service.observability.tracing import open_tracer; "
         "assert open_tracer(None) is None; assert not [m for m in sys.modules if 'opentelemetry' in m]"
@@ -132,21 +136,21 @@ def test_tracing_is_off_and_costs_no_import_without_an_endpoint() -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://127.0.0.1:9/v1/traces/"])
-def test_an_endpoint_is_the_collectors_address(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With or without the path that OTLP adds to it, from the configuration or the environment."""
-    asked: list[str | None] = []
+def test_endpoint_is_passed_to_the_exporter(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address may include OTLP's path; without one the exporter reads the environment."""
+    endpoints: list[str | None] = []
 
     class Exporter(InMemorySpanExporter):
         def __init__(self, endpoint: str | None, timeout: float) -> None:
             super().__init__()
-            asked.append(endpoint)
+            endpoints.append(endpoint)
 
     module = "opentelemetry.exporter.otlp.proto.http.trace_exporter.OTLPSpanExporter"
     monkeypatch.setattr(module, Exporter)
     first = open_tracer(endpoint)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     second = open_tracer(None)
-    assert asked == ["http://127.0.0.1:9/v1/traces", None]
+    assert endpoints == ["http://127.0.0.1:9/v1/traces", None]
     for tracer in (first, second):
         assert tracer is not None
         tracer.close()

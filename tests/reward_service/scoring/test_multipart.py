@@ -1,4 +1,4 @@
-"""Forms: prompts and images as curl sends them are the same request as JSON's."""
+"""Forms: requests as curl sends them, equal to JSON requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reward_service.images import Pixels
 from reward_service.protocol import MAX_PAIRS, Item, MalformedBodyError, Picture, ScoreRequest
 from reward_service.scoring.requests import decode_form
 from reward_service.web.app import create_app
-from tests.support.service.serving import asking, judging, png
+from tests.support.service.serving import http_client, png, ready_service
 
 BOUNDARY = "multipart/form-data; boundary=xx"
 Part = tuple[str, bytes]
@@ -33,57 +33,57 @@ def form(*parts: Part, end: bytes = b"--xx--\r\n") -> bytes:
 
 @pytest.fixture(scope="module")
 def app(config: ServiceConfig, engine: RewardEngine) -> Iterator[FastAPI]:
-    with judging(config, engine) as service:
+    with ready_service(config, engine) as service:
         yield create_app(config, service)
 
 
 def post(app: FastAPI | str, **how: Any) -> httpx.Response:
     async def ask() -> httpx.Response:
-        async with asking(app) as client:
+        async with http_client(app) as client:
             return await client.post("/score", **how)
 
     return asyncio.run(ask())
 
 
-def test_a_form_scores_as_json_does(app: FastAPI, images: list[Pixels]) -> None:
-    """Files with names and types, as curl sends them, get the numbers of the same pairs in JSON."""
+def test_form_gets_the_same_scores_as_json(app: FastAPI, images: list[Pixels]) -> None:
+    """Files with names and types, as curl sends them, get the scores of the same pairs in JSON."""
     files = [png(image) for image in images[:2]]
     prompts = ["a red square", 'ünïcode; "quotes"']
     sent = [("image", (f"{number}.png", file, "image/png")) for number, file in enumerate(files)]
     fields = {"prompt": prompts, "evaluators": "clip, pickscore", "weights": '{"clip": 2}'}
-    answer = post(app, data={**fields, "normalization": "z", "deterministic": "true"}, files=sent)
+    response = post(app, data={**fields, "normalization": "z", "deterministic": "true"}, files=sent)
     items = [
         {"prompt": prompt, "image": {"data": base64.b64encode(file).decode()}}
         for prompt, file in zip(prompts, files, strict=True)
     ]
     body = {"items": items, "evaluators": ["clip", "pickscore"], "weights": {"clip": 2}}
     same = post(app, json={**body, "normalization": "z", "deterministic": True})
-    assert (answer.status_code, same.status_code) == (200, 200)
-    assert answer.json()["results"] == same.json()["results"]
+    assert (response.status_code, same.status_code) == (200, 200)
+    assert response.json()["results"] == same.json()["results"]
 
 
-def test_one_prompt_is_for_all_images() -> None:
+def test_one_prompt_applies_to_all_images() -> None:
     """One prompt and three images are three pairs."""
     request = decode_form(form(("prompt", b"x"), *[("image", b"%d" % n) for n in range(3)]), BOUNDARY)
     assert request == ScoreRequest([Item("x", Picture(b"%d" % n)) for n in range(3)])
 
 
-def test_pairs_are_in_order_wherever_they_stand() -> None:
-    """The first prompt goes with the first image, however the fields are mixed."""
+def test_pairs_follow_the_order_of_fields() -> None:
+    """The first prompt belongs to the first image, however the fields are mixed."""
     parts = [("prompt", b"a"), ("image", b"1"), ("image", b"2"), ("deterministic", b"true"), ("prompt", b"b")]
     request = decode_form(form(*parts), BOUNDARY)
     assert request == ScoreRequest([Item("a", Picture(b"1")), Item("b", Picture(b"2"))], deterministic=True)
 
 
-def test_an_image_may_hold_anything() -> None:
-    """Bytes that look like a boundary, line ends and zeros come through unchanged."""
+def test_image_bytes_are_unchanged() -> None:
+    """Bytes that look like a boundary, line ends and zeros are preserved."""
     data = b"\r\n--x\r\n--xy--\r\n\0\r\r\n-"
     request = decode_form(form(("prompt", b"a"), ("image", data)), BOUNDARY)
     assert request.items[0].image.data == data
 
 
 PAIR: tuple[Part, Part] = (("prompt", b"x"), ("image", b"y"))
-UNFIT: dict[str, tuple[bytes, str]] = {
+INVALID_FORMS: dict[str, tuple[bytes, str]] = {
     "no parts": (form(), "empty_batch"),
     "no image": (form(("prompt", b"secret")), "empty_batch"),
     "no prompt": (form(("image", b"secret")), "invalid_request"),
@@ -109,20 +109,20 @@ UNFIT: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_unfit_forms_are_named(app: FastAPI, name: str) -> None:
-    """Each mistake has its code, and nothing of the form comes back."""
-    body, code = UNFIT[name]
-    answer = post(app, content=body, headers={"Content-Type": BOUNDARY})
-    assert answer.json()["code"] == code
-    assert answer.status_code in (400, 422)
-    assert "secret" not in answer.text
+@pytest.mark.parametrize("name", INVALID_FORMS)
+def test_invalid_form_is_a_problem(app: FastAPI, name: str) -> None:
+    """Each mistake has its code, and nothing of the form is echoed."""
+    body, code = INVALID_FORMS[name]
+    response = post(app, content=body, headers={"Content-Type": BOUNDARY})
+    assert response.json()["code"] == code
+    assert response.status_code in (400, 422)
+    assert "secret" not in response.text
 
 
 @pytest.mark.parametrize(
     "content_type", ["multipart/form-data", "multipart/form-data; boundary=" + "x" * 300]
 )
-def test_a_form_needs_a_boundary(content_type: str) -> None:
+def test_form_needs_a_boundary(content_type: str) -> None:
     """A type without a boundary, or with an endless one, is a malformed body."""
     with pytest.raises(MalformedBodyError) as error:
         decode_form(form(*PAIR), content_type)

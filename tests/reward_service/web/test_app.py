@@ -1,4 +1,4 @@
-"""The HTTP face: what each request is answered with, good and bad."""
+"""HTTP application: responses to valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from reward_service.images import Pixels
 from reward_service.protocol import JSON, MSGPACK, PROBLEM
 from reward_service.scoring.service import ScoringService
 from reward_service.web.app import create_app
-from tests.support.service.serving import asking
+from tests.support.service.serving import http_client
 
-Answer = httpx.Response
-READY_S = 20.0
+READY_S = 120.0
 
 
 def wait_for(service: ScoringService, status: str) -> None:
@@ -52,20 +51,20 @@ def app(config: ServiceConfig, service: ScoringService) -> FastAPI:
     return create_app(config, service)
 
 
-def talk(app: FastAPI | str, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+def run_client(app: FastAPI | str, requests: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
     async def run() -> Any:
-        async with asking(app) as client:
-            return await conversation(client)
+        async with http_client(app) as client:
+            return await requests(client)
 
     return asyncio.run(run())
 
 
 def post(
     app: FastAPI | str, body: Any, content_type: str = JSON, path: str = "/score", **headers: str
-) -> Answer:
+) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": content_type, **headers}
-    return talk(app, lambda client: client.post(path, content=content, headers=headers))  # type: ignore[no-any-return]
+    return run_client(app, lambda client: client.post(path, content=content, headers=headers))  # type: ignore[no-any-return]
 
 
 def png(pixels: Pixels) -> str:
@@ -80,16 +79,16 @@ def jpeg(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, images: list[Pixels]) -> None:
-    """Raw numbers come unchanged from the engine, in order, with z, unit and a reward between 0 and 1."""
+def test_scores_equal_the_engines(app: FastAPI, engine: RewardEngine, images: list[Pixels]) -> None:
+    """Raw scores come unchanged from the engine, in order, with z, unit and a reward between 0 and 1."""
     prompts = ["a red square", "a circle"]
     items = [
         {"prompt": prompt, "image": {"data": png(image)}}
         for prompt, image in zip(prompts, images[1:3], strict=True)
     ]
-    answer = post(app, {"items": items})
-    assert answer.status_code == 200
-    body = answer.json()
+    response = post(app, {"items": items})
+    assert response.status_code == 200
+    body = response.json()
     expected = engine.score([Pair(p, i) for p, i in zip(prompts, images[1:3], strict=True)])
     for result, scores in zip(body["results"], expected, strict=True):
         assert {name: score["raw"] for name, score in result["scores"].items()} == pytest.approx(
@@ -102,17 +101,17 @@ def test_a_score_is_the_engines_own(app: FastAPI, engine: RewardEngine, images: 
     assert len({identity["fingerprint"] for identity in body["evaluators"].values()}) == 4
 
 
-def test_json_and_msgpack_are_one_schema(app: FastAPI, images: list[Pixels]) -> None:
-    """The same pair in base64 PNG, raw bytes and msgpack gets the same numbers."""
+def test_json_and_msgpack_have_the_same_schema(app: FastAPI, images: list[Pixels]) -> None:
+    """The same pair as base64 PNG, as raw bytes and in msgpack gets the same scores."""
     pixels = images[0]
     raw = {"data": pixels.tobytes(), "format": "raw", "shape": list(pixels.shape)}
     packed = msgspec.msgpack.encode({"items": [{"prompt": "x", "image": raw}]})
-    answers = [
+    responses = [
         post(app, {"items": [{"prompt": "x", "image": {"data": png(pixels)}}]}, path="/v1/score").json(),
         post(app, msgspec.json.encode({"items": [{"prompt": "x", "image": raw}]})).json(),
         msgspec.msgpack.decode(post(app, packed, MSGPACK, Accept=MSGPACK).content),
     ]
-    scores = [answer["results"][0]["scores"] for answer in answers]
+    scores = [response["results"][0]["scores"] for response in responses]
     assert scores[0] == scores[1] == scores[2]
 
 
@@ -131,17 +130,17 @@ def test_json_and_msgpack_are_one_schema(app: FastAPI, images: list[Pixels]) -> 
         (";,;q=,", JSON),
     ],
 )
-def test_the_form_of_the_answer_is_the_callers_wish(app: FastAPI, accept: str, kind: str) -> None:
-    """msgpack where Accept names it and does not prefer JSON; a cache is told that it matters."""
-    answer = talk(app, lambda client: client.get("/v1/evaluators", headers={"Accept": accept}))
-    assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
-    assert answer.headers["vary"] == "Accept"
+def test_response_type_follows_accept(app: FastAPI, accept: str, kind: str) -> None:
+    """msgpack if Accept names it and does not prefer JSON; the response varies by Accept."""
+    response = run_client(app, lambda client: client.get("/v1/evaluators", headers={"Accept": accept}))
+    assert (response.status_code, response.headers["content-type"]) == (200, kind)
+    assert response.headers["vary"] == "Accept"
 
 
-def test_pairs_dropped_before_they_were_queued_are_counted(
+def test_pairs_dropped_while_decoding_are_counted(
     config: ServiceConfig, engine: RewardEngine, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While their images were being decoded: by their reason, as those that wait in the queue are."""
+    """They are counted by reason, as pairs that are dropped from the queue are."""
     service = ScoringService(config, build=lambda _: engine)
     service.start()
     wait_for(service, "ready")
@@ -150,24 +149,24 @@ def test_pairs_dropped_before_they_were_queued_are_counted(
     async def never(*_: Any) -> Any:
         await asyncio.sleep(READY_S)
 
-    monkeypatch.setattr(service, "_decoded", never)
+    monkeypatch.setattr(service, "_decode_slices", never)
 
     async def leave(client: httpx.AsyncClient) -> None:
-        asking = asyncio.ensure_future(client.post("/score", content=body, headers={"Content-Type": JSON}))
+        task = asyncio.ensure_future(client.post("/score", content=body, headers={"Content-Type": JSON}))
         while service.admission.used["pairs"] < 3:
             await asyncio.sleep(0.01)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
-    talk(app, leave)
+    run_client(app, leave)
     assert b"reward_cancelled_pairs_total 3.0" in service.metrics.render()
     assert post(app, body, **{"X-Deadline-Ms": "100"}).status_code == 504
     assert b"reward_expired_pairs_total 3.0" in service.metrics.render()
     service.close()
 
 
-def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item: dict[str, Any]) -> None:
-    """The reward is the weighted mean of the normalization asked for, over the evaluators asked for."""
+def test_request_selects_evaluators_weights_and_normalization(app: FastAPI, item: dict[str, Any]) -> None:
+    """The reward is the weighted mean of the requested normalization over the requested evaluators."""
     body = {"items": [item], "evaluators": ["clip", "pickscore"], "weights": {"clip": 3, "pickscore": 1}}
     scores = post(app, {**body, "normalization": "z"}).json()["results"][0]
     assert set(scores["scores"]) == {"clip", "pickscore"}
@@ -177,27 +176,27 @@ def test_evaluators_weights_and_normalization_are_the_callers(app: FastAPI, item
     assert only["reward"] == pytest.approx(only["scores"]["clip"]["raw"])
 
 
-def test_the_order_of_evaluators_does_not_part_callers(
+def test_order_of_evaluators_does_not_split_batches(
     app: FastAPI, service: ScoringService, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who names the same evaluators in another order can share a batch, and is answered in that order."""
+    """Requests for the same evaluators in another order share a batch; each response has its own order."""
     assert service._backend is not None
     queue, lanes = service._backend.queue, []
     submit = queue.submit
 
-    def noted(works: Any, lane: Any, **options: Any) -> Any:
+    def record_lane(works: Any, lane: Any, **options: Any) -> Any:
         lanes.append(lane)
         return submit(works, lane, **options)
 
-    monkeypatch.setattr(queue, "submit", noted)
+    monkeypatch.setattr(queue, "submit", record_lane)
     for names in (["hpsv2", "clip"], ["clip", "hpsv2"]):
-        answer = post(app, {"items": [item], "evaluators": names})
-        assert list(answer.json()["results"][0]["scores"]) == names
+        response = post(app, {"items": [item], "evaluators": names})
+        assert list(response.json()["results"][0]["scores"]) == names
     assert lanes[0] == lanes[1] == (("clip", "hpsv2"), False)
 
 
-def test_what_was_lost_is_reported(app: FastAPI, images: list[Pixels]) -> None:
-    """A JPEG is marked lossy and a prompt beyond the context truncated."""
+def test_lossy_input_is_reported(app: FastAPI, images: list[Pixels]) -> None:
+    """A JPEG is marked as lossy, and a prompt beyond the context as truncated."""
     data = base64.b64encode(jpeg(images[4])).decode()
     result = post(app, {"items": [{"prompt": "word " * 40, "image": {"data": data}}]}).json()["results"][0]
     assert result["lossy_input"]
@@ -234,17 +233,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bodies_are_named(app: FastAPI, name: str) -> None:
-    """Each bad body gets its own 4xx problem, not retryable, and none of its text comes back."""
+def test_invalid_body_is_a_problem(app: FastAPI, name: str) -> None:
+    """Each invalid body gets its own 4xx problem, not retryable, which echoes none of its text."""
     body, status, code = BAD[name]
-    answer = post(app, body)
-    assert answer.headers["content-type"] == PROBLEM
-    problem = answer.json()
-    assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
+    response = post(app, body)
+    assert response.headers["content-type"] == PROBLEM
+    problem = response.json()
+    assert (response.status_code, problem["status"], problem["code"]) == (status, status, code)
     assert problem["detail"]
     assert problem["retryable"] is False
-    assert "hello" not in answer.text
-    assert "aGVsbG8" not in answer.text
+    assert "hello" not in response.text
+    assert "aGVsbG8" not in response.text
 
 
 @pytest.mark.parametrize(
@@ -258,14 +257,16 @@ def test_bad_bodies_are_named(app: FastAPI, name: str) -> None:
         ({"normalization": "percent"}, "invalid_request"),
     ],
 )
-def test_bad_options_are_named(app: FastAPI, item: dict[str, Any], change: dict[str, Any], code: str) -> None:
-    """Options that cannot be honoured are refused, never ignored."""
-    answer = post(app, {"items": [item], **change})
-    assert (answer.status_code, answer.json()["code"]) == (422, code)
+def test_invalid_option_is_a_problem(
+    app: FastAPI, item: dict[str, Any], change: dict[str, Any], code: str
+) -> None:
+    """Unusable options are rejected, never ignored."""
+    response = post(app, {"items": [item], **change})
+    assert (response.status_code, response.json()["code"]) == (422, code)
 
 
-def test_the_item_at_fault_is_named(app: FastAPI, item: dict[str, Any]) -> None:
-    """The problem carries each bad item's index, at most ten, and the message names the first."""
+def test_problem_names_the_invalid_items(app: FastAPI, item: dict[str, Any]) -> None:
+    """The problem has the index of each invalid item, at most ten, and its detail names the first."""
     items = [item, *[{"prompt": "x", "image": NOT_AN_IMAGE}] * 30]
     problem = post(app, {"items": items}).json()
     assert [error["index"] for error in problem["errors"]] == list(range(1, 11))
@@ -276,34 +277,34 @@ def test_the_item_at_fault_is_named(app: FastAPI, item: dict[str, Any]) -> None:
 
 
 def test_long_input_is_not_echoed(app: FastAPI) -> None:
-    """An unknown key of a megabyte is answered in under two kilobytes."""
-    answer = post(app, {"items": [], "<script>" + "x" * 1_000_000: 1})
-    assert answer.status_code == 422
-    assert len(answer.content) < 2000
-    assert "<script>" not in answer.text
+    """The response to an unknown field of a megabyte is shorter than two kilobytes."""
+    response = post(app, {"items": [], "<script>" + "x" * 1_000_000: 1})
+    assert response.status_code == 422
+    assert len(response.content) < 2000
+    assert "<script>" not in response.text
 
 
-def test_media_types(app: FastAPI, item: dict[str, Any]) -> None:
-    """Anything but JSON and msgpack is 415; parameters of the type do not matter."""
+def test_media_type_is_checked(app: FastAPI, item: dict[str, Any]) -> None:
+    """Anything but JSON and msgpack is 415; parameters of the type are ignored."""
     assert post(app, {"items": [item]}, "text/plain").status_code == 415
     assert post(app, {"items": [item]}, "application/json; charset=utf-8").status_code == 200
 
 
-def test_addresses_and_methods(app: FastAPI) -> None:
+def test_unknown_address_or_method_is_a_problem(app: FastAPI) -> None:
     """Unknown addresses and methods are problems too."""
     found = [
-        talk(app, lambda client, path=path: client.get(path))
+        run_client(app, lambda client, path=path: client.get(path))
         for path in ("/nothing", "/health/live/", "/score")
     ]
-    assert [(answer.status_code, answer.json()["code"]) for answer in found] == [
+    assert [(response.status_code, response.json()["code"]) for response in found] == [
         (404, "not_found"),
         (404, "not_found"),
         (405, "method_not_allowed"),
     ]
 
 
-def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]) -> None:
-    """Bodies, batches and images beyond the limits are refused, with and without Content-Length."""
+def test_limits_are_enforced(config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]) -> None:
+    """Bodies, batches and images beyond the limits are rejected, with and without Content-Length."""
     limits = Limits(max_body_bytes=20_000, max_pairs=2, max_image_pixels=2000)
     small = config.model_copy(update={"limits": limits})
     service = ScoringService(small, build=lambda _: engine)
@@ -317,13 +318,13 @@ def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict
 
     too_long = {"Content-Type": JSON}
     large = np.zeros((60, 60, 3), np.uint8)
-    answers = [
+    responses = [
         post(app, b" " * 20_001),
-        talk(app, lambda client: client.post("/score", content=in_pieces(), headers=too_long)),
+        run_client(app, lambda client: client.post("/score", content=in_pieces(), headers=too_long)),
         post(app, {"items": [item] * 3}),
         post(app, {"items": [{"prompt": "x", "image": {"data": png(large)}}]}),
     ]
-    assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [
+    assert [(response.status_code, response.json()["code"]) for response in responses] == [
         (413, "body_too_large"),
         (413, "body_too_large"),
         (422, "too_many_pairs"),
@@ -333,10 +334,10 @@ def test_limits_are_kept(config: ServiceConfig, engine: RewardEngine, item: dict
     service.close()
 
 
-def test_what_was_admitted_is_finished_while_stopping(
+def test_admitted_request_is_finished_while_stopping(
     config: ServiceConfig, engine: RewardEngine, item: dict[str, Any]
 ) -> None:
-    """A request whose body was on its way when the end was asked for is answered; a later one is not."""
+    """A request whose body is still being received at shutdown is scored; a later request is rejected."""
     service = ScoringService(config, build=lambda _: engine)
     service.start()
     wait_for(service, "ready")
@@ -347,38 +348,39 @@ def test_what_was_admitted_is_finished_while_stopping(
         yield json.dumps({"items": [item]}).encode()
 
     headers = {"Content-Type": JSON}
-    under_way = talk(app, lambda client: client.post("/score", content=body(), headers=headers))
+    under_way = run_client(app, lambda client: client.post("/score", content=body(), headers=headers))
     late = post(app, {"items": [item]})
     assert (under_way.status_code, late.status_code) == (200, 503)
     service.close()
 
 
-def test_a_body_that_never_comes_is_answered_at_the_end(app: FastAPI) -> None:
-    """Cancelled at shutdown, it is a retryable 503 and no traceback."""
+def test_request_without_body_gets_a_response_at_shutdown(app: FastAPI) -> None:
+    """Cancelled at shutdown, it gets a retryable 503 and leaves no traceback."""
 
     async def cancelled() -> Any:
         raise asyncio.CancelledError
         yield b""
 
     headers = {"Content-Type": JSON}
-    answer = talk(app, lambda client: client.post("/score", content=cancelled(), headers=headers))
-    assert (answer.status_code, answer.json()["retryable"]) == (503, True)
+    response = run_client(app, lambda client: client.post("/score", content=cancelled(), headers=headers))
+    assert (response.status_code, response.json()["retryable"]) == (503, True)
 
 
-def test_life_while_loading_and_after_failure(config: ServiceConfig, item: dict[str, Any]) -> None:
-    """Alive at once, not ready until loaded, asks to come back; a failed load is told in one line."""
+def test_health_while_loading_and_after_failure(config: ServiceConfig, item: dict[str, Any]) -> None:
+    """Live at once, not ready until loaded, with Retry-After; a failed load is reported in one line."""
     release = threading.Event()
-    said: list[str] = []
+    failures: list[str] = []
 
     def build(_: ServiceConfig) -> RewardEngine:
         release.wait()
         raise RuntimeError("no\nweights")
 
-    service = ScoringService(config, build=build, on_failure=said.append)
+    service = ScoringService(config, build=build, on_failure=failures.append)
     app = create_app(config, service)
     service.start()
     live, ready = (
-        talk(app, lambda client, path=path: client.get(path)) for path in ("/health/live", "/health/ready")
+        run_client(app, lambda client, path=path: client.get(path))
+        for path in ("/health/live", "/health/ready")
     )
     assert (live.status_code, ready.status_code, ready.json()["status"]) == (200, 503, "loading")
     early = post(app, {"items": [item]})
@@ -386,14 +388,14 @@ def test_life_while_loading_and_after_failure(config: ServiceConfig, item: dict[
     assert int(early.headers["retry-after"]) >= 1
     release.set()
     wait_for(service, "failed")
-    assert talk(app, lambda client: client.get("/health/ready")).json()["detail"] == "no weights"
-    assert said == ["no weights"]
+    assert run_client(app, lambda client: client.get("/health/ready")).json()["detail"] == "no weights"
+    assert failures == ["no weights"]
 
 
-def test_a_pair_that_cannot_be_scored_fails_alone(
+def test_unscorable_pair_fails_its_request_only(
     config: ServiceConfig, engine: RewardEngine, item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A poisoned prompt is a 500 that names its item; requests in the same batch are answered."""
+    """The request of a poisoned prompt gets a 500 that names the item; others in the batch are scored."""
     real = engine.score
 
     def poisoned(pairs: Any, *rest: Any, **options: Any) -> Any:
@@ -407,48 +409,48 @@ def test_a_pair_that_cannot_be_scored_fails_alone(
     wait_for(service, "ready")
     app = create_app(config, service)
 
-    async def together(client: httpx.AsyncClient) -> list[Answer]:
+    async def together(client: httpx.AsyncClient) -> list[httpx.Response]:
         bodies = [{"items": [item]}, {"items": [item, {**item, "prompt": "poison"}]}, {"items": [item] * 3}]
         return await asyncio.gather(*[client.post("/score", json=body) for body in bodies])
 
-    good, bad, also_good = talk(app, together)
+    good, bad, also_good = run_client(app, together)
     assert (good.status_code, also_good.status_code) == (200, 200)
     assert (bad.status_code, bad.json()["code"]) == (500, "scoring_failed")
     assert bad.json()["errors"][0]["index"] == 1
     service.close()
 
 
-def test_request_ids_are_kept_if_plain(app: FastAPI, item: dict[str, Any]) -> None:
-    """A caller's id comes back in body and header; one that could forge log lines does not."""
+def test_valid_request_id_is_returned(app: FastAPI, item: dict[str, Any]) -> None:
+    """A valid client ID is in body and header; one that could forge log lines is replaced."""
     kept = post(app, {"items": [item]}, **{"X-Request-Id": "run-7.a"})
     assert kept.json()["id"] == kept.headers["x-request-id"] == "run-7.a"
     assert post(app, {"items": [item]}, **{"X-Request-Id": "a b"}).json()["id"] != "a b"
 
 
-def test_openapi_tells_the_truth(app: FastAPI) -> None:
+def test_openapi_references_resolve(app: FastAPI) -> None:
     """Every reference resolves, and the statuses that the tests above see are documented."""
-    document = talk(app, lambda client: client.get("/openapi.json")).json()
+    document = run_client(app, lambda client: client.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in schemas
-    answers = document["paths"]["/v1/score"]["post"]["responses"]
-    assert {"200", "400", "413", "415", "422", "500", "503"} <= set(answers)
+    responses = document["paths"]["/v1/score"]["post"]["responses"]
+    assert {"200", "400", "413", "415", "422", "500", "503"} <= set(responses)
     assert "HTTPValidationError" not in schemas
 
 
 def test_evaluators_are_listed(app: FastAPI) -> None:
-    """Fingerprint, calibration, formula and provisional state of each evaluator."""
-    listed = talk(app, lambda client: client.get("/v1/evaluators")).json()
+    """The list has fingerprint, calibration, formula and provisional state of each evaluator."""
+    listed = run_client(app, lambda client: client.get("/v1/evaluators")).json()
     assert listed["device"] == "cpu"
     assert listed["evaluators"]["pickscore"]["formula"] == "exp(logit_scale)·cos(e, t)"
     assert listed["evaluators"]["clip"]["provisional"] is True
 
 
-def test_whatever_goes_wrong_while_loading_is_told(
+def test_any_error_while_loading_is_reported(
     config: ServiceConfig, engine: RewardEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after the models are there: it never loads for ever."""
+    """An error after the models are loaded also sets the health to failed."""
 
     def fail(*_: Any) -> None:
         raise LookupError("no such thing")

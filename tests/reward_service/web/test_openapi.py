@@ -1,4 +1,4 @@
-"""Schemathesis against the service's own document: what is documented is what happens, whatever is sent."""
+"""Schemathesis against the OpenAPI document: every response is documented, whatever is sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from reward_service.config import Auth, ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.scoring.auth import new_key
-from tests.support.service.serving import serving
+from tests.support.service.serving import running_server
 
 # All of them but positive_data_acceptance: no schema can say which bytes are an image.
 CHECKS = (
@@ -39,7 +39,7 @@ def attack(port: int, cwd: Path, *options: str) -> None:
 @pytest.mark.slow
 def test_the_document_is_true(config: ServiceConfig, engine: RewardEngine, tmp_path: Path) -> None:
     """No 5xx, no undocumented status, header or body, and nothing accepted that the schema refuses."""
-    with serving(config, engine) as (_, port):
+    with running_server(config, engine) as (_, port):
         attack(port, tmp_path)
 
 
@@ -48,5 +48,5 @@ def test_the_document_is_true_with_keys(config: ServiceConfig, engine: RewardEng
     """The same with a key, whose absence is never overlooked."""
     key, _ = new_key(tmp_path / "keys.yaml", "schemathesis")
     auth = Auth(keys=tmp_path / "keys.yaml")
-    with serving(config.model_copy(update={"auth": auth}), engine) as (_, port):
+    with running_server(config.model_copy(update={"auth": auth}), engine) as (_, port):
         attack(port, tmp_path, "--header", f"Authorization: Bearer {key}")

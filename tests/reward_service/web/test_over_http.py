@@ -1,4 +1,4 @@
-"""The application on our own server, over a socket: the tests that Ray's has to pass too."""
+"""Tests of the application over a socket, on the service's own server; Ray's has to pass them too."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from tests.support.service import over_http
-from tests.support.service.serving import serving
+from tests.support.service.serving import running_server
 
 
 @pytest.fixture(scope="module")
 def app(config: ServiceConfig, engine: RewardEngine) -> Iterator[str]:
-    with serving(config, engine) as (_, port):
+    with running_server(config, engine) as (_, port):
         yield f"http://127.0.0.1:{port}"
 
 

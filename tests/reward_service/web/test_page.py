@@ -1,4 +1,4 @@
-"""The page at /: in a real browser, against a real service, by its numbers, its words and its manners."""
+"""Pages at / and /docs: in a real browser against a real service."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
 from reward_service.config import Auth, ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.images import Pixels
+from reward_service.protocol import PROBLEM_CODES
 from reward_service.scoring.auth import new_key
 from reward_service.scoring.service import ScoringService
-from reward_service.web.app import PAGE
+from reward_service.web.app import STATIC_FILES
 from tests.support.service.browser import CHROMIUM, Tab, browser
-from tests.support.service.serving import listening, png, serving
+from tests.support.service.serving import listening_server, png, running_server
 
 in_a_browser = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the page with"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
 ]
 HOSTILE = (
     "</textarea><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\n"
     'it\'s $(touch owned) `touch owned` \\ @file;type=text/html "q" <b>ünïcode ﬁsh</b>'
 )
 CONTROL = 2
+PROXY_PATH = "below/a/path"
 
 
 @pytest.fixture(scope="module")
 def port(config: ServiceConfig, engine: RewardEngine) -> Iterator[int]:
-    with serving(config, engine) as (_, port):
+    with running_server(config, engine) as (_, port):
         yield port
 
 
@@ -50,12 +53,12 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture
 def page(tab: Tab, port: int) -> Iterator[Tab]:
-    """The page, ready; afterwards it has asked nobody else for anything."""
+    """The page with a ready service; afterwards, check that it sent no request to another host."""
     visit(tab, port)
     tab.wait("document.querySelectorAll('#list article').length === 4")
     yield tab
     assert f"{home(port)}page/page.js" in tab.requests
-    assert [it for it in tab.requests if not it.removeprefix("blob:").startswith(home(port))] == []
+    assert foreign_requests(tab, port) == []
 
 
 @pytest.fixture
@@ -70,14 +73,20 @@ def home(port: int) -> str:
     return f"http://127.0.0.1:{port}/"
 
 
-def visit(tab: Tab, port: int) -> None:
+def visit(tab: Tab, port: int, path: str = "") -> None:
     tab.size(1280)
     tab.requests.clear()
-    tab.complaints.clear()
-    tab.open(home(port))
+    tab.console.clear()
+    tab.open(home(port) + path)
 
 
-def give(tab: Tab, files: list[Path], *prompts: str) -> None:
+def foreign_requests(tab: Tab, port: int) -> list[str]:
+    """Requests of the tab to anything but the service."""
+    own = (home(port), f"blob:{home(port)}", "data:")
+    return [url for url in tab.requests if not url.startswith(own)]
+
+
+def add_images(tab: Tab, files: list[Path], *prompts: str) -> None:
     """Choose images and type their prompts."""
     tab.choose("#files", *files)
     tab.wait(f"document.querySelectorAll('.card').length >= {len(files)}")
@@ -95,7 +104,7 @@ def text(tab: Tab, selector: str) -> str:
 
 
 def shown(tab: Tab) -> list[dict[str, Any]]:
-    """The numbers of each card, whole, and how far its bars reach."""
+    """Return the exact numbers of each card, and the fraction that its bars fill."""
     script = """[...document.querySelectorAll(".card")].map(card => ({
       reward: Number(card.querySelector(".reward data").value),
       scores: Object.fromEntries([...card.querySelectorAll("[data-evaluator]")].map(row => [
@@ -110,8 +119,8 @@ def shown(tab: Tab) -> list[dict[str, Any]]:
     return list(tab.run(script))
 
 
-def numbers(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """An answer's numbers as `shown` has the page's."""
+def numbers(response: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the numbers of a response in the format of `shown`."""
     return [
         {
             "reward": result["reward"],
@@ -119,21 +128,21 @@ def numbers(answer: dict[str, Any]) -> list[dict[str, Any]]:
                 name: [score["unit"], score["z"], score["raw"]] for name, score in result["scores"].items()
             },
         }
-        for result in answer["results"]
+        for result in response["results"]
     ]
 
 
-def ask(port: int, files: list[Path], prompts: list[str], **headers: str) -> dict[str, Any]:
-    """The API's own answer."""
+def score(port: int, files: list[Path], prompts: list[str], **headers: str) -> dict[str, Any]:
+    """Return the response of the API."""
     parts: list[tuple[str, Any]] = [("prompt", (None, prompt.encode())) for prompt in prompts]
     parts += [("image", ("x", path.read_bytes())) for path in files]
-    answer = httpx.post(f"{home(port)}v1/score", files=parts, headers=headers, timeout=30)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
+    response = httpx.post(f"{home(port)}v1/score", files=parts, headers=headers, timeout=30)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
-def curled(line: str, folder: Path, **environment: str) -> dict[str, Any]:
-    """What the copied command gives in a shell."""
+def run_curl(line: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """Run the copied command in a shell; return the response."""
     done = subprocess.run(
         ["sh", "-c", line],
         cwd=folder,
@@ -145,8 +154,8 @@ def curled(line: str, folder: Path, **environment: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def agree(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
-    """The same numbers, as far as one batch and another give the same."""
+def assert_same_scores(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Compare numbers within the tolerance between one batch and another."""
     assert len(mine) == len(other)
     for one, two in zip(mine, other, strict=True):
         assert one["reward"] == pytest.approx(two["reward"], abs=1e-4)
@@ -155,14 +164,14 @@ def agree(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
             assert one["scores"][name] == pytest.approx(two["scores"][name], abs=1e-3)
 
 
-def test_the_page_is_small_strict_and_whole(port: int) -> None:
-    """Right types, a policy without foreign hosts or inline code, asked about each time; below 40 KB."""
+def test_static_files_are_small_and_strict(port: int) -> None:
+    """Media types, a policy without foreign hosts or inline code, revalidation; below 40 KB in all."""
     sizes = 0
-    for path in sorted(PAGE.iterdir()):
+    for path in sorted(STATIC_FILES.iterdir()):
         route = "" if path.name == "index.html" else f"page/{path.name}"
-        answer = httpx.get(home(port) + route)
-        assert answer.content == path.read_bytes()
-        kind = answer.headers["content-type"].partition(";")[0]
+        response = httpx.get(home(port) + route)
+        assert response.content == path.read_bytes()
+        kind = response.headers["content-type"].partition(";")[0]
         assert (
             kind
             in {
@@ -172,35 +181,94 @@ def test_the_page_is_small_strict_and_whole(port: int) -> None:
                 ".svg": ["image/svg+xml"],
             }[path.suffix]
         )
-        policy = answer.headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "unsafe" not in policy
-        assert "http" not in policy
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-cache"
-        again = httpx.get(home(port) + route, headers={"If-None-Match": answer.headers["etag"]})
+        assert_strict(response.headers["content-security-policy"])
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-cache"
+        again = httpx.get(home(port) + route, headers={"If-None-Match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
         assert set(re.findall(r"https?://[^\s\"'`]+", path.read_text())) <= {"http://www.w3.org/2000/svg"}
         sizes += path.stat().st_size
     assert sizes < 40_000
-    markup = (PAGE / "index.html").read_text()
-    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", markup)
+    for name in ("index.html", "docs.html"):
+        markup = (STATIC_FILES / name).read_text()
+        assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", markup)
     assert httpx.get(f"{home(port)}page/../app.py").status_code == 404
     assert httpx.get(f"{home(port)}page/%2e%2e/app.py").status_code == 404
 
 
-class TestInABrowser:
-    """What people see and do."""
+def assert_strict(policy: str) -> None:
+    """Check that a Content-Security-Policy allows neither foreign hosts nor inline code."""
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+
+
+def strip_prefix(app: FastAPI) -> Any:
+    """Return an application below PROXY_PATH, without telling the inner one: as behind a plain proxy."""
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(f"/{PROXY_PATH}")
+            scope = dict(scope, path=path if path != scope["path"] else "/outside", raw_path=path.encode())
+        await app(scope, receive, send)
+
+    return proxy
+
+
+class TestDocs:
+    """Swagger UI at /docs."""
 
     pytestmark = in_a_browser
 
-    def test_scores_are_the_apis_own(self, page: Tab, port: int, files: list[Path]) -> None:
-        """Numbers and bars are the API's, the curl line gives them again, and nothing complains."""
+    def test_docs_show_every_operation(self, tab: Tab, port: int) -> None:
+        """Swagger UI lists the operations, loaded from this host only; the policy blocks nothing."""
+        assert_strict(httpx.get(f"{home(port)}docs").headers["content-security-policy"])
+        visit(tab, port, "docs")
+        tab.wait("document.querySelectorAll('.opblock').length === 7")
+        assert tab.run("document.querySelector('.info .title').innerText").startswith("Reward service")
+        codes = tab.run("[...document.querySelectorAll('.info td:first-child')].map(cell => cell.innerText)")
+        assert codes == list(PROBLEM_CODES)
+        tab.run("document.querySelector('#operations-default-score_v1 button').click()")
+        tab.wait("document.querySelector('#operations-default-score_v1 .responses-table')")
+        assert foreign_requests(tab, port) == []
+        assert tab.console == []
+
+    @pytest.mark.parametrize("path", ["", PROXY_PATH])
+    def test_docs_can_send_requests(
+        self, tab: Tab, config: ServiceConfig, engine: RewardEngine, path: str
+    ) -> None:
+        """`Try it out` reaches the service, also below a path of a proxy."""
+        service = ScoringService(config, build=lambda _: engine)
+        with listening_server(config, service, strip_prefix if path else lambda app: app) as (_, port):
+            visit(tab, port, f"{path}/docs" if path else "docs")
+            block = "document.querySelector('#operations-default-live_health_live_get')"
+            tab.wait(block)
+            tab.run(f"{block}.querySelector('button').click()")
+            tab.wait(f"{block}.querySelector('.try-out button')")
+            tab.run(f"{block}.querySelector('.try-out button').click()")
+            tab.wait(f"{block}.querySelector('button.execute')")
+            tab.run(f"{block}.querySelector('button.execute').click()")
+            tab.wait(f"{block}.querySelector('.live-responses-table .response-col_status')")
+            assert "live" in tab.run(f"{block}.querySelector('.live-responses-table').innerText")
+            assert f"{home(port)}{path + '/' if path else ''}health/live" in tab.requests
+            assert foreign_requests(tab, port) == []
+            assert tab.console == []
+            tab.open("about:blank")
+
+
+class TestPage:
+    """The page at /."""
+
+    pytestmark = in_a_browser
+
+    def test_scores_equal_the_apis(self, page: Tab, port: int, files: list[Path]) -> None:
+        """Numbers and bars are the API's, the curl command gives them too, and the console is empty."""
         prompts = ["a red square", "two circles", "and " * 60]
-        give(page, files, *prompts)
+        add_images(page, files, *prompts)
         press_score(page, 3)
         found = shown(page)
-        agree(found, numbers(ask(port, files, prompts)))
+        assert_same_scores(found, numbers(score(port, files, prompts)))
         for card in found:
             for name, (unit, _, _) in card["scores"].items():
                 assert card["bars"][name] == pytest.approx(unit, abs=0.05)
@@ -208,23 +276,23 @@ class TestInABrowser:
         assert ["Lossy file" in note for note in notes] == [False, True, True]
         assert ["prompt was too long" in note for note in notes] == [False, False, True]
         assert "3 images scored" in text(page, "#said")
-        assert page.complaints == []
+        assert page.console == []
         page.run("document.getElementById('copy').click()")
         page.wait("document.getElementById('copied').innerText === 'Copied.'")
         if shutil.which("curl"):
-            agree(
+            assert_same_scores(
                 found,
                 numbers(
-                    curled(str(page.run("document.getElementById('line').textContent")), files[0].parent)
+                    run_curl(str(page.run("document.getElementById('line').textContent")), files[0].parent)
                 ),
             )
 
     def test_two_images_are_compared(self, page: Tab, port: int, files: list[Path]) -> None:
-        """For each evaluator the page names the image with the higher score; the choice can be swapped."""
-        give(page, files[:2], "a red square")
+        """For each evaluator the page names the image with the higher score; the selection can be swapped."""
+        add_images(page, files[:2], "a red square")
         page.type(".card:nth-child(2) textarea", "a red square")
         press_score(page, 2)
-        one, two = (result["scores"] for result in ask(port, files[:2], ["a red square"])["results"])
+        one, two = (result["scores"] for result in score(port, files[:2], ["a red square"])["results"])
         expected = {name: "A" if one[name]["raw"] > two[name]["raw"] else "B" for name in one}
         script = """Object.fromEntries([...document.querySelectorAll(".versus tbody tr")].map(
           row => [row.dataset.evaluator, row.querySelector(".better").innerText]))"""
@@ -243,30 +311,31 @@ class TestInABrowser:
             n: flip[s] for n, s in expected.items()
         }
 
-    def test_hostile_words_stay_words(self, page: Tab, port: int, files: list[Path]) -> None:
-        """Markup and shell code in a prompt or a file's name run neither here nor in the curl line."""
+    def test_hostile_text_is_not_executed(self, page: Tab, port: int, files: list[Path]) -> None:
+        """Markup and shell code in a prompt or file name run neither in the page nor in the curl command."""
         named = files[0].with_name("<img src=x onerror=alert(1)>$(touch owned).png")
         named.write_bytes(files[0].read_bytes())
-        give(page, [named], HOSTILE)
+        add_images(page, [named], HOSTILE)
         press_score(page, 1)
-        agree(shown(page), numbers(ask(port, [named], [HOSTILE])))
+        assert_same_scores(shown(page), numbers(score(port, [named], [HOSTILE])))
         assert page.run("document.title") == "Reward service"
         assert page.run("document.querySelectorAll('.card script, .card img').length") == 1
         if shutil.which("curl"):
             line = str(page.run("document.getElementById('line').textContent"))
-            agree(shown(page), numbers(curled(line, named.parent)))
+            assert_same_scores(shown(page), numbers(run_curl(line, named.parent)))
         assert not (named.parent / "owned").exists()
-        assert page.complaints == []
+        assert page.console == []
 
-    def test_images_may_be_pasted_and_dropped(
+    def test_images_can_be_pasted_and_dropped(
         self, page: Tab, port: int, images: list[Pixels], tmp_path: Path
     ) -> None:
-        """Bitmaps from the clipboard and dropped files are sent byte by byte, under names of their own."""
+        """Bitmaps from the clipboard and dropped files are sent unchanged, each under a unique name."""
         path = tmp_path / "given.png"
         path.write_bytes(png(images[2]))
         page.run(f"""(() => {{
           const bytes = new Uint8Array({list(path.read_bytes())});
-          const file = () => new File([bytes], "image.png", {{type: "image/png"}});
+          let made = 0; // a time each: files of the same name, size and time count as one
+          const file = () => new File([bytes], "image.png", {{type: "image/png", lastModified: ++made}});
           for (const kind of ["paste", "paste", "drop"]) {{
             const carried = new DataTransfer();
             carried.items.add(file());
@@ -286,43 +355,43 @@ class TestInABrowser:
         page.type(".card:nth-child(1) textarea", "a circle")
         page.run("document.getElementById('same').click()")
         press_score(page, 3)
-        agree(shown(page), numbers(ask(port, [path] * 3, ["a circle"])))
+        assert_same_scores(shown(page), numbers(score(port, [path] * 3, ["a circle"])))
 
-    def test_problems_are_told_in_words(self, page: Tab, files: list[Path]) -> None:
-        """The image at fault is named and marked, with code and request; without it the rest is scored."""
+    def test_problems_are_described(self, page: Tab, files: list[Path]) -> None:
+        """The invalid image is named and marked, with code and request ID; the rest is scored without it."""
         bad = files[0].with_name("bad.png")
         bad.write_bytes(b"this is no image")
-        give(page, [files[0], bad], "a", "b")
+        add_images(page, [files[0], bad], "a", "b")
         page.run("document.getElementById('score').click()")
         page.wait("document.querySelector('#problem strong')")
-        told = text(page, "#problem")
-        assert "Picture 2, bad.png: " in told
-        assert "not_an_image · 422 · request " in told
+        shown_text = text(page, "#problem")
+        assert "Image 2, bad.png: " in shown_text
+        assert "not_an_image · 422 · request " in shown_text
         assert "PNG, JPEG or WebP" in text(page, ".card:nth-child(2)")
         page.run("document.querySelectorAll('.card button')[1].click()")
         assert text(page, "#problem") == ""
         assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Remove image 1")
         press_score(page, 1)
 
-    def test_what_is_out_of_service_is_marked(self, page: Tab, files: list[Path]) -> None:
-        """Where an evaluator is down, its row and the missing reward say so, and the others' scores stand."""
-        give(page, files[:1], "a")
+    def test_evaluator_out_of_service_is_marked(self, page: Tab, files: list[Path]) -> None:
+        """If an evaluator is down, its row and the missing reward say so, and the other scores are shown."""
+        add_images(page, files[:1], "a")
         page.run("""(() => {
           const scores = {clip: {raw: 0.25, z: -0.5, unit: 0.3085}};
           const result = {index: 0, reward: null, scores, truncated_prompt: false, lossy_input: false};
           const failed = {hpsv2: "evaluator_down"};
-          const answer = {id: "x", results: [result], evaluators: {}, timing_ms: {total: 1}, failed};
-          window.fetch = async () => new Response(JSON.stringify(answer));
+          const response = {id: "x", results: [result], evaluators: {}, timing_ms: {total: 1}, failed};
+          window.fetch = async () => new Response(JSON.stringify(response));
         })()""")
         press_score(page, 1)
-        told = text(page, ".card")
-        assert "−0.50" in told
-        assert re.search(r"hpsv2\s+out of service", told)
-        assert "no reward: hpsv2 out of service" in told
+        shown_text = text(page, ".card")
+        assert "−0.50" in shown_text
+        assert re.search(r"hpsv2\s+out of service", shown_text)
+        assert "no reward: hpsv2 out of service" in shown_text
 
-    def test_the_keyboard_is_enough(self, page: Tab, files: list[Path]) -> None:
-        """Tab reaches the file field first, then the prompt; Control and Enter score; all have names."""
-        give(page, files[:1])
+    def test_page_works_with_the_keyboard(self, page: Tab, files: list[Path]) -> None:
+        """Tab reaches the file field, then the prompt; Control and Enter score; all controls have names."""
+        add_images(page, files[:1])
         page.run("document.querySelector('summary').focus()")
         reached = []
         for _ in range(7):
@@ -343,16 +412,16 @@ class TestInABrowser:
         assert unnamed == []
 
     @pytest.mark.parametrize("width", [320, 390, 1280])
-    def test_it_fits_the_screen(self, page: Tab, files: list[Path], width: int) -> None:
-        """Nothing reaches over the side, with scores, comparison, long words and a problem on it."""
+    def test_page_fits_the_screen(self, page: Tab, files: list[Path], width: int) -> None:
+        """Nothing overflows, with scores, comparison, long words and a problem on the page."""
         page.size(width)
         odd = files[0].with_name("a_very_long_name_" * 6 + ".png")
         odd.write_bytes(files[0].read_bytes())
-        give(page, [odd, *files[1:]], "word" * 60, "b", "c")
+        add_images(page, [odd, *files[1:]], "word" * 60, "b", "c")
         press_score(page, 3)
         bad = files[0].with_name("b" * 90 + ".png")
         bad.write_bytes(b"no")
-        give(page, [bad])
+        add_images(page, [bad])
         page.wait("document.querySelectorAll('.card').length === 4")
         page.run("document.getElementById('key-box').open = true")
         page.run("document.getElementById('score').click()")
@@ -364,19 +433,19 @@ class TestInABrowser:
         ).map(it => it.outerHTML.slice(0, 200))""")
         assert over == []
 
-    def test_it_works_with_a_key(
+    def test_page_works_with_an_api_key(
         self, tab: Tab, config: ServiceConfig, engine: RewardEngine, files: list[Path], tmp_path: Path
     ) -> None:
-        """Asked for, refused in words if wrong, kept in the tab alone, and no part of the curl line."""
+        """The key is requested, rejected if wrong, stored in the tab only and absent from the curl line."""
         key, _ = new_key(tmp_path / "keys.yaml", "someone")
         locked = config.model_copy(update={"auth": Auth(keys=tmp_path / "keys.yaml")})
-        with serving(locked, engine) as (_, port):
+        with running_server(locked, engine) as (_, port):
             visit(tab, port)
             tab.wait("document.querySelector('#problem strong')")
-            assert "A key is needed" in text(tab, "#key-box")
+            assert "API key required" in text(tab, "#key-box")
             assert tab.run("document.activeElement.id") == "key"
-            give(tab, files[:1], "a red square")
-            for wrong, words in (("rk_wrong", "none of the service's keys"), ("clé", "cannot be a key")):
+            add_images(tab, files[:1], "a red square")
+            for wrong, words in (("rk_wrong", "unknown API key"), ("clé", "Invalid API key")):
                 tab.type("#key", wrong)
                 tab.press("Enter", 13)
                 tab.wait(f"document.getElementById('problem').innerText.includes({json.dumps(words)})")
@@ -388,17 +457,17 @@ class TestInABrowser:
             line = str(tab.run("document.getElementById('line').textContent"))
             assert key not in line
             if shutil.which("curl"):
-                agree(shown(tab), numbers(curled(line, files[0].parent, REWARD_KEY=key)))
+                assert_same_scores(shown(tab), numbers(run_curl(line, files[0].parent, REWARD_KEY=key)))
             kept = tab.run("[document.cookie, localStorage.length, Object.values(sessionStorage)]")
             assert kept == ["", 0, [key]]
             tab.call("Page.reload")
             tab.wait("document.querySelectorAll('#list article').length === 4")
             tab.open("about:blank")
 
-    def test_it_waits_while_the_models_load(
+    def test_page_waits_while_models_load(
         self, tab: Tab, config: ServiceConfig, engine: RewardEngine, files: list[Path]
     ) -> None:
-        """It says that the service is loading, and by itself that it is ready."""
+        """The page shows that the service is loading, and without a reload that it is ready."""
         loaded = threading.Event()
 
         def build(_: ServiceConfig) -> RewardEngine:
@@ -406,14 +475,14 @@ class TestInABrowser:
             return engine
 
         try:
-            with listening(config, ScoringService(config, build=build)) as (_, port):
+            with listening_server(config, ScoringService(config, build=build)) as (_, port):
                 visit(tab, port)
                 tab.wait("document.getElementById('state').innerText.startsWith('loading: ')")
-                give(tab, files[:1], "a red square")
+                add_images(tab, files[:1], "a red square")
                 tab.run("document.getElementById('score').click()")
                 tab.wait("document.querySelector('#problem strong')")
                 assert text(tab, "#problem").startswith("Not ready\n")
-                assert "Try again in 2 s." in text(tab, "#problem")
+                assert "Retry in 2 s." in text(tab, "#problem")
                 loaded.set()
                 tab.wait("document.getElementById('state').innerText.startsWith('ready: 4 evaluators')")
                 press_score(tab, 1)

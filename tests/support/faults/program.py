@@ -12,5 +12,5 @@ from reward_service.scoring import service as service
 from tests.support.faults.device import faulty_engine
 
 if __name__ == "__main__":
-    service._build_engine = faulty_engine
+    service.build_default_engine = faulty_engine
     cli.main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""A reward service and its server for tests: in this process, on a free port, with the tests' small engine."""
+"""Scoring service and HTTP server for tests, in this process, with the tests' small engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,30 +20,30 @@ from reward_service.images import Pixels
 from reward_service.observability.logs import open_log
 from reward_service.scoring.service import ScoringService
 from reward_service.web.app import create_app
-from reward_service.web.server import Server, options
+from reward_service.web.server import Server, uvicorn_config
 
-READY_S = 20.0
+TIMEOUT_S = 120.0
 
 
-def asking(app: FastAPI | str) -> httpx.AsyncClient:
-    """A client of an application in this process, or of a server at an address."""
+def http_client(app: FastAPI | str) -> httpx.AsyncClient:
+    """Return a client of an application in this process, or of a server by its address."""
     if isinstance(app, str):
-        return httpx.AsyncClient(base_url=app, timeout=30.0)
+        return httpx.AsyncClient(base_url=app, timeout=TIMEOUT_S)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://judge")
+    return httpx.AsyncClient(transport=transport, base_url="http://service")
 
 
-def wait_until(true: Any, what: object = "it") -> None:
-    """Wait for a condition to come true."""
-    deadline = time.monotonic() + READY_S
-    while not true():
+def wait_until(condition: Callable[[], object], what: object = "the condition") -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.01)
 
 
 @contextmanager
-def judging(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iterator[ScoringService]:
-    """A reward service that is ready."""
+def ready_service(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iterator[ScoringService]:
+    """Start a scoring service, wait until it is ready, and close it at the end."""
     service = ScoringService(config, build=lambda _: engine, **options)
     service.start()
     wait_until(lambda: service.health.status == "ready", service.health)
@@ -54,32 +54,43 @@ def judging(config: ServiceConfig, engine: RewardEngine, **options: Any) -> Iter
 
 
 @contextmanager
-def serving(config: ServiceConfig, engine: RewardEngine) -> Iterator[tuple[Server, int]]:
-    """A server that listens and is ready, and its port."""
+def running_server(config: ServiceConfig, engine: RewardEngine) -> Iterator[tuple[Server, int]]:
+    """Run a server with a ready service; yields the server and its port."""
     service = ScoringService(config, build=lambda _: engine)
-    with listening(config, service) as (server, port):
+    with listening_server(config, service) as (server, port):
         wait_until(lambda: service.health.status == "ready", service.health)
         yield server, port
 
 
 @contextmanager
-def listening(config: ServiceConfig, service: ScoringService) -> Iterator[tuple[Server, int]]:
-    """A server that listens, and its port."""
+def listening_server(
+    config: ServiceConfig, service: ScoringService, wrap: Callable[[FastAPI], Any] = lambda app: app
+) -> Iterator[tuple[Server, int]]:
+    """Run a server, whatever the state of its service; yields the server and its port.
+
+    Args:
+        config: of the service
+        service: the service
+        wrap: returns the ASGI application to serve, from the service's
+    """
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         log = open_log(lambda _: None, "json")
-        server = Server(options(create_app(config, service), config), lambda: None, service, log)
+        app = create_app(config, service)
+        options = uvicorn_config(app, config)
+        options.app = wrap(app)
+        server = Server(options, lambda: None, service, log)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             yield server, listener.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(READY_S)
+            thread.join(TIMEOUT_S)
             assert not thread.is_alive()
 
 
 def png(pixels: Pixels) -> bytes:
-    """A PNG file."""
+    """Return an image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
