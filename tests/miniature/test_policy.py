@@ -28,7 +28,7 @@ def test_the_base_policy_draws_the_pipelines_images_with_ratio_one(count: int, g
     config = load_trainer_config(CONFIG)
     prompts = list(read_prompts(config.prompts.validation, count))
     karlo = load_karlo(config.karlo)
-    pipeline = UnCLIPPipeline(**karlo.parts())
+    pipeline = UnCLIPPipeline(**karlo.components())
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompts,

@@ -1,4 +1,4 @@
-"""Tiny random Karlo, built once a session and loaded through the real loader; a fake judge."""
+"""Fixtures: a tiny random Karlo, built once per session and loaded by the real loader, and a fake scorer."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ PROMPTS = ("a red ring", "a blue cross", "two green squares", "a small star")
 
 
 def build_karlo(folder: Path, size_px: int = 8) -> None:
-    """Write a random Karlo of the miniature's shape, only smaller, in the layout of the published one."""
+    """Write a random Karlo, smaller than the miniature, in the layout of the published one."""
     torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
     words += [letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -121,7 +121,7 @@ def karlo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def karlo(karlo_folder: Path) -> Karlo:
-    """A fresh copy of the tiny Karlo: tests may put adapters on its decoder."""
+    """New copy of the tiny Karlo; tests may add adapters to its decoder."""
     return load_karlo(ModelSource(path=karlo_folder))
 
 
@@ -131,7 +131,7 @@ SAMPLING = SamplingConfig(
 
 
 def make_policy(karlo: Karlo, sampling: SamplingConfig = SAMPLING, *, lora: bool = False) -> DecoderPolicy:
-    """A policy on the tiny decoder; with `lora`, an adapter whose output is not zero."""
+    """Return a policy with the tiny decoder; with `lora`, an adapter whose output is not zero."""
     policy = DecoderPolicy(
         karlo.decoder,
         karlo.decoder_scheduler,
@@ -148,13 +148,13 @@ def make_policy(karlo: Karlo, sampling: SamplingConfig = SAMPLING, *, lora: bool
 
 @pytest.fixture
 def sampler(karlo: Karlo) -> ImageSampler:
-    """A studio over the tiny Karlo, no adapter."""
+    """Image sampler with the tiny Karlo, without adapter."""
     return ImageSampler(karlo, make_policy(karlo), SAMPLING)
 
 
 @pytest.fixture
 def trainer_config(karlo_folder: Path, tmp_path: Path) -> TrainerConfig:
-    """A configuration of the tiny world that trains on evaluator "red" only."""
+    """Configuration with the tiny Karlo that trains on evaluator "red" only."""
     (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "validation.txt").write_text("a held out one\nanother held out one\n")
     return TrainerConfig.model_validate(
@@ -170,9 +170,9 @@ def trainer_config(karlo_folder: Path, tmp_path: Path) -> TrainerConfig:
 
 
 class FakeScorer:
-    """A reward service whose evaluator "red" likes red images and whose evaluator "dark" likes dark ones.
+    """Scorer with evaluator "red", which prefers red images, and "dark", which prefers dark ones.
 
-    `fault` is asked before each answer and may raise.
+    `fault` is called before each response and may raise an error.
     """
 
     evaluators = ("dark", "red")
@@ -191,10 +191,10 @@ class FakeScorer:
 
 
 @pytest.fixture(scope="session")
-def painter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Karlo that can paint, and so can learn."""
-    from tests.support.trainer.painter import build_painter
+def fitted_karlo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Karlo that is fitted to images of one colour, so that training can improve it."""
+    from tests.support.trainer.fitted_karlo import build_fitted_karlo
 
-    folder = tmp_path_factory.mktemp("painter")
-    build_painter(folder)
+    folder = tmp_path_factory.mktemp("fitted_karlo")
+    build_fitted_karlo(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The unCLIP transition as pure functions: what diffusers' `UnCLIPScheduler.step` does, with its density.
+"""The unCLIP transition and its density as pure functions, equivalent to diffusers' `UnCLIPScheduler.step`.
 
 | here        | paper             | meaning                                                         |
 |-------------|-------------------|-----------------------------------------------------------------|
@@ -12,7 +12,7 @@
 
 Sources: DDPM (Ho et al. 2020) eq. 6-7 and 15; Improved DDPM (Nichol & Dhariwal 2021) eq. 15 for the variance.
 Timesteps are strided as in Karlo, tau = round(linspace(0, 999, N)) reversed, so beta spans a whole stride.
-All arithmetic is float32 (float64 where the network is) in the scheduler's own order of operations, so that
+All arithmetic is float32 (float64 if the network is) in the scheduler's own order of operations, so that
 results agree with it.
 """
 
@@ -41,12 +41,12 @@ class Schedule(NamedTuple):
         return self.timesteps.shape[0]
 
     def to(self, device: torch.device) -> "Schedule":
-        """The same table on another device."""
+        """Return the same table on another device."""
         return Schedule(*(field.to(device) for field in self))
 
 
 class Transition(NamedTuple):
-    """p(x_p | x_t) = N(mean, sigma^2), diagonal. `sigma` is 0 where the step is deterministic (t = 0)."""
+    """p(x_p | x_t) = N(mean, sigma^2), diagonal. `sigma` is 0 if the step is deterministic (t = 0)."""
 
     mean: Tensor  # (N, C, H, W)
     sigma: Tensor  # (N, C, H, W)
@@ -54,10 +54,16 @@ class Transition(NamedTuple):
 
 
 def make_schedule(betas: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Schedule:
-    """Coefficients for `timesteps` (int64, (S,), decreasing to 0); the other two are float32, (T,)."""
+    """Return the coefficients of a chain.
+
+    Args:
+        betas: float32, (T,)
+        alphas_cumprod: float32, (T,)
+        timesteps: int64, (S,), decreasing to 0
+    """
     abar_t = alphas_cumprod[timesteps]
     abar_p = torch.cat([abar_t[1:], torch.ones(1)])
-    # A stride of one takes the tabulated beta: 1 - abar_0 has lost three of its digits to rounding, and the
+    # With a stride of one, use the tabulated beta: 1 - abar_0 has lost three digits to rounding, and the
     # scheduler's last step divides one by the other.
     single = timesteps - torch.cat([timesteps[1:], torch.tensor([-1])]) == 1
     beta = torch.where(single, betas[timesteps], 1 - abar_t / abar_p)
@@ -74,12 +80,12 @@ def make_schedule(betas: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> S
 
 
 def guide(eps_unconditional: Tensor, eps_conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u)."""
+    """Return the noise prediction under classifier-free guidance, eps_u + w (eps_c - eps_u)."""
     return eps_unconditional + scale * (eps_conditional - eps_unconditional)
 
 
 def transition(schedule: Schedule, step: Tensor, x_t: Tensor, eps: Tensor, v: Tensor) -> Transition:
-    """Gaussian of x_p given x_t at denoising steps `step` (int64, (N,)); x0 is clipped to +-1."""
+    """Return the Gaussian of x_p given x_t at denoising steps `step` (int64, (N,)); x0 is clipped to +-1."""
 
     def at(table: Tensor) -> Tensor:
         return table[step].reshape(-1, 1, 1, 1)
@@ -101,17 +107,17 @@ def transition(schedule: Schedule, step: Tensor, x_t: Tensor, eps: Tensor, v: Te
 
 
 def mean_log_prob(x_p: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x_p; mean, sigma^2) averaged over the D = C H W dimensions, in nats per dimension, (N,)."""
+    """Return log N(x_p; mean, sigma^2) averaged over the D = C H W dimensions, nats per dimension, (N,)."""
     z = (x_p - mean) / sigma
     return (-0.5 * z.square() - sigma.log() - 0.5 * LOG_2PI).mean(dim=(1, 2, 3))
 
 
 def log_ratio(x_p: Tensor, mean: Tensor, sigma: Tensor, mean_old: Tensor, sigma_old: Tensor) -> Tensor:
-    """log p_new(x_p)/p_old(x_p), nats per transition (a sum over D), (N,); exactly 0 for equal Gaussians.
+    """Return log p_new(x_p)/p_old(x_p), nats per transition (a sum over D), (N,); 0 if both are equal.
 
     With z, d = (x_p, mean) - mean_old in units of sigma_old, and s = log sigma_old/sigma:
-    s - (e^2s - 1) z^2/2 + e^2s (z d - d^2/2). The difference of two log-probabilities is the same number, of
-    which float32 loses the digits that matter.
+    s - (e^2s - 1) z^2/2 + e^2s (z d - d^2/2). The difference of two log-probabilities is equal in exact
+    arithmetic, but loses the significant digits in float32.
     """
     z = (x_p - mean_old) / sigma_old
     d = (mean - mean_old) / sigma_old
@@ -121,24 +127,27 @@ def log_ratio(x_p: Tensor, mean: Tensor, sigma: Tensor, mean_old: Tensor, sigma_
 
 
 def transition_kl(mean: Tensor, sigma: Tensor, mean_other: Tensor, sigma_other: Tensor) -> Tensor:
-    """Exact KL(N(mean, sigma^2) || N(mean_other, sigma_other^2)), nats per transition: a sum over D, (N,)."""
+    """Return the exact KL(N(mean, sigma^2) || N(mean_other, sigma_other^2)), nats per transition, (N,)."""
     d = (mean - mean_other) / sigma_other
     s = (sigma / sigma_other).log()
     return ((torch.expm1(2 * s) - 2 * s + d.square()) / 2).sum(dim=(1, 2, 3))
 
 
 def entropy(sigma: Tensor) -> Tensor:
-    """Entropy of N(., sigma^2) averaged over the D dimensions, in nats per dimension, (N,)."""
+    """Return the entropy of N(., sigma^2) averaged over the D dimensions, nats per dimension, (N,)."""
     return sigma.log().mean(dim=(1, 2, 3)) + 0.5 * (LOG_2PI + 1)
 
 
 def trainable_steps(steps: int) -> tuple[int, int]:
-    """First and last denoising step (inclusive) worth training in a chain of `steps` >= 4.
+    """Return the first and last denoising step (inclusive) to train in a chain of `steps` >= 4.
 
-    Step 0 is clamped almost everywhere and explosive where it is not; the last is deterministic. The one
-    before leads to the image itself: its lower variance is next to none, sigma spans an order of magnitude,
-    and alone it would outweigh all others. 25 steps give 1-20, shorter chains the same share.
+    Step 0 is clamped almost everywhere and unstable elsewhere; the last step is deterministic. The one before
+    produces the image itself: its lower variance is almost 0, sigma spans an order of magnitude, and alone it
+    would outweigh all others. 25 steps give 1-20, shorter chains the same share.
+
+    Raises:
+        ValueError: fewer than 4 steps
     """
     if steps < 4:
-        raise ValueError(f"a chain of {steps} denoising steps has none to train: use at least 4")
+        raise ValueError(f"no trainable step among {steps} denoising steps; use at least 4")
     return 1, min(steps - 3, round((steps - 1) * 20 / 24))

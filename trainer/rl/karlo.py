@@ -1,13 +1,9 @@
-"""Karlo's components and the two stages that the policy does not train: conditioning and super-resolution.
+"""Karlo's components and its stages around the decoder: text encoder, prior, super-resolution.
 
 diffusers' `UnCLIPPipeline.from_pretrained` cannot read Karlo's own `model_index.json`, so each component is
-loaded from its subfolder. The functions below repeat `UnCLIPPipeline.__call__` stage by stage, with explicit
-generators: one list per stage, one generator per image.
-
-Gradient checkpointing of the decoder: keep what enters its blocks, compute what is inside once more.
-
-diffusers' own switch covers the residual blocks only. In Karlo's decoder the attention blocks keep more than
-those, so they are covered as well, through diffusers' attention processors.
+loaded from its subfolder. The stage functions reproduce `UnCLIPPipeline.__call__` with explicit generators:
+one list per stage, one generator per image. The decoder itself is sampled by `trainer.rl.policy`; its
+activation checkpointing is at the end of this module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,50 +26,6 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from trainer.config import ConfigError, ModelSource
 from trainer.runtime.errors import reason
 
-Run = Callable[..., Tensor]  # run(block, *arguments): the block's output, its inside forgotten until needed
-
-
-def keep_few_activations(decoder: Any, run: Run | None = None) -> None:
-    """Have `decoder`, a UNet2DConditionModel, checkpoint its residual and attention blocks under gradient.
-
-    Results and gradients stay the same bit for bit where the kernels are deterministic.
-    """
-    run = run or _again
-    decoder.enable_gradient_checkpointing(run)
-    # A dict is emptied by diffusers while it is read.
-    decoder.set_attn_processor(
-        {name: Checkpointed(processor, run) for name, processor in decoder.attn_processors.items()}
-    )
-
-
-class Checkpointed:
-    """An attention processor that keeps its inputs only."""
-
-    def __init__(self, processor: Any, run: Run) -> None:
-        self._processor = processor
-        self._run = run
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """What the processor answers; the names are those that diffusers passes."""
-        inputs = (attn, hidden_states, encoder_hidden_states, attention_mask)
-        if not torch.is_grad_enabled():
-            output: Tensor = self._processor(*inputs)
-            return output
-        return self._run(self._processor, *inputs)
-
-
-def _again(block: Any, *inputs: Any) -> Tensor:
-    # There is no dropout: the random state needs no keeping, which on a GPU would cost a synchronisation.
-    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return output
-
-
 Generators = list[torch.Generator]
 
 COMPONENTS: dict[str, type[Any]] = {
@@ -92,7 +44,7 @@ COMPONENTS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Karlo:
-    """The ten components, named as `UnCLIPPipeline`'s arguments. Networks are frozen, in eval mode."""
+    """Karlo's ten components, named like `UnCLIPPipeline`'s arguments. Networks are frozen, in eval mode."""
 
     text_encoder: Any
     tokenizer: Any
@@ -105,16 +57,13 @@ class Karlo:
     super_res_last: Any
     super_res_scheduler: Any
 
-    def parts(self) -> dict[str, Any]:
-        """Keyword arguments for `UnCLIPPipeline(**parts)`."""
+    def components(self) -> dict[str, Any]:
+        """Return the components by name, as in `UnCLIPPipeline(**karlo.components())`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @contextmanager
     def decoder_only(self) -> Iterator[None]:
-        """Within this context the other networks wait in the CPU's memory; nothing else about them changes.
-
-        A device that shares the CPU's memory has nothing to gain: there it does nothing.
-        """
+        """Move the other networks to the CPU's memory within this context; does nothing on the CPU."""
         device = self.device
         idle = (self.text_encoder, self.text_proj, self.prior, self.super_res_first, self.super_res_last)
         if device.type != "cpu":
@@ -127,7 +76,7 @@ class Karlo:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder lives; all components live together, but for `decoder_only`."""
+        """Device of the decoder; all components share it, except within `decoder_only`."""
         device = self.decoder.device
         assert isinstance(device, torch.device)
         return device
@@ -137,26 +86,21 @@ def _move(networks: Sequence[Any], device: torch.device) -> None:
     for network in networks:
         network.to(device)
     if device.type == "cpu" and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # others on the device, such as a scorer, may use what is free now
+        torch.cuda.empty_cache()  # release the memory to other processes on the device, such as a scorer
 
 
-class Text(NamedTuple):
+class TextEncoding(NamedTuple):
     """Text encoder output of N prompts."""
 
     embeds: Tensor  # (N, E) pooled and projected
     hidden: Tensor  # (N, T, E) token by token
-    mask: Tensor  # (N, T) bool, true where there is a token
-
-    def select(self, rows: Sequence[int]) -> "Text":
-        """These rows, in this order."""
-        index = torch.tensor(rows, device=self.embeds.device)
-        return Text(*(field[index] for field in self))
+    mask: Tensor  # (N, T) bool, True at tokens
 
 
 class Condition(NamedTuple):
-    """What the decoder is told about N images: (context, additive time embedding, mask) for both branches.
+    """Decoder inputs of N images: context, additive time embedding and mask, for both guidance branches.
 
-    The unconditional fields have 0 rows when guidance is off.
+    The unconditional fields have 0 rows if guidance is off.
     """
 
     context: Tensor  # (N, T + 4, C)
@@ -167,17 +111,17 @@ class Condition(NamedTuple):
     mask_unconditional: Tensor
 
     def select(self, rows: Tensor) -> "Condition":
-        """These rows (int64 index), in this order; rows may repeat."""
+        """Return these rows (int64 index), in this order; rows may repeat."""
         return Condition(*(field[rows] if len(field) else field for field in self))
 
     @property
     def guided(self) -> bool:
-        """Whether an unconditional branch is there."""
+        """Whether there is an unconditional branch."""
         return len(self.context_unconditional) > 0
 
 
 def join_conditions(conditions: Sequence[Condition]) -> Condition:
-    """The rows of all conditions, one after the other."""
+    """Concatenate the rows of all conditions."""
     return Condition(*(torch.cat(field) for field in zip(*conditions, strict=True)))
 
 
@@ -187,22 +131,27 @@ def load_karlo(
     dtype: torch.dtype = torch.float32,
     decoder_dtype: torch.dtype | None = None,
 ) -> Karlo:
-    """All components from a folder, or from a hub repository at a pinned revision.
+    """Load all components from a folder, or from a hub repository at a pinned revision.
 
-    The networks compute in `dtype`, the decoder in `decoder_dtype` where it is given.
+    Args:
+        source: folder or repository
+        device: device of all networks
+        dtype: precision of the networks
+        decoder_dtype: precision of the decoder, if it differs
 
-    Raises ConfigError, in one line, for a folder that is not there or a component that cannot be read.
+    Raises:
+        ConfigError: the folder does not exist or a component cannot be read
     """
     root = str(source.path) if source.path is not None else str(source.repo)
     if source.path is not None and not (Path(root) / "decoder").is_dir():
         raise ConfigError(
-            f"{root}: no Karlo model here (no decoder/ inside); set trainer.karlo.path or .repo"
+            f"{root}: no Karlo model here (missing folder decoder/); set trainer.karlo.path or .repo"
         )
     dtypes = {"decoder": decoder_dtype or dtype}
-    parts = {
+    components = {
         name: _load_component(root, source, name, device, dtypes.get(name, dtype)) for name in COMPONENTS
     }
-    return Karlo(**parts)
+    return Karlo(**components)
 
 
 def _load_component(root: str, source: ModelSource, name: str, device: str, dtype: torch.dtype) -> Any:
@@ -222,8 +171,8 @@ def _load_component(root: str, source: ModelSource, name: str, device: str, dtyp
 
 
 @torch.no_grad()
-def encode_text(karlo: Karlo, prompts: Sequence[str]) -> Text:
-    """Text embeddings of the prompts, padded to the tokenizer's full length and truncated with EOT kept."""
+def encode_text(karlo: Karlo, prompts: Sequence[str]) -> TextEncoding:
+    """Encode the prompts, padded or truncated (keeping the EOT token) to the tokenizer's full length."""
     tokens = karlo.tokenizer(
         list(prompts),
         padding="max_length",
@@ -232,26 +181,41 @@ def encode_text(karlo: Karlo, prompts: Sequence[str]) -> Text:
         return_tensors="pt",
     )
     output = karlo.text_encoder(tokens.input_ids.to(karlo.device))
-    return Text(output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool().to(karlo.device))
+    return TextEncoding(
+        output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool().to(karlo.device)
+    )
 
 
 @torch.no_grad()
 def sample_prior(
-    karlo: Karlo, text: Text, unconditional: Text, generators: Generators, steps: int, guidance: float
+    karlo: Karlo,
+    text: TextEncoding,
+    unconditional: TextEncoding,
+    generators: Generators,
+    steps: int,
+    guidance: float,
 ) -> Tensor:
-    """CLIP image embeddings (N, E) for N texts, one generator each; `unconditional`: the empty prompt.
+    """Sample CLIP image embeddings (N, E) for N texts.
 
     The scheduler's arithmetic and the result are float32, whatever the prior's precision.
+
+    Args:
+        karlo: the components
+        text: N encoded prompts
+        unconditional: the encoded empty prompt, 1 or N rows
+        generators: one per image
+        steps: number of denoising steps
+        guidance: classifier-free guidance scale; off at 1 or below
     """
     rows, guided = len(text.embeds), guidance > 1
     if guided:
-        text = Text(*(torch.cat([u.expand_as(c), c]) for u, c in zip(unconditional, text, strict=True)))
+        text = _prepend_unconditional(text, unconditional)
     shape = (rows, karlo.prior.config.embedding_dim)
     latents = randn_tensor(shape, generator=generators, device=karlo.device, dtype=torch.float32)
     dtype = karlo.prior.dtype
     scheduler = karlo.prior_scheduler
     scheduler.set_timesteps(steps)
-    for t, t_previous in _pairs(scheduler.timesteps):
+    for t, t_previous in _with_next(scheduler.timesteps):
         x0 = karlo.prior(
             torch.cat([latents] * 2).to(dtype) if guided else latents.to(dtype),
             timestep=t,
@@ -271,12 +235,12 @@ def sample_prior(
 
 @torch.no_grad()
 def decoder_condition(
-    karlo: Karlo, text: Text, unconditional: Text, embeddings: Tensor, guided: bool
+    karlo: Karlo, text: TextEncoding, unconditional: TextEncoding, embeddings: Tensor, guided: bool
 ) -> Condition:
-    """Project text and image embeddings (N, E) into the decoder's inputs; with the empty branch if guided."""
+    """Project text and image embeddings (N, E) to the decoder's inputs; both branches if `guided`."""
     rows = len(embeddings)
     if guided:
-        text = Text(*(torch.cat([u.expand_as(c), c]) for u, c in zip(unconditional, text, strict=True)))
+        text = _prepend_unconditional(text, unconditional)
     context, time = karlo.text_proj(
         image_embeddings=embeddings.to(karlo.text_proj.dtype),
         prompt_embeds=text.embeds,
@@ -286,13 +250,13 @@ def decoder_condition(
     mask = F.pad(text.mask, (karlo.text_proj.clip_extra_context_tokens, 0), value=True)
     inputs = (context, time, mask)
     conditional = (field[-rows:] for field in inputs)
-    empty = (field[:-rows] for field in inputs)
-    return Condition(*conditional, *empty)
+    without_prompt = (field[:-rows] for field in inputs)
+    return Condition(*conditional, *without_prompt)
 
 
 @torch.no_grad()
 def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, steps: int) -> Tensor:
-    """Final images (N, 3, H, W) in [-1, 1] from decoder images (N, 3, h, w) in [-1, 1]; steps >= 2.
+    """Upscale decoder images (N, 3, h, w) in [-1, 1] to final images (N, 3, H, W) in [-1, 1]; steps >= 2.
 
     Both are float32, and so is the scheduler's arithmetic, whatever the networks' precision.
     """
@@ -304,7 +268,7 @@ def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, st
     )
     scheduler = karlo.super_res_scheduler
     scheduler.set_timesteps(steps)
-    for t, t_previous in _pairs(scheduler.timesteps):
+    for t, t_previous in _with_next(scheduler.timesteps):
         unet = karlo.super_res_last if t_previous is None else karlo.super_res_first
         inputs = torch.cat([latents, upscaled], dim=1).to(unet.dtype)
         output = unet(sample=inputs, timestep=t).sample.float()
@@ -316,11 +280,70 @@ def super_resolve(karlo: Karlo, images_small: Tensor, generators: Generators, st
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded as the pipeline rounds."""
+    """Convert images (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3) on the CPU, rounded like the pipeline."""
     unit = (images.float() * 0.5 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def _pairs(timesteps: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-    """Each timestep with the one that follows it in the chain; None after the last."""
+def _prepend_unconditional(text: TextEncoding, unconditional: TextEncoding) -> TextEncoding:
+    """Return 2N rows for classifier-free guidance: the empty prompt N times, then the N texts."""
+    return TextEncoding(
+        *(
+            torch.cat([empty.expand_as(field), field])
+            for empty, field in zip(unconditional, text, strict=True)
+        )
+    )
+
+
+def _with_next(timesteps: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """Return each timestep with the next one in the chain; None after the last."""
     return list(zip(timesteps, [*timesteps[1:], None], strict=True))
+
+
+# ------------------------------------------------------------------------ activation checkpointing
+
+# run(block, *inputs) returns the block's output; the block's activations are recomputed when needed.
+CheckpointFunction = Callable[..., Tensor]
+
+
+def enable_activation_checkpointing(decoder: Any, run: CheckpointFunction | None = None) -> None:
+    """Checkpoint the residual and attention blocks of `decoder`, a UNet2DConditionModel, under gradient.
+
+    diffusers' own switch covers the residual blocks only. In Karlo's decoder the attention blocks keep more
+    than those, so they are covered as well, through diffusers' attention processors. Results and gradients
+    are bit-identical if the kernels are deterministic.
+    """
+    run = run or _checkpoint
+    decoder.enable_gradient_checkpointing(run)
+    # A new dict: diffusers empties the one that it is given.
+    decoder.set_attn_processor(
+        {name: CheckpointedAttention(processor, run) for name, processor in decoder.attn_processors.items()}
+    )
+
+
+class CheckpointedAttention:
+    """Attention processor that keeps only its inputs for the backward pass."""
+
+    def __init__(self, processor: Any, run: CheckpointFunction) -> None:
+        self._processor = processor
+        self._run = run
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the processor's output; the argument names are those that diffusers passes."""
+        inputs = (attn, hidden_states, encoder_hidden_states, attention_mask)
+        if not torch.is_grad_enabled():
+            output: Tensor = self._processor(*inputs)
+            return output
+        return self._run(self._processor, *inputs)
+
+
+def _checkpoint(block: Any, *inputs: Any) -> Tensor:
+    # Without dropout the random state need not be preserved, which on a GPU would cost a synchronisation.
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output

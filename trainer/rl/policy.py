@@ -1,4 +1,4 @@
-"""The policy: Karlo's decoder with a LoRA, sampled and replayed through one step function."""
+"""Policy: Karlo's decoder with a LoRA; sampling and replay share one denoising step function."""
 
 import logging
 import warnings
@@ -25,7 +25,7 @@ GuidanceGradient = Literal["both", "conditional"]
 
 
 class Trajectory(NamedTuple):
-    """The denoising of N images in S steps, in float32: half precision would move the log-probability."""
+    """Latents of N images over S denoising steps; float32: half precision changes the log-probability."""
 
     latents: Tensor  # (N, S + 1, C, H, W), from noise to image
     means: Tensor  # (N, S, C, H, W), of the policy that sampled
@@ -33,27 +33,29 @@ class Trajectory(NamedTuple):
     clamp_fraction: Tensor  # (N, S)
 
     def select(self, rows: Tensor) -> "Trajectory":
-        """These images (int64 index)."""
+        """Return the trajectories of these images (int64 index)."""
         return Trajectory(*(field[rows] for field in self))
 
 
 def join_trajectories(trajectories: list[Trajectory]) -> Trajectory:
-    """The images of all trajectories, one after the other."""
+    """Concatenate the images of all trajectories."""
     return Trajectory(*(torch.cat(field) for field in zip(*trajectories, strict=True)))
 
 
 class DecoderPolicy:
     """Karlo's decoder as a stochastic policy over denoising steps.
 
-    A `Transition` carries the network's own sigma. Whether a ratio uses it or, for a frozen variance head,
-    that of the policy that sampled in both terms is the objective's choice.
+    Transitions have the network's own sigma. The objective chooses if a ratio uses it or, for a frozen
+    variance head, the sigma of the policy that sampled in both terms.
     """
 
     def __init__(self, decoder: Any, scheduler: Any, *, steps: int, guidance: float) -> None:
-        wanted = {"prediction_type": "epsilon", "variance_type": "learned_range", "clip_sample": True}
-        found = {key: scheduler.config[key] for key in wanted}
-        if found != wanted or scheduler.config["clip_sample_range"] != 1:
-            raise ConfigError(f"decoder_scheduler: {found} is not Karlo's {wanted} with clip range 1")
+        expected = {"prediction_type": "epsilon", "variance_type": "learned_range", "clip_sample": True}
+        found = {key: scheduler.config[key] for key in expected}
+        if found != expected or scheduler.config["clip_sample_range"] != 1:
+            raise ConfigError(
+                f"Karlo's decoder_scheduler: found {found}; expected {expected} and clip_sample_range 1"
+            )
         scheduler.set_timesteps(steps)
         self.decoder = decoder
         self.guidance = guidance
@@ -61,16 +63,19 @@ class DecoderPolicy:
             scheduler.betas, scheduler.alphas_cumprod, scheduler.timesteps
         ).to(decoder.device)
 
-    # ------------------------------------------------------------------------------------- the chain
+    # --------------------------------------------------------------------------- sampling and replay
 
     @torch.no_grad()
     def sample(
         self, condition: Condition, generators: Generators, start: Generators | None = None
     ) -> Trajectory:
-        """Denoise N images, each from its own generator: initial noise first, then one draw a step.
+        """Denoise N images, each with the noise of its own generator.
 
-        `start` generators, where given, take over what is never trained at the beginning: the initial noise
-        and that of step 0. Several images may have equal ones.
+        Args:
+            condition: decoder inputs, N rows
+            generators: one per image; the initial noise is sampled first, then one noise per step
+            start: generators of the initial noise and of step 0, which is never trained; images with equal
+                ones start from the same noise
         """
         count = len(condition.context)
         size = self.decoder.config.sample_size
@@ -100,7 +105,7 @@ class DecoderPolicy:
         condition: Condition,
         guidance_gradient: GuidanceGradient = "both",
     ) -> Transition:
-        """Transitions of the policy as it is now, under gradient, at latents (M, C, H, W) and steps (M,)."""
+        """Return the current policy's transitions, under gradient, at latents (M, C, H, W) and steps (M,)."""
         return self._step(x_t, step, condition, guidance_gradient)
 
     def _step(
@@ -110,20 +115,22 @@ class DecoderPolicy:
         condition: Condition,
         guidance_gradient: GuidanceGradient = "both",
     ) -> Transition:
-        """One denoising step: the one place where the network is called, for sampling and for replay."""
+        """Compute one denoising step; both sampling and replay call the network here and nowhere else."""
         timesteps = self.schedule.timesteps[step]
         if not condition.guided:
             eps, v = self._predict(x_t, timesteps, *condition[:3]).chunk(2, dim=1)
             return transition(self.schedule, step, x_t, eps, v)
         if guidance_gradient == "both" or not torch.is_grad_enabled():
             inputs = (torch.cat(pair) for pair in zip(condition[3:], condition[:3], strict=True))
-            empty, told = self._predict(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), *inputs).chunk(2)
+            unconditional, conditional = self._predict(
+                x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), *inputs
+            ).chunk(2)
         else:
             with torch.no_grad():
-                empty = self._predict(x_t, timesteps, *condition[3:])
-            told = self._predict(x_t, timesteps, *condition[:3])
-        eps, v = told.chunk(2, dim=1)
-        eps = guide(empty.chunk(2, dim=1)[0], eps, self.guidance)
+                unconditional = self._predict(x_t, timesteps, *condition[3:])
+            conditional = self._predict(x_t, timesteps, *condition[:3])
+        eps, v = conditional.chunk(2, dim=1)
+        eps = guide(unconditional.chunk(2, dim=1)[0], eps, self.guidance)
         return transition(self.schedule, step, x_t, eps, v)
 
     def _predict(self, x_t: Tensor, timesteps: Tensor, context: Tensor, time: Tensor, mask: Tensor) -> Tensor:
@@ -135,13 +142,17 @@ class DecoderPolicy:
             class_labels=time.to(dtype),
             attention_mask=mask,
         ).sample
-        # Never less than float32: half precision would move the log-probability.
+        # At least float32: half precision would change the log-probability.
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
-    # -------------------------------------------------------------------------------------- the LoRA
+    # ----------------------------------------------------------------------------------------- LoRA
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
-        """Put a fresh adapter (zero change) on the decoder; `seed` decides its random half."""
+        """Add a new adapter (zero change) to the decoder; `seed` initialises its random half.
+
+        Raises:
+            ConfigError: the decoder has no module of a configured target
+        """
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
@@ -164,12 +175,12 @@ class DecoderPolicy:
 
     @property
     def lora(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name; empty where there is no adapter."""
+        """Parameters of the adapter by name; empty without an adapter."""
         return {name: weight for name, weight in self.decoder.named_parameters() if ".lora_" in name}
 
     @torch.no_grad()
     def lora_norm(self) -> float:
-        """Frobenius norm of the change that the adapter makes to the decoder's weights, all together."""
+        """Return the Frobenius norm of the adapter's change of all the decoder's weights."""
         squares = [
             # |BA|^2 = sum of (B'B) * (AA'): two r x r matrices instead of a whole weight
             (scale**2 * (up.T @ up * (down @ down.T)).sum()).double()
@@ -178,7 +189,7 @@ class DecoderPolicy:
         return float(torch.stack(squares).sum().clamp(min=0).sqrt()) if squares else 0.0
 
     def _adapter_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """A (r, inputs), B (outputs, r) and the scale of each adapted module, convolutions flattened."""
+        """Yield A (r, inputs), B (outputs, r) and the scale of each adapted module, convolutions flat."""
         for module in self.decoder.modules():
             if ADAPTER in getattr(module, "lora_A", {}):
                 down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
@@ -186,7 +197,7 @@ class DecoderPolicy:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the adapter is off: the base policy, bit for bit."""
+        """Disable the adapter within this context: the base policy, bit for bit."""
         self.decoder.disable_adapters()
         try:
             yield
@@ -194,27 +205,33 @@ class DecoderPolicy:
             self.decoder.enable_adapters()
 
     def save_lora(self, folder: Path) -> None:
-        """Write the adapter as diffusers/PEFT safetensors, configuration in the file's metadata."""
+        """Write the adapter as diffusers/PEFT safetensors, with its configuration in the file's metadata."""
         self.decoder.save_lora_adapter(folder, adapter_name=ADAPTER, weight_name=LORA_FILE)
 
     def load_lora(self, folder: Path) -> None:
-        """Load an adapter that `save_lora` wrote. Raises ConfigError where it does not fit the decoder."""
+        """Load an adapter that `save_lora` wrote.
+
+        Raises:
+            ConfigError: there is no LoRA in the folder, or it does not fit the decoder
+        """
         file = folder / LORA_FILE
         if not file.is_file():
-            raise ConfigError(f"{folder}: no LoRA here (no {LORA_FILE}); give the lora folder of a run")
+            raise ConfigError(
+                f"{folder}: no LoRA here (missing file {LORA_FILE}); expected the lora folder of a run"
+            )
         try:
             with safe_open(file, "pt") as stored:
                 names = set(stored.keys())
             if not any(".lora_" in name for name in names):
-                raise ValueError("there are no LoRA weights in it")
-            with _libraries_silent():
+                raise ValueError("the file contains no LoRA weights")
+            with _silence_libraries():
                 self.decoder.load_lora_adapter(
                     folder, prefix=None, weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True
                 )
-            # What has no place in the decoder is passed over in silence: it would draw as if untrained.
-            strangers = names ^ set(get_peft_model_state_dict(self.decoder, adapter_name=ADAPTER))
-            if strangers:
-                raise ValueError(f"{len(strangers)} weights have no counterpart, the first {min(strangers)}")
+            # Weights without a counterpart are ignored silently: the policy would sample as if untrained.
+            unmatched = names ^ set(get_peft_model_state_dict(self.decoder, adapter_name=ADAPTER))
+            if unmatched:
+                raise ValueError(f"{len(unmatched)} weights have no counterpart, such as {min(unmatched)}")
             # Loading has rounded the adapter to the decoder's precision.
             self._lora_in_float32()
             set_peft_model_state_dict(self.decoder, load_file(file), adapter_name=ADAPTER)
@@ -223,8 +240,8 @@ class DecoderPolicy:
 
 
 @contextmanager
-def _libraries_silent() -> Iterator[None]:
-    """Whatever they log or warn of within this context is raised, or checked, by the caller."""
+def _silence_libraries() -> Iterator[None]:
+    """Suppress log messages and warnings of libraries; `load_lora` checks the result itself."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -234,9 +251,9 @@ def _libraries_silent() -> Iterator[None]:
 
 
 class MovingAverage:
-    """Exponential moving average of the adapter; what is evaluated and shipped.
+    """Exponential moving average of the adapter, which is evaluated and saved as the result.
 
-    The decay starts small and rises to its final value, so that the random start does not linger.
+    The decay starts small and rises to its final value, so that the random start is soon forgotten.
     """
 
     def __init__(self, policy: DecoderPolicy, decay: float) -> None:
@@ -247,7 +264,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the adapter as it is now into the average."""
+        """Update the average with the current adapter."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
         for name, weight in self._policy.lora.items():
@@ -255,7 +272,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the policy is the average."""
+        """Replace the policy's adapter by the average within this context."""
         current = {name: weight.detach().clone() for name, weight in self._policy.lora.items()}
         _assign(self._policy.lora, self.average)
         try:

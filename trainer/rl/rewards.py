@@ -1,4 +1,4 @@
-"""Scores as the trainer sees them: arrays from a `Scorer`, which is the service or a test's fake."""
+"""Scores as arrays, from the reward service or any other `Scorer`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +23,12 @@ Images = NDArray[np.uint8]
 
 
 class ScoringError(Exception):
-    """The service gave no scores. `retryable` tells whether asking again can help.
+    """Scoring failed.
 
-    `outage` tells that asking for other images is no use either: nobody answers, or another service does.
+    Attributes:
+        retryable: the same request may succeed when sent again
+        outage: requests for other images would fail too: the service is unreachable, refuses the API key, or
+            has other evaluators than before
     """
 
     def __init__(self, message: str, *, retryable: bool, outage: bool = False) -> None:
@@ -42,7 +45,7 @@ class Scores(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Whoever judges images."""
+    """Scores images; implemented by `ServiceScorer` and by fakes in tests."""
 
     @property
     def evaluators(self) -> tuple[str, ...]:
@@ -50,26 +53,35 @@ class Scorer(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Evaluator to fingerprint and calibration: what scores must share to be comparable."""
+        """Fingerprint and calibration by evaluator; only scores of equal identity are comparable."""
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        """Scores of N prompts with images (N, H, W, 3). Raises ScoringError; never returns a stand-in."""
+        """Return the scores of N prompts with images (N, H, W, 3).
+
+        Raises:
+            ScoringError: any score is missing; placeholders are never returned
+        """
 
 
 class ServiceScorer:
-    """The scoring service, known to be ready; may be shared by threads. A context manager."""
+    """Scorer that uses the reward service; thread-safe. A context manager."""
 
     def __init__(self, client: RewardClient, *, deterministic: bool = False) -> None:
-        """Raises RewardClientError where the service does not say what it hosts."""
+        """Read the service's evaluators. Raises RewardClientError if that fails."""
         self._client = client
         self._deterministic = deterministic
-        described = client.evaluators().evaluators
-        self.evaluators = tuple(sorted(described))
-        self.identity = {name: f"{it.fingerprint}/{it.calibration}" for name, it in described.items()}
+        descriptions = client.evaluators().evaluators
+        self.evaluators = tuple(sorted(descriptions))
+        self.identity = {name: f"{it.fingerprint}/{it.calibration}" for name, it in descriptions.items()}
 
     @classmethod
     def connect(cls, config: ServiceConfig) -> Self:
-        """Wait until the service is ready. Raises RewardClientError naming its address, in one line."""
+        """Connect and wait until the service is ready.
+
+        Raises:
+            RewardClientError: the service is not ready in time; one line with its address
+            ConfigError: the API key file cannot be read
+        """
         client = RewardClient(
             config.url,
             api_key=_read_key(config.api_key_file),
@@ -85,21 +97,24 @@ class ServiceScorer:
             raise
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        """See `Scorer.score`. The client has already asked again where its own retry budget allowed it."""
+        """See `Scorer.score`. The client has already retried within its own retry budget."""
         try:
             response = self._client.score(
                 prompts, list(images), normalization="z", deterministic=self._deterministic
             )
         except RewardClientError as error:
-            raise ScoringError(str(error), retryable=_passing(error), outage=_outage(error)) from error
-        changed = [
+            raise ScoringError(
+                str(error), retryable=_is_transient(error), outage=_is_outage(error)
+            ) from error
+        changed = sorted(
             name
             for name, it in response.evaluators.items()
             if self.identity.get(name) != f"{it.fingerprint}/{it.calibration}"
-        ]
+        )
         if changed:
             raise ScoringError(
-                f"the service's evaluators {', '.join(changed)} are no longer those the run began with",
+                f"the reward service's evaluators {', '.join(changed)} changed during the run; "
+                "restore the service's models and calibration, or start a new run",
                 retryable=False,
                 outage=True,
             )
@@ -112,18 +127,18 @@ class ServiceScorer:
         self._client.close()
 
 
-def _passing(error: RewardClientError) -> bool:
-    """Whether it may be a fault of one batch that passes: a 500, or a score that is not a number.
+def _is_transient(error: RewardClientError) -> bool:
+    """Return whether the error may affect this request only: a 500, or a score that is not a number.
 
-    Where the client has spent its retry budget or its timeout, asking again would only double the wait.
+    After the client has spent its retry budget or its timeout, another attempt would only double the wait.
     """
     if isinstance(error, ServiceError):
         return error.status >= 500 and not isinstance(error, OverloadedError)
     return isinstance(error, ProtocolError)
 
 
-def _outage(error: RewardClientError) -> bool:
-    """Whether the next micro-batch would fare no better: nobody is there, or the key is refused."""
+def _is_outage(error: RewardClientError) -> bool:
+    """Return whether the next micro-batch would fail too: service unreachable, or API key refused."""
     if isinstance(error, ServiceError):
         return error.status in (401, 403)
     return isinstance(error, UnreachableError)
@@ -135,34 +150,39 @@ def _read_key(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the service's key ({error}); see trainer.service") from error
+        raise ConfigError(
+            f"{path}: cannot read the API key ({error}); set trainer.service.api_key_file"
+        ) from error
 
 
 def read_scores(response: ScoreResponse, evaluators: Sequence[str]) -> Scores:
-    """The numbers of a response as arrays. Raises ScoringError for a missing or a non-finite one."""
+    """Return the scores of a response as arrays. Raises ScoringError if one is missing or not finite."""
     try:
         rows = [[result.scores[name] for name in evaluators] for result in response.results]
     except KeyError as error:
-        raise ScoringError(f"the service left out evaluator {error}", retryable=False) from error
+        raise ScoringError(f"the response lacks scores of evaluator {error}", retryable=False) from error
     raw = np.array([[score.raw for score in row] for row in rows], dtype=np.float64)
     z = np.array([[score.z for score in row] for row in rows], dtype=np.float64)
-    return finite(Scores(raw, z))
+    return require_finite(Scores(raw, z))
 
 
-def finite(scores: Scores) -> Scores:
-    """The scores. Raises ScoringError where one is no number: it would pass for a group without variance."""
+def require_finite(scores: Scores) -> Scores:
+    """Return the scores unchanged. Raises ScoringError if one is not finite.
+
+    A NaN would make its group look as if it had no variance.
+    """
     if not all(np.isfinite(field).all() for field in scores):
-        raise ScoringError("the service answered with a number that is not finite", retryable=True)
+        raise ScoringError("the response contains a score that is not finite", retryable=True)
     return scores
 
 
 def composite(z: Floats, evaluators: Sequence[str], weights: Mapping[str, float]) -> Floats:
-    """Weighted mean of z over the last axis: (..., K) to (...)."""
+    """Return the weighted mean of z (..., K) over the last axis, (...)."""
     vector = weight_vector(evaluators, weights)
     mean: Floats = z @ vector / vector.sum()
     return mean
 
 
 def weight_vector(evaluators: Sequence[str], weights: Mapping[str, float]) -> Floats:
-    """Weights (K,) in the order of the evaluators; 0 for those that are not named."""
+    """Return the weights (K,) in the order of the evaluators; 0 for those not named."""
     return np.array([weights.get(name, 0.0) for name in evaluators], dtype=np.float64)

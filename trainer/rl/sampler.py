@@ -1,4 +1,4 @@
-"""From prompts to images: text, prior, policy, super-resolution; each image from its own streams."""
+"""Image sampler: text encoder, prior, decoder policy and super-resolution, one random stream per image."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -13,7 +13,7 @@ from trainer.config import ImageStage, SamplingConfig, Share, Sharing
 from trainer.rl.karlo import (
     Condition,
     Karlo,
-    Text,
+    TextEncoding,
     decoder_condition,
     encode_text,
     sample_prior,
@@ -27,13 +27,13 @@ from trainer.runtime.rng import ImageKey
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-TEXT_CACHE = 2048  # prompts; a quarter of a MB each with real Karlo
+TEXT_CACHE = 2048  # prompts; a quarter of a MB each with the published Karlo
+PRIOR_CACHE = 32768  # embeddings; 3 kB each with the published Karlo
 NOTHING_SHARED = Sharing(prior="image", decoder_start="image", super_res="image")
-PRIOR_CACHE = 32768  # embeddings; 3 kB each with real Karlo
 
 
 class SampledImages(NamedTuple):
-    """N images and how they came about."""
+    """N images with the trajectory and the condition they were sampled from."""
 
     images: Images  # (N, H, W, 3) uint8
     trajectory: Trajectory
@@ -41,7 +41,7 @@ class SampledImages(NamedTuple):
 
 
 class ImageSampler:
-    """Draws images with Karlo and the policy; keeps text and prior embeddings that come up again."""
+    """Samples images with Karlo and the policy; caches text and prior embeddings."""
 
     def __init__(
         self,
@@ -55,19 +55,22 @@ class ImageSampler:
         self._offload = offload
         self._karlo = karlo
         self._sampling = sampling
-        self._texts: _Cache[str, Text] = _Cache(TEXT_CACHE)
+        self._texts: _Cache[str, TextEncoding] = _Cache(TEXT_CACHE)
         self._embeddings: _Cache[int, Tensor] = _Cache(PRIOR_CACHE)
         self._unconditional = encode_text(karlo, [""])
 
-    def draw(
+    def sample(
         self,
         keys: Sequence[ImageKey],
         sharing: Sharing = NOTHING_SHARED,
         stage: ImageStage = "super_resolution",
     ) -> SampledImages:
-        """One image a key, in one batch; `sharing` says which of them get the same random numbers.
+        """Sample one image per key, in one batch.
 
-        With stage "decoder" the images are the decoder's own, and super-resolution is not run.
+        Args:
+            keys: identities of the images, which determine their random streams
+            sharing: stages in which images of a group have common random numbers
+            stage: "decoder" returns the decoder's small images and does not run super-resolution
         """
         condition = self._condition(keys, sharing.prior)
         trajectory = self.policy.sample(
@@ -77,16 +80,16 @@ class ImageSampler:
         )
         images = trajectory.latents[:, -1].clamp(-1, 1)
         if stage == "super_resolution":
-            images = self.enlarge(images, keys, sharing)
+            images = self.upscale(images, keys, sharing)
         return SampledImages(to_uint8(images).numpy(), trajectory, condition)
 
-    def enlarge(self, images_small: Tensor, keys: Sequence[ImageKey], sharing: Sharing) -> Tensor:
-        """Super-resolution of the decoder's images (N, 3, h, w) in [-1, 1], each from its own stream."""
+    def upscale(self, images_small: Tensor, keys: Sequence[ImageKey], sharing: Sharing) -> Tensor:
+        """Return the decoder's images (N, 3, h, w) in [-1, 1] after super-resolution, (N, 3, H, W)."""
         streams = [key.stream("super_resolution", sharing.super_res) for key in keys]
         return super_resolve(self._karlo, images_small, streams, self._sampling.super_res_steps)
 
-    def resting(self) -> AbstractContextManager[None]:
-        """Nothing is drawn within this context: what the policy does not need may leave the device."""
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Return a context without sampling, in which all networks but the decoder may leave the device."""
         return self._karlo.decoder_only() if self._offload == "idle" else nullcontext()
 
     def _condition(self, keys: Sequence[ImageKey], share: Share) -> Condition:
@@ -95,19 +98,19 @@ class ImageSampler:
         guided = self._sampling.decoder_guidance > 1
         return decoder_condition(self._karlo, text, self._unconditional, embeddings, guided)
 
-    def _text(self, prompts: Sequence[str]) -> Text:
+    def _text(self, prompts: Sequence[str]) -> TextEncoding:
         rows = self._texts.get_all(prompts, self._encode)
-        return Text(*(torch.cat(field) for field in zip(*rows, strict=True)))
+        return TextEncoding(*(torch.cat(field) for field in zip(*rows, strict=True)))
 
-    def _encode(self, prompts: Sequence[str]) -> list[Text]:
-        # One at a time: what a cache keeps must not depend in its last digits on what was asked for with it,
-        # or a run that was resumed, whose cache begins empty, would not be the same run to the bit.
+    def _encode(self, prompts: Sequence[str]) -> list[TextEncoding]:
+        # One at a time: the last digits of an embedding depend on the batch. A cached value must not, or a
+        # resumed run, whose cache starts empty, would not be bit-identical to an uninterrupted one.
         return [encode_text(self._karlo, [prompt]) for prompt in prompts]
 
     def _image_embeddings(self, keys: Sequence[ImageKey], share: Share) -> list[Tensor]:
         by_seed = {key.seed_of("prior", share): key for key in keys}
 
-        def sample(seeds: Sequence[int]) -> list[Tensor]:
+        def sample_batch(seeds: Sequence[int]) -> list[Tensor]:
             embeddings = sample_prior(
                 self._karlo,
                 self._text([by_seed[seed].prompt for seed in seeds]),
@@ -118,25 +121,26 @@ class ImageSampler:
             )
             return list(embeddings.split(1))
 
-        def by_prompt(seeds: Sequence[int]) -> list[Tensor]:
+        def sample_by_prompt(seeds: Sequence[int]) -> list[Tensor]:
             groups = groupby(seeds, key=lambda seed: by_seed[seed].prompt)
-            return [embedding for _, group in groups for embedding in sample(list(group))]
+            return [embedding for _, group in groups for embedding in sample_batch(list(group))]
 
-        # Embeddings of an evaluation, and those shared in the whole run, outlive the iteration; see _encode.
-        outlive = share == "prompt" or any(key.iteration < 0 for key in keys)
-        make = by_prompt if outlive else sample
+        # Embeddings of an evaluation, and those shared in the whole run, are used again in later iterations:
+        # they must not depend on the batch, see _encode.
+        reused = share == "prompt" or any(key.iteration < 0 for key in keys)
+        make = sample_by_prompt if reused else sample_batch
         return self._embeddings.get_all([key.seed_of("prior", share) for key in keys], make)
 
 
 class _Cache(Generic[K, V]):
-    """The most recent `size` values; what is missing is made in one call."""
+    """LRU cache of `size` values; missing values are computed in one call."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get_all(self, keys: Sequence[K], make: Callable[[Sequence[K]], list[V]]) -> list[V]:
-        """The values of the keys, in order; `make` gets the distinct missing keys."""
+        """Return the values of the keys, in order; `make` computes those of the distinct missing keys."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._values]
         if missing:
             self._values.update(zip(missing, make(missing), strict=True))

@@ -1,1 +1,1 @@
-"""Errors, files, processes and random streams."""
+"""Runtime of the trainer: errors, files, processes, progress bars and random streams."""

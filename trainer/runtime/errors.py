@@ -1,16 +1,16 @@
-"""What can go wrong for a user of the trainer. Every message is one line with the cause and the remedy.
+"""Errors that a user of the trainer can fix. Every message is one line with the cause and the remedy.
 
-ConfigError (reward_service.settings)   the configuration, a path or an argument
-└── LeakError                               a prompt, or its like, on both sides of a split
-RunError                                a run cannot go on
-├── RolloutError                            too few scores come back
-├── DivergenceError                         the update is no number any more
-├── EvaluationError                         the comparison cannot be finished
-├── StorageError                            the run folder cannot be written, or is no run to go on with
-├── JobError                                a process of the job cannot go on, or is gone
-├── ContainerError                          the container engine, or a job in it, cannot do what was asked
-├── GuardError                              the composite rose while the guard fell; exit code 3
-└── DemoError                               the demo's own service does not start
+ConfigError (reward_service.settings)   invalid configuration, path or argument
+└── LeakError                               a prompt, a near-duplicate or a user on both sides of a split
+RunError                                a run cannot continue
+├── RolloutError                            too many groups without scores
+├── DivergenceError                         the gradient is not finite
+├── EvaluationError                         the comparison with the base policy cannot be finished
+├── StorageError                            the run folder cannot be written or resumed
+├── JobError                                a process of the job failed or is gone
+├── ContainerError                          the container engine, or a job in it, failed
+├── GuardError                              reward hacking: the composite rose, the guard fell; exit code 3
+└── DemoError                               the demo's own reward service does not start
 """
 
 import textwrap
@@ -23,35 +23,35 @@ class LeakError(ConfigError):
 
 
 class RunError(Exception):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
-    code = 2  # the program's exit status
+    code = 2  # exit status of the program
 
 
 class RolloutError(RunError):
-    """Too few scores come back."""
+    """Too many groups have no scores."""
 
 
 class DivergenceError(RunError):
-    """The gradient is not finite: what was learned leads nowhere."""
+    """The gradient is not finite: the policy has diverged."""
 
 
 class EvaluationError(RunError):
-    """The comparison with the base cannot be finished."""
+    """The comparison with the base policy cannot be finished."""
 
 
 class StorageError(RunError):
-    """The run folder cannot be written, or is no run to go on with."""
+    """The run folder cannot be written or resumed."""
 
 
 class GuardError(RunError):
-    """The composite rose while the evaluator that is not trained on fell: what was learned is a trick."""
+    """Reward hacking: the composite rose while the guard evaluator, which is not trained on, fell."""
 
     code = 3
 
 
 class JobError(RunError):
-    """A process of a job cannot go on, or is gone. `quiet` where the main process says so for all."""
+    """A process of a job failed or is gone. `quiet` if the main process reports it for all."""
 
     def __init__(self, message: str, *, quiet: bool = False) -> None:
         super().__init__(message)
@@ -59,20 +59,20 @@ class JobError(RunError):
 
 
 class ContainerError(RunError):
-    """The container engine, or a job in it, cannot do what was asked."""
+    """The container engine, or a job in it, failed."""
 
 
 class DemoError(RunError):
-    """The demo's own scoring service does not start."""
+    """The demo's own reward service does not start."""
 
 
 def reason(error: Exception) -> str:
-    """What a library says went wrong, in part of a line: its first two lines, no more than 240 letters."""
+    """Return a library's error message as part of a line: its first two lines, at most 240 characters."""
     return textwrap.shorten(one_line(" ".join(str(error).strip().splitlines()[:2])), 240, placeholder=" ...")
 
 
-def said(error: BaseException) -> str:
-    """What a user reads of an error: one line."""
+def user_message(error: BaseException) -> str:
+    """Return an error as one line for the user; an OSError with its file and a remedy."""
     if isinstance(error, OSError) and error.filename is not None:
-        return one_line(f"{error.filename}: {error.strerror}; name another place or make room there")
+        return one_line(f"{error.filename}: {error.strerror}; choose another location or free space there")
     return one_line(error)

@@ -1,9 +1,9 @@
-"""Run a module in a process that ends with its parent.
+"""Run a module in a process that ends with its parent process.
 
-`python -m trainer.runtime.parent_watch MODULE ARGUMENT...` is `python -m MODULE ARGUMENT...`.
+`python -m trainer.runtime.parent_watch MODULE ARGUMENT...` does the same as `python -m MODULE ARGUMENT...`.
 
-The parent gives it a pipe for standard input and never writes: when that ends, the parent is gone, however it
-went. Nothing of the project is imported before the module is.
+The parent connects a pipe to the child's standard input and never writes to it: end of file means that the
+parent is gone, even if it was killed. Nothing of the project is imported before MODULE is.
 """
 
 import os
@@ -14,7 +14,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Have this process told to stop (SIGTERM) when its standard input ends."""
+    """Send SIGTERM to this process when its standard input reaches end of file."""
 
     def watch() -> None:
         while os.read(0, 1024):

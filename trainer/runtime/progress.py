@@ -1,4 +1,4 @@
-"""Progress bars: bars on a terminal, and in a log a plain line now and then."""
+"""Progress bars on a terminal, plain progress lines in a log."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,17 @@ LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} to go{p
 def progress(
     total: int, what: str, unit: str, *, done: int = 0, shown: bool = True, inner: bool = False
 ) -> "tqdm[Never]":
-    """A bar over `total` units of which some are `done`; call `update(n)`. A context manager.
+    """Return a progress bar as a context manager; advance it with `update(n)`.
 
-    A bar that is `inner` to another leaves nothing behind on a terminal. Where standard error is none, bars
-    are lines, one every half minute.
+    If standard error is not a terminal, a line is written every `LOG_EVERY_S` seconds instead.
+
+    Args:
+        total: number of units
+        what: description before the bar
+        unit: name of one unit
+        done: units already completed
+        shown: False for a silent bar
+        inner: the bar is nested in another one and is removed from the terminal at its end
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, initial=done, disable=not shown, leave=not inner)
@@ -28,7 +35,7 @@ def progress(
         unit=unit,
         initial=done,
         disable=not shown,
-        file=_Lines(sys.stderr),
+        file=_LineStream(sys.stderr),
         mininterval=LOG_EVERY_S,
         miniters=1,
         delay=LOG_EVERY_S,
@@ -36,16 +43,16 @@ def progress(
     )
 
 
-def track(things: Sequence[T], what: str, unit: str, *, shown: bool = True) -> Iterator[T]:
-    """The things one by one, with an inner bar."""
-    with progress(len(things), what, unit, shown=shown, inner=True) as bar:
-        for thing in things:
-            yield thing
+def track(items: Sequence[T], what: str, unit: str, *, shown: bool = True) -> Iterator[T]:
+    """Iterate over the items with an inner progress bar."""
+    with progress(len(items), what, unit, shown=shown, inner=True) as bar:
+        for item in items:
+            yield item
             bar.update()
 
 
-class _Lines:
-    """A text stream that makes a line of whatever would have overwritten the one before."""
+class _LineStream:
+    """Text stream that writes each update of a bar as a line of its own, without carriage returns."""
 
     encoding = "utf-8"
 

@@ -1,4 +1,4 @@
-"""`python -m tests.support.trainer.job` is `reward-trainer` with a reward service inside."""
+"""`reward-trainer` with a fake scorer in the process, run as `python -m tests.support.trainer.job`."""
 
 from contextlib import nullcontext
 from unittest import mock

@@ -1,4 +1,4 @@
-"""The transition against diffusers' scheduler and against torch.distributions."""
+"""Transition and density compared with diffusers' scheduler and torch.distributions."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def schedule_of(steps: int):
 
 
 @pytest.mark.parametrize("steps", [2, 6, 25, 1000])
-def test_every_step_equals_the_scheduler(steps: int) -> None:
-    """Mean plus sigma times the same noise is what UnCLIPScheduler.step returns, also in the last step."""
+def test_transition_equals_scheduler_step(steps: int) -> None:
+    """Mean plus sigma times the same noise equals UnCLIPScheduler.step, also in the last step."""
     scheduler, schedule = schedule_of(steps)
     torch.manual_seed(0)
     for i in range(0, steps, max(1, steps // 25)):
@@ -45,8 +45,8 @@ def test_every_step_equals_the_scheduler(steps: int) -> None:
             torch.testing.assert_close(move.mean + move.sigma * noise, expected, atol=2e-6, rtol=0)
 
 
-def test_rows_of_a_batch_may_be_at_different_steps() -> None:
-    """A replay batch mixes denoising steps; each row is computed as if it were alone."""
+def test_transition_batches_may_mix_steps() -> None:
+    """A replay batch mixes denoising steps; each row equals the row computed alone."""
     _, schedule = schedule_of(6)
     x_t, eps, v = torch.randn(3, *SHAPE)
     steps = torch.tensor([4, 0, 5])
@@ -57,8 +57,8 @@ def test_rows_of_a_batch_may_be_at_different_steps() -> None:
         assert torch.equal(together.sigma[[row]], alone.sigma)
 
 
-def test_the_last_step_is_deterministic_and_only_it() -> None:
-    """At t = 0 there is no noise and so no log-probability."""
+def test_only_last_step_is_deterministic() -> None:
+    """At t = 0 there is no noise, and therefore no log-probability."""
     _, schedule = schedule_of(6)
     x = torch.randn(6, 3, 4, 4)
     sigma = transition(schedule, torch.arange(6), x, x, torch.zeros_like(x)).sigma
@@ -66,8 +66,8 @@ def test_the_last_step_is_deterministic_and_only_it() -> None:
     assert (sigma[5] == 0).all()
 
 
-def test_clamp_fraction_counts_saturated_x0() -> None:
-    """The diagnostic is the share of pixels that carry no gradient."""
+def test_clamp_fraction_is_share_of_saturated_x0() -> None:
+    """The diagnostic equals the share of pixels without gradient."""
     _, schedule = schedule_of(6)
     x_t = torch.randn(1, 3, 4, 4)
     eps = (0.5 * torch.randn_like(x_t)).requires_grad_()
@@ -77,8 +77,8 @@ def test_clamp_fraction_counts_saturated_x0() -> None:
     assert move.clamp_fraction.item() == pytest.approx((eps.grad == 0).float().mean().item())
 
 
-def test_mean_log_prob_is_the_normal_density_averaged() -> None:
-    """A mean is called a mean, and agrees with torch.distributions."""
+def test_mean_log_prob_equals_torch_normal() -> None:
+    """The mean over dimensions agrees with torch.distributions."""
     x, mean = torch.randn(2, *SHAPE)
     sigma = torch.rand(SHAPE) + 0.1
     expected = torch.distributions.Normal(mean, sigma).log_prob(x).mean(dim=(1, 2, 3))
@@ -86,7 +86,7 @@ def test_mean_log_prob_is_the_normal_density_averaged() -> None:
 
 
 def two_gaussians(variance: str) -> tuple[torch.Tensor, ...]:
-    """Mean and sigma of a new and an old transition, float64; sigma differs where the variance is learned."""
+    """Return mean and sigma of a new and an old transition, float64; sigma differs if it is learned."""
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64)
     sigma_old = torch.rand(old.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -96,16 +96,16 @@ def two_gaussians(variance: str) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("variance", ["frozen", "learned"])
-def test_log_ratio_is_the_difference_of_log_probs_in_nats(variance: str) -> None:
-    """The trust region's unit is nats per transition: D times the mean."""
+def test_log_ratio_is_difference_of_log_probs(variance: str) -> None:
+    """The log ratio is in nats per transition, D times the mean."""
     new, sigma, old, sigma_old = two_gaussians(variance)
     x = old + sigma_old * torch.randn(5, *old.shape[1:], dtype=torch.float64)
     expected = x[0].numel() * (mean_log_prob(x, new, sigma) - mean_log_prob(x, old, sigma_old))
     torch.testing.assert_close(log_ratio(x, new, sigma, old, sigma_old), expected)
 
 
-def test_log_ratio_keeps_its_digits_in_float32() -> None:
-    """At Karlo's 12,288 dimensions and a policy that has barely moved, the error is far below the ratio."""
+def test_log_ratio_is_accurate_in_float32() -> None:
+    """With Karlo's 12,288 dimensions and a small policy change, the error is far below the ratio."""
     torch.manual_seed(0)
     old = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     sigma = 0.05 * torch.ones_like(old)
@@ -118,8 +118,8 @@ def test_log_ratio_keeps_its_digits_in_float32() -> None:
 
 
 @pytest.mark.parametrize("variance", ["frozen", "learned"])
-def test_closed_form_kl_equals_torch_and_the_sampled_estimate(variance: str) -> None:
-    """The trust region's KL is exact: equal to torch's, and to the mean log ratio of samples."""
+def test_kl_equals_torch_and_sampled_estimate(variance: str) -> None:
+    """The trust region's KL is exact: it equals torch's, and the mean log ratio of samples."""
     new, sigma, old, sigma_old = two_gaussians(variance)
     normal = torch.distributions.Normal
     for first, second in (((new, sigma), (old, sigma_old)), ((old, sigma_old), (new, sigma))):
@@ -133,31 +133,31 @@ def test_closed_form_kl_equals_torch_and_the_sampled_estimate(variance: str) -> 
         assert sampled.std() / 20_000**0.5 < 0.05 * kl[0]
 
 
-def test_equal_gaussians_have_no_ratio_and_no_kl() -> None:
-    """Exactly 0, whatever the numbers: before the first update nothing may look like a change."""
+def test_equal_gaussians_have_zero_log_ratio_and_kl() -> None:
+    """Both are exactly 0 for any numbers, as required before the first update."""
     x, mean = torch.randn(2, *SHAPE)
     sigma = torch.rand(SHAPE) + 1e-3
     assert (log_ratio(x, mean, sigma, mean, sigma) == 0).all()
     assert (transition_kl(mean, sigma, mean, sigma) == 0).all()
 
 
-def test_entropy_is_the_normal_s_averaged() -> None:
-    """In nats per dimension, as torch has it."""
+def test_entropy_equals_torch_normal() -> None:
+    """The mean over dimensions agrees with torch.distributions, in nats."""
     sigma = torch.rand(SHAPE) + 0.1
     expected = torch.distributions.Normal(torch.zeros(SHAPE), sigma).entropy().mean(dim=(1, 2, 3))
     torch.testing.assert_close(entropy(sigma), expected)
 
 
-def test_guidance_of_one_is_the_conditional_prediction() -> None:
-    """Scale 1 leaves the conditional prediction, scale 0 the unconditional one."""
-    empty, told = torch.randn(2, *SHAPE)
-    torch.testing.assert_close(guide(empty, told, 1.0), told)
-    torch.testing.assert_close(guide(empty, told, 0.0), empty)
+def test_guidance_scale_one_is_conditional_prediction() -> None:
+    """Scale 1 gives the conditional prediction, scale 0 the unconditional one."""
+    unconditional, conditional = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(guide(unconditional, conditional, 1.0), conditional)
+    torch.testing.assert_close(guide(unconditional, conditional, 0.0), unconditional)
 
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 10, 15, 25])
-def test_no_trainable_step_outweighs_the_others(steps: int) -> None:
-    """The same error in eps moves the mean by like numbers of sigmas, whatever the variance head says."""
+def test_trainable_steps_have_similar_sensitivity(steps: int) -> None:
+    """The same error in eps moves the mean by similar numbers of sigmas, for either bound of the variance."""
     _, schedule = schedule_of(steps)
     first, last = trainable_steps(steps)
     moves = schedule.x0_weight * schedule.sqrt_one_minus_abar / schedule.sqrt_abar
@@ -166,12 +166,12 @@ def test_no_trainable_step_outweighs_the_others(steps: int) -> None:
         assert sensitivity.max() / sensitivity.min() < 4
 
 
-def test_trainable_steps_leave_out_the_ends() -> None:
-    """25 steps train 1-20 as measured; shorter chains the same share, never the first or the last two."""
+def test_trainable_steps_exclude_both_ends() -> None:
+    """25 steps train 1-20, shorter chains the same share, never the first or the last two."""
     assert trainable_steps(25) == (1, 20)
     assert trainable_steps(7) == (1, 4)
     for steps in range(4, 60):
         first, last = trainable_steps(steps)
         assert 1 <= first <= last <= steps - 3
-    with pytest.raises(ValueError, match="at least 4"):
+    with pytest.raises(ValueError, match="use at least 4"):
         trainable_steps(3)

@@ -1,4 +1,4 @@
-"""Our stages against diffusers' own pipeline."""
+"""Karlo's stages compared with diffusers' own pipeline."""
 
 import shutil
 from pathlib import Path
@@ -20,12 +20,10 @@ def generators(count: int) -> list[torch.Generator]:
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 8.0])
 @pytest.mark.parametrize("count", [1, 5])
-def test_with_the_adapter_off_images_equal_the_pipeline(
-    karlo: Karlo, count: int, guidance: float, lora: bool
-) -> None:
+def test_images_without_adapter_equal_pipeline(karlo: Karlo, count: int, guidance: float, lora: bool) -> None:
     """The trainer's base policy is the published model: same generators, same images, within 1e-5."""
     prompts = [*PROMPTS, "one more"][:count]
-    pipeline = UnCLIPPipeline(**karlo.parts())
+    pipeline = UnCLIPPipeline(**karlo.components())
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompts,
@@ -41,10 +39,10 @@ def test_with_the_adapter_off_images_equal_the_pipeline(
     sampling = SAMPLING.model_copy(update={"prior_guidance": guidance, "decoder_guidance": guidance})
     policy = make_policy(karlo, sampling, lora=lora)
     streams = generators(count)
-    # In batches of the pipeline's own sizes: others round differently, and strong guidance magnifies that.
-    text, empty = encode_text(karlo, prompts), encode_text(karlo, [""] * count)
-    embeddings = sample_prior(karlo, text, empty, streams, sampling.prior_steps, guidance)
-    condition = decoder_condition(karlo, text, empty, embeddings, guidance > 1)
+    # The same batch sizes as the pipeline: others round differently, and strong guidance amplifies that.
+    text, unconditional = encode_text(karlo, prompts), encode_text(karlo, [""] * count)
+    embeddings = sample_prior(karlo, text, unconditional, streams, sampling.prior_steps, guidance)
+    condition = decoder_condition(karlo, text, unconditional, embeddings, guidance > 1)
     if lora:
         with policy.base():
             small = policy.sample(condition, streams).latents[:, -1].clamp(-1, 1)
@@ -57,8 +55,8 @@ def test_with_the_adapter_off_images_equal_the_pipeline(
     assert difference < 1e-5
 
 
-def test_a_damaged_component_is_one_line(karlo_folder: Path, tmp_path: Path) -> None:
-    """Whichever library reads it, a cut-off file names its component."""
+def test_damaged_component_is_reported_in_one_line(karlo_folder: Path, tmp_path: Path) -> None:
+    """The error names the component of a truncated file, whichever library reads it."""
     for name, file in (("decoder", "diffusion_pytorch_model"), ("text_encoder", "model")):
         folder = tmp_path / name
         shutil.copytree(karlo_folder, folder)
@@ -69,8 +67,8 @@ def test_a_damaged_component_is_one_line(karlo_folder: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_is_one_line(tmp_path) -> None:
-    """A wrong path names itself and the setting to change."""
+def test_missing_folder_is_reported_in_one_line(tmp_path) -> None:
+    """The error names the path and the setting to change."""
     with pytest.raises(ConfigError, match=r"no Karlo model here.*trainer\.karlo") as caught:
         load_karlo(ModelSource(path=tmp_path))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Sampling and replay are one function; the adapter comes, goes and travels without a trace."""
+"""Policy: replay equals sampling; adapters are added, disabled, saved and loaded exactly."""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def sample(policy: DecoderPolicy, condition: Condition) -> Trajectory:
 
 @pytest.mark.parametrize("gradient", ["both", "conditional"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_replay_equals_sampling_and_the_ratio_is_one(karlo: Karlo, guidance: float, gradient: str) -> None:
-    """Before the first update the policy that replays is the policy that sampled: ratio 1 within 1e-5."""
+def test_replay_equals_sampling(karlo: Karlo, guidance: float, gradient: str) -> None:
+    """Before the first update every ratio is 1 within 1e-5, with equal sigma."""
     policy = make_policy(karlo, SAMPLING.model_copy(update={"decoder_guidance": guidance}), lora=True)
     condition = condition_of(karlo, guided=guidance > 1)
     trajectory = sample(policy, condition)
@@ -43,8 +43,8 @@ def test_replay_equals_sampling_and_the_ratio_is_one(karlo: Karlo, guidance: flo
         assert torch.equal(move.sigma, sigma)
 
 
-def test_replay_in_micro_batches_equals_replay_at_once(karlo: Karlo) -> None:
-    """The micro-batch size is a matter of memory only: same means, same summed gradient."""
+def test_replay_in_micro_batches_equals_whole_batch(karlo: Karlo) -> None:
+    """The micro-batch size affects memory only: same means, same summed gradient."""
     policy = make_policy(karlo, lora=True)
     condition = condition_of(karlo)
     trajectory = sample(policy, condition)
@@ -68,7 +68,7 @@ def test_replay_in_micro_batches_equals_replay_at_once(karlo: Karlo) -> None:
         torch.testing.assert_close(part, full, atol=1e-4, rtol=1e-3)
 
 
-def test_conditional_guidance_gradient_leaves_out_the_other_branch(karlo: Karlo) -> None:
+def test_conditional_guidance_gradient_excludes_other_branch(karlo: Karlo) -> None:
     """The option changes the gradient and nothing else."""
     policy = make_policy(karlo, lora=True)
     condition = condition_of(karlo)
@@ -85,8 +85,8 @@ def test_conditional_guidance_gradient_leaves_out_the_other_branch(karlo: Karlo)
     assert any((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in pairs)
 
 
-def test_the_adapter_off_is_the_base_bit_for_bit(karlo: Karlo) -> None:
-    """A comparison with the base is one with the published weights, not with something close to them."""
+def test_disabled_adapter_is_base_bit_for_bit(karlo: Karlo) -> None:
+    """The base policy has exactly the published weights."""
     condition = condition_of(karlo)
     before = sample(make_policy(karlo), condition)
     policy = make_policy(karlo, lora=True)
@@ -99,10 +99,10 @@ def test_the_adapter_off_is_the_base_bit_for_bit(karlo: Karlo) -> None:
 
 
 @pytest.mark.parametrize("targets", [("to_q", "add_k_proj"), ("to_out.0", "conv1", "conv2")])
-def test_a_saved_lora_loads_into_a_fresh_decoder_and_draws_the_same(
+def test_saved_lora_samples_the_same_after_loading(
     karlo: Karlo, karlo_folder: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
-    """What is shipped is what was trained, linear and convolutional targets and alpha included."""
+    """A saved LoRA equals the trained one, with linear and convolutional targets and alpha."""
     policy = make_policy(karlo)
     policy.add_lora(LoraSettings(rank=2, alpha=5, targets=targets), seed=0)
     for weight in policy.lora.values():
@@ -115,8 +115,8 @@ def test_a_saved_lora_loads_into_a_fresh_decoder_and_draws_the_same(
     assert torch.equal(sample(fresh, condition_of(other)).latents, expected)
 
 
-def test_a_lora_that_does_not_fit_or_is_not_there_is_one_line(karlo: Karlo, tmp_path: Path) -> None:
-    """The user learns which folder is wrong."""
+def test_unusable_lora_is_reported_in_one_line(karlo: Karlo, tmp_path: Path) -> None:
+    """A missing or damaged LoRA is a ConfigError of one line."""
     policy = make_policy(karlo)
     with pytest.raises(ConfigError, match="no LoRA here"):
         policy.load_lora(tmp_path)
@@ -126,21 +126,21 @@ def test_a_lora_that_does_not_fit_or_is_not_there_is_one_line(karlo: Karlo, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_weights_without_a_place_in_the_decoder_are_refused(
+def test_lora_with_unmatched_weights_is_refused(
     karlo: Karlo, karlo_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Another model's LoRA is refused, quietly in one line; it never draws as if nothing were loaded."""
+    """Another model's LoRA is a one-line error without library output; it is never ignored silently."""
     make_policy(karlo, lora=True).save_lora(tmp_path)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     weights = load_file(file)
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata()
-    strange = (
+    invalid = (
         ({"x": torch.zeros(1)}, "no LoRA weights"),
         ({name.replace("blocks", "blox"): weight for name, weight in weights.items()}, "no counterpart"),
         ({name: weight.repeat_interleave(2, dim=0) for name, weight in weights.items()}, "size mismatch"),
     )
-    for contents, message in strange:
+    for contents, message in invalid:
         save_file(contents, file, metadata=metadata)
         policy = make_policy(load_karlo(ModelSource(path=karlo_folder)))
         capfd.readouterr()
@@ -150,15 +150,15 @@ def test_weights_without_a_place_in_the_decoder_are_refused(
         assert capfd.readouterr().err == ""
 
 
-def test_unknown_targets_are_one_line(karlo: Karlo) -> None:
-    """A misspelt module name is refused with the setting's name."""
+def test_unknown_targets_are_reported_in_one_line(karlo: Karlo) -> None:
+    """The error for a misspelled module name contains the name of the setting."""
     with pytest.raises(ConfigError, match=r"trainer\.lora\.targets") as caught:
         make_policy(karlo).add_lora(LoraSettings(targets=("to_quarry",)), seed=0)
     assert "\n" not in str(caught.value)
 
 
-def test_the_seed_decides_the_adapter_and_leaves_the_global_stream_alone(karlo_folder: Path) -> None:
-    """Same seed, same start, whatever was drawn before."""
+def test_seed_determines_adapter_without_touching_global_rng(karlo_folder: Path) -> None:
+    """The same seed gives the same adapter, independent of the global random state."""
     starts = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -169,8 +169,8 @@ def test_the_seed_decides_the_adapter_and_leaves_the_global_stream_alone(karlo_f
     assert torch.equal(*starts)
 
 
-def test_the_moving_average_lags_and_gives_back_what_was_there(karlo: Karlo) -> None:
-    """Evaluation sees the average, training goes on from the last update."""
+def test_moving_average_lags_and_restores_policy(karlo: Karlo) -> None:
+    """Evaluation uses the average; training continues from the last update."""
     policy = make_policy(karlo, lora=True)
     average = MovingAverage(policy, 0.9)
     name, weight = next(iter(policy.lora.items()))
@@ -186,16 +186,16 @@ def test_the_moving_average_lags_and_gives_back_what_was_there(karlo: Karlo) -> 
     assert torch.equal(policy.lora[name], last)
 
 
-def test_the_batch_size_changes_no_image(sampler: ImageSampler) -> None:
-    """Every image depends on its own streams alone."""
+def test_batch_size_changes_no_image(sampler: ImageSampler) -> None:
+    """Every image depends only on its own random streams."""
     from trainer.rl.rollout import group_keys
 
     keys = group_keys(PROMPTS, 2, seed=1, fold=0, iteration=0)
-    whole = sampler.draw(keys)
+    whole = sampler.sample(keys)
     for size in (1, 3):
         other = ImageSampler(sampler._karlo, sampler.policy, SAMPLING)
         for start in range(0, len(keys), size):
-            part = other.draw(keys[start : start + size])
+            part = other.sample(keys[start : start + size])
             latents = whole.trajectory.latents[start : start + size]
             torch.testing.assert_close(part.trajectory.latents, latents, atol=1e-4, rtol=1e-4)
             difference = part.images.astype(int) - whole.images[start : start + size].astype(int)

@@ -1,4 +1,4 @@
-"""The trainer's view of the service, over the real client and a fake wire."""
+"""Service scorer with the real client and a fake transport."""
 
 import httpx
 import msgspec
@@ -21,9 +21,9 @@ IMAGES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 
 def service(fingerprint: str = "f", status: int = 200, names: tuple[str, ...] = ("hpsv2", "clip")):
-    """A wire that answers like a service with two evaluators."""
+    """Return a scorer whose transport responds like a service with two evaluators."""
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def respond(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/evaluators":
             described = {
                 name: EvaluatorDescription("f", "c", "cosine", 0.0, 1.0, 1.0, False)
@@ -52,12 +52,12 @@ def service(fingerprint: str = "f", status: int = 200, names: tuple[str, ...] = 
         )
 
     return ServiceScorer(
-        RewardClient("http://judge", transport=httpx.MockTransport(answer), retry_budget_s=0)
+        RewardClient("http://rewards", transport=httpx.MockTransport(respond), retry_budget_s=0)
     )
 
 
-def test_columns_follow_the_evaluators() -> None:
-    """Raw and z of each evaluator stay in its own column, sorted by name."""
+def test_scorer_columns_follow_evaluators() -> None:
+    """Raw and z of each evaluator are in its own column, sorted by name."""
     scorer = service()
     assert scorer.evaluators == ("clip", "hpsv2")
     scores = scorer.score(["a", "b"], IMAGES)
@@ -65,46 +65,51 @@ def test_columns_follow_the_evaluators() -> None:
     assert scores.z.tolist() == [[-4, -5], [-5, -6]]
 
 
-def test_a_changed_judge_is_an_error() -> None:
+def test_scorer_refuses_changed_evaluator() -> None:
     """Scores of two versions of an evaluator are never mixed in a run."""
-    with pytest.raises(ScoringError, match="no longer those the run began with") as caught:
+    with pytest.raises(ScoringError, match="evaluators clip, hpsv2 changed during the run") as caught:
         service(fingerprint="other").score(["a", "b"], IMAGES)
     assert not caught.value.retryable
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(500, True), (422, False)])
-def test_failures_are_errors_that_say_whether_to_ask_again(status: int, retryable: bool) -> None:
-    """A service that stumbles is asked again, one that refuses is not."""
+def test_scoring_error_reports_if_retryable(status: int, retryable: bool) -> None:
+    """A server error may be retried, a refused request may not."""
     with pytest.raises(ScoringError) as caught:
         service(status=status).score(["a", "b"], IMAGES)
     assert caught.value.retryable is retryable
 
 
-def scorer_after(answers: list[httpx.Response | Exception], budget_s: float = 60.0) -> ServiceScorer:
-    """A scorer whose requests for scores are answered so, the last answer for ever; it never sleeps."""
-    described = {"clip": EvaluatorDescription("f", "c", "cosine", 0.0, 1.0, 1.0, False)}
+def scorer_with_responses(
+    responses: list[httpx.Response | Exception], budget_s: float = 60.0
+) -> ServiceScorer:
+    """Return a scorer whose scoring requests get these responses, the last one repeatedly; never sleeps."""
+    descriptions = {"clip": EvaluatorDescription("f", "c", "cosine", 0.0, 1.0, 1.0, False)}
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def respond(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/evaluators":
-            content = msgspec.json.encode(EvaluatorList(described, "cpu", "float32"))
+            content = msgspec.json.encode(EvaluatorList(descriptions, "cpu", "float32"))
             return httpx.Response(200, content=content)
-        asked.append(request)
-        now = answers[min(len(asked), len(answers)) - 1]
-        if isinstance(now, Exception):
-            raise now
-        return now
+        requests.append(request)
+        response = responses[min(len(requests), len(responses)) - 1]
+        if isinstance(response, Exception):
+            raise response
+        return response
 
-    asked: list[httpx.Request] = []
+    requests: list[httpx.Request] = []
     client = RewardClient(
-        "http://judge", transport=httpx.MockTransport(answer), retry_budget_s=budget_s, sleep=lambda _: None
+        "http://rewards",
+        transport=httpx.MockTransport(respond),
+        retry_budget_s=budget_s,
+        sleep=lambda _: None,
     )
     scorer = ServiceScorer(client)
-    scorer.asked = asked  # type: ignore[attr-defined]
+    scorer.requests = requests  # type: ignore[attr-defined]
     return scorer
 
 
 @pytest.mark.parametrize(
-    ("answer", "outage"),
+    ("response", "outage"),
     [
         (httpx.ConnectError("refused"), True),
         (httpx.ReadTimeout("slow"), True),
@@ -113,46 +118,48 @@ def scorer_after(answers: list[httpx.Response | Exception], budget_s: float = 60
         (httpx.Response(401), True),
     ],
 )
-def test_what_the_client_has_waited_for_is_not_waited_for_again(
-    answer: httpx.Response | Exception, outage: bool
+def test_scoring_error_is_not_retryable_after_client_retries(
+    response: httpx.Response | Exception, outage: bool
 ) -> None:
-    """The client's retry budget is all: a repetition by the rollout would multiply it. Who says that nobody
-    answers, or that the key is wrong, says it for the next micro-batch too."""
+    """The client's retry budget is not multiplied by the rollout's own attempts.
+
+    An unreachable service and a refused API key are outages: the next micro-batch would fail too.
+    """
     with pytest.raises(ScoringError) as caught:
-        scorer_after([answer], budget_s=0).score(["a"], IMAGES[:1])
+        scorer_with_responses([response], budget_s=0).score(["a"], IMAGES[:1])
     assert not caught.value.retryable
     assert caught.value.outage is outage
     assert "\n" not in str(caught.value)
 
 
-def test_another_judge_is_an_outage() -> None:
-    """No further image is worth asking for once an evaluator has changed."""
+def test_changed_evaluator_is_an_outage() -> None:
+    """No further image is scored once an evaluator has changed."""
     with pytest.raises(ScoringError) as caught:
         service(fingerprint="other").score(["a", "b"], IMAGES)
     assert caught.value.outage
 
 
-def test_a_service_that_comes_back_within_the_budget_is_not_noticed() -> None:
-    """Killed, loading, there again: the scores arrive, and no group is lost."""
+def test_service_restart_within_retry_budget_loses_nothing() -> None:
+    """A service that is killed, loads and is ready again returns the scores; no group is dropped."""
     result = ItemResult(0, 0.0, {"clip": EvaluatorScore(0.3, 1.0, 0.8)}, False, False)
     response = ScoreResponse("id", [result], {"clip": EvaluatorIdentity("f", "c")}, {})
     scores = httpx.Response(
         200, content=msgspec.msgpack.encode(response), headers={"content-type": "application/msgpack"}
     )
-    scorer = scorer_after(
+    scorer = scorer_with_responses(
         [httpx.ReadError("reset"), httpx.ConnectError("refused"), httpx.Response(503), scores]
     )
     assert scorer.score(["a"], IMAGES[:1]).z.tolist() == [[1.0]]
-    assert len(scorer.asked) == 4  # type: ignore[attr-defined]
+    assert len(scorer.requests) == 4  # type: ignore[attr-defined]
 
 
-def test_a_missing_evaluator_is_an_error() -> None:
-    """No column is ever filled in."""
+def test_missing_evaluator_is_an_error() -> None:
+    """A missing column is never filled in."""
     with pytest.raises(ScoringError, match="hpsv2"):
         service(names=("clip",)).score(["a", "b"], IMAGES)
 
 
-def test_composite_is_a_weighted_mean() -> None:
-    """Weights are relative; an evaluator that is not named weighs 0."""
+def test_composite_is_weighted_mean() -> None:
+    """Weights are relative; an evaluator that is not named has weight 0."""
     z = np.array([[1.0, 5.0, 100.0]])
     assert composite(z, ("a", "b", "c"), {"a": 3.0, "b": 1.0}).tolist() == [2.0]

@@ -1,4 +1,4 @@
-"""One update: the gradient of the whole objective, micro-batches, the learning rate, what is said of it."""
+"""Update of the policy: gradient of the objective, micro-batches, learning rate and metrics."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ from trainer.config import TrainerConfig, UpdateConfig
 from trainer.rl.karlo import Condition, Karlo
 from trainer.rl.policy import DecoderPolicy, MovingAverage
 from trainer.rl.replay import Transitions, replay_loss
-from trainer.rl.train import TrainingState, optimizer_step, scheduled_rate, stratified_steps
+from trainer.rl.train import TrainingState, optimizer_step, scheduled_learning_rate, stratified_steps
 from trainer.runtime.errors import DivergenceError
 
 PAIRS = 6  # transitions of the small problem below
 
 
 class FrozenUnconditional(DecoderPolicy):
-    """Its unconditional branch stays what it was at first: what "detached" means, for finite differences."""
+    """Policy with a frozen unconditional branch: finite differences of a detached branch."""
 
     frozen: Tensor | None = None
 
@@ -36,7 +36,7 @@ class FrozenUnconditional(DecoderPolicy):
 
 
 def problem(karlo: Karlo, kind: type[DecoderPolicy] = DecoderPolicy) -> tuple[DecoderPolicy, Transitions]:
-    """A policy in float64 that has moved since it sampled `PAIRS` transitions; some are beyond the region."""
+    """Return a float64 policy, changed since it sampled `PAIRS` transitions; some leave the trust region."""
     policy = make_policy(karlo, lora=True)
     policy.decoder.double()
     policy.__class__ = kind
@@ -61,15 +61,15 @@ def problem(karlo: Karlo, kind: type[DecoderPolicy] = DecoderPolicy) -> tuple[De
 
 
 def gradient(policy: DecoderPolicy) -> Tensor:
-    """The adapter's gradient as one vector; cleared."""
+    """Return the adapter's gradient as one vector, and clear it."""
     found = torch.cat([weight.grad.flatten() for weight in policy.lora.values()])
     for weight in policy.lora.values():
         weight.grad = None
     return found
 
 
-def moved(policy: DecoderPolicy, direction: Tensor) -> Iterator[float]:
-    """Put the adapter at +h and -h along the direction, and back."""
+def shifted(policy: DecoderPolicy, direction: Tensor) -> Iterator[float]:
+    """Shift the adapter by +h and -h along the direction, then restore it; yields h."""
     start = [weight.detach().clone() for weight in policy.lora.values()]
     parts = direction.split([weight.numel() for weight in start])
     for h in (1e-6, -1e-6):
@@ -83,10 +83,10 @@ def moved(policy: DecoderPolicy, direction: Tensor) -> Iterator[float]:
 @pytest.mark.parametrize("guidance_gradient", ["both", "conditional"])
 @pytest.mark.parametrize("variance", ["frozen", "learned"])
 @pytest.mark.parametrize("trust_region", ["kl", "clip"])
-def test_the_gradient_of_the_whole_objective_agrees_with_finite_differences(
+def test_objective_gradient_agrees_with_finite_differences(
     karlo: Karlo, trainer_config: TrainerConfig, trust_region: str, variance: str, guidance_gradient: str
 ) -> None:
-    """From the decoder by way of guidance and ratio to the KL to the base, the objective is ascended."""
+    """The gradient is right through decoder, guidance, ratio and the KL to the base."""
     config = with_changes(
         trainer_config,
         objective__trust_region=trust_region,
@@ -97,8 +97,8 @@ def test_the_gradient_of_the_whole_objective_agrees_with_finite_differences(
     )
     detached = guidance_gradient == "conditional"
     policy, batch = problem(karlo, FrozenUnconditional if detached else DecoderPolicy)
-    loss, seen = replay_loss(policy, batch, config)
-    assert 0 < seen.silenced.sum() < PAIRS, "both kinds of transition take part"
+    loss, stats = replay_loss(policy, batch, config)
+    assert 0 < stats.masked.sum() < PAIRS, "both masked and unmasked transitions occur"
     loss.backward()
     analytic = gradient(policy)
     generator = torch.Generator().manual_seed(0)
@@ -106,15 +106,13 @@ def test_the_gradient_of_the_whole_objective_agrees_with_finite_differences(
     single[analytic.abs().argmax()] = 1.0
     every = torch.randn(analytic.shape, generator=generator, dtype=torch.float64)
     for direction in (single, every, analytic / analytic.norm()):
-        ends = {h: replay_loss(policy, batch, config)[0].item() for h in moved(policy, direction)}
+        ends = {h: replay_loss(policy, batch, config)[0].item() for h in shifted(policy, direction)}
         numeric = (ends[1e-6] - ends[-1e-6]) / 2e-6
         assert numeric == pytest.approx(float(analytic @ direction), rel=1e-6)
 
 
-def test_only_the_learned_variance_and_both_branches_carry_gradient_where_asked(
-    karlo: Karlo, trainer_config: TrainerConfig
-) -> None:
-    """Each option changes the gradient: none of them is without effect."""
+def test_variance_and_guidance_options_change_gradient(karlo: Karlo, trainer_config: TrainerConfig) -> None:
+    """Every combination of the options gives a different gradient."""
     policy, batch = problem(karlo)
     found = []
     for variance, branches in itertools.product(("frozen", "learned"), ("both", "conditional")):
@@ -129,10 +127,10 @@ def test_only_the_learned_variance_and_both_branches_carry_gradient_where_asked(
 
 @pytest.mark.parametrize("variance", ["frozen", "learned"])
 @pytest.mark.parametrize("guidance_gradient", ["both", "conditional"])
-def test_micro_batches_add_up_to_the_gradient_of_the_whole(
+def test_micro_batch_gradients_sum_to_whole_gradient(
     karlo: Karlo, trainer_config: TrainerConfig, variance: str, guidance_gradient: str
 ) -> None:
-    """In float64 the micro-batch leaves no trace but rounding, uneven ones included."""
+    """In float64 micro-batches of any size change the gradient by rounding only."""
     config = with_changes(
         trainer_config,
         objective__variance=variance,
@@ -149,35 +147,33 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole(
 
 
 @pytest.mark.parametrize("variance", ["frozen", "learned"])
-def test_the_ratio_is_exactly_one_where_nothing_has_moved(
+def test_ratio_of_unchanged_policy_is_exactly_one(
     karlo: Karlo, trainer_config: TrainerConfig, variance: str
 ) -> None:
-    """Equal Gaussians have log ratio 0 and KL 0, without rounding."""
+    """Equal Gaussians have log ratio 0 and KL 0, without rounding errors."""
     policy, batch = problem(karlo)
     with torch.no_grad():
         now = policy.replay(batch.x_t, batch.step, batch.condition)
     batch = batch._replace(mean_old=now.mean, sigma_old=now.sigma)
-    _, seen = replay_loss(policy, batch, with_changes(trainer_config, objective__variance=variance))
-    assert (seen.ratio == 1).all()
-    assert (seen.kl == 0).all()
-    assert (seen.log_sigma_drift == 0).all()
+    _, stats = replay_loss(policy, batch, with_changes(trainer_config, objective__variance=variance))
+    assert (stats.ratio == 1).all()
+    assert (stats.kl == 0).all()
+    assert (stats.log_sigma_drift == 0).all()
 
 
-def test_the_network_s_sigma_is_watched_in_both_variance_modes(
-    karlo: Karlo, trainer_config: TrainerConfig
-) -> None:
-    """Frozen or learned, what the adapter does to sigma is seen, against the sampling policy and the base."""
+def test_sigma_drift_is_reported_in_both_variance_modes(karlo: Karlo, trainer_config: TrainerConfig) -> None:
+    """The drift of the network's sigma is reported against the sampling policy and the base."""
     policy, batch = problem(karlo)
     drifts = []
     for variance in ("frozen", "learned"):
         config = with_changes(trainer_config, objective__variance=variance, objective__kl_to_base=1e-9)
-        _, seen = replay_loss(policy, batch, config)
-        drifts.append(seen.log_sigma_drift)
+        _, stats = replay_loss(policy, batch, config)
+        drifts.append(stats.log_sigma_drift)
         with policy.base(), torch.no_grad():
             base = policy.replay(batch.x_t, batch.step, batch.condition)
         now = policy.replay(batch.x_t, batch.step, batch.condition)
         expected = (now.sigma / base.sigma).log().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(seen.log_sigma_drift_base, expected)
+        torch.testing.assert_close(stats.log_sigma_drift_base, expected)
     assert torch.equal(*drifts)
     assert (drifts[0] != 0).all()
 
@@ -186,42 +182,42 @@ def test_the_network_s_sigma_is_watched_in_both_variance_modes(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_learning_rate_falls_from_the_full_rate_towards_the_floor(schedule: str) -> None:
-    """It starts at the full rate, falls all the way, and neither reaches nor passes the floor."""
+def test_learning_rate_decays_towards_floor(schedule: str) -> None:
+    """It starts at the full rate and decreases strictly, without reaching the floor."""
     update = UpdateConfig(learning_rate=2e-3, schedule=schedule, learning_rate_floor=0.1)
-    rates = [scheduled_rate(update, iteration, 40) for iteration in range(40)]
+    rates = [scheduled_learning_rate(update, iteration, 40) for iteration in range(40)]
     assert rates[0] == 2e-3
     assert all(a > b for a, b in itertools.pairwise(rates))
     assert 2e-4 < rates[-1] < 3.5e-4
     assert rates[20] == pytest.approx(1.1e-3)
-    assert scheduled_rate(update, 1000, 40) == pytest.approx(2e-4)
+    assert scheduled_learning_rate(update, 1000, 40) == pytest.approx(2e-4)
 
 
-def test_a_constant_rate_is_constant() -> None:
-    """The default does not depend on the number of iterations."""
+def test_constant_learning_rate_is_constant() -> None:
+    """The default schedule does not depend on the iteration."""
     update = UpdateConfig(learning_rate=2e-3)
-    assert {scheduled_rate(update, iteration, 7) for iteration in range(7)} == {2e-3}
+    assert {scheduled_learning_rate(update, iteration, 7) for iteration in range(7)} == {2e-3}
 
 
-def test_the_optimizer_takes_the_scheduled_rate(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
-    """What is logged is what was applied: with AdamW's decay alone the weights shrink by just that."""
+def test_optimizer_uses_scheduled_learning_rate(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
+    """The logged rate is the one applied: AdamW's weight decay alone shrinks the weights by it."""
     config = with_changes(trainer_config, iterations=3, update__schedule="linear", update__weight_decay=0.5)
     _, records = trained(karlo_folder, config)
     assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
 
-    class Indifferent(FakeScorer):
+    class ConstantScorer(FakeScorer):
         def score(self, prompts, images):
             scores = super().score(prompts, images)
             return type(scores)(0 * scores.raw, 0 * scores.z)
 
-    start, _ = trained(karlo_folder, with_changes(config, iterations=1), Indifferent())
+    start, _ = trained(karlo_folder, with_changes(config, iterations=1), ConstantScorer())
     decayed, _ = trained(karlo_folder, with_changes(config, iterations=1, update__learning_rate=1e-9))
     for a, b in zip(start.policy.lora.values(), decayed.policy.lora.values(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(karlo: Karlo) -> None:
-    """The adapter stays what it was, and the message says what to change."""
+def test_non_finite_gradient_stops_before_the_step(karlo: Karlo) -> None:
+    """The adapter does not change, and the message names the settings to lower."""
     policy, _ = problem(karlo)
     before = {name: weight.detach().clone() for name, weight in policy.lora.items()}
     config = UpdateConfig()
@@ -233,11 +229,11 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(karlo: Karlo)
     assert all(torch.equal(before[name], weight) for name, weight in policy.lora.items())
 
 
-# ---------------------------------------------------------------------------------------- the record
+# ------------------------------------------------------------------------------------------- metrics
 
 
-def test_an_iteration_says_what_a_practitioner_asks(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
-    """Every diagnostic is there, finite and within what its definition allows."""
+def test_iteration_reports_all_diagnostics(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
+    """Every diagnostic is present, finite and within the bounds of its definition."""
     config = with_changes(
         trainer_config,
         iterations=2,
@@ -259,25 +255,25 @@ def test_an_iteration_says_what_a_practitioner_asks(karlo_folder: Any, trainer_c
     assert list(first["clamp_fraction_by_step"]) == ["1", "2", "3", "4"]
     assert all(0 <= share <= 1 for share in first["clamp_fraction_by_step"].values())
     assert list(first["approx_kl_by_step"]) == ["1", "2", "3", "4"]
-    # an untrained adapter is the base; most transitions are replayed after an update or more
+    # a new adapter is the base policy; most transitions are replayed after at least one update
     assert 0 < first["kl_to_base"] < second["kl_to_base"]
     assert abs(second["log_sigma_drift_base"]) > 0
     assert 0 < first["lora_norm"] < second["lora_norm"]
-    # x_p was drawn from the Gaussian whose entropy it is; they differ by chance and a few updates
+    # x_p is a sample of the Gaussian with that entropy; they differ by chance and a few updates
     assert first["mean_log_prob"] == pytest.approx(-first["entropy"], abs=0.05)
     numbers = [value for record in (first, second) for value in record.values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers)
 
 
-def test_nothing_is_said_that_was_not_computed(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
-    """Without a penalty the base is not run, so there is no KL to it: absent, not 0."""
+def test_kl_to_base_is_absent_without_penalty(karlo_folder: Any, trainer_config: TrainerConfig) -> None:
+    """Without a penalty the KL to the base is not computed, so its keys are absent, not 0."""
     _, (record,) = trained(karlo_folder, with_changes(trainer_config, iterations=1))
     assert "kl_to_base" not in record
     assert "log_sigma_drift_base" not in record
 
 
-def test_the_adapter_s_norm_is_that_of_the_change_of_the_weights(karlo: Karlo) -> None:
-    """The norm through two small matrices equals that of the merged difference, convolutions included."""
+def test_lora_norm_is_norm_of_weight_change(karlo: Karlo) -> None:
+    """The norm from the factors equals that of the merged difference, with convolutions."""
     from trainer.config import LoraSettings
 
     policy = make_policy(karlo)
@@ -295,8 +291,8 @@ def test_the_adapter_s_norm_is_that_of_the_change_of_the_weights(karlo: Karlo) -
     assert found == pytest.approx(float(change.norm()), rel=1e-3)
 
 
-def test_every_denoising_step_is_trained_equally_often(trainer_config: TrainerConfig) -> None:
-    """Also where the number of strata does not divide the range, and never twice for one image."""
+def test_stratified_steps_are_uniform(trainer_config: TrainerConfig) -> None:
+    """Every step is equally likely, even if K does not divide the range, and distinct within an image."""
     config = with_changes(trainer_config, update__train_steps=(1, 4), update__steps_per_image=3)
     steps = stratified_steps(4000, config, torch.Generator().manual_seed(0))
     assert all(len(set(row)) == 3 for row in steps.tolist())

@@ -1,4 +1,4 @@
-"""Jobs of real processes, as `accelerate launch` starts them: one end, one voice, nothing left behind."""
+"""Jobs of real processes started by `accelerate launch`: same result, clean end, no process left."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.trainer.alike import TOLERANCE, WAIT_S, assert_equal_records, changed
+from tests.support.trainer.job_comparison import TOLERANCE, WAIT_S, assert_equal_records, with_sections
 from trainer.config import LORA_FILE, TrainerConfig
 
 REPOSITORY = Path(__file__).parents[3]
@@ -26,8 +26,8 @@ LAUNCH += ["--main_process_port", "0", "-m", "tests.support.trainer.job"]
 
 @pytest.fixture
 def config_file(trainer_config: TrainerConfig, tmp_path: Path) -> Path:
-    """A configuration of the tiny world with four prompts an iteration."""
-    config = changed(trainer_config, rollout={"prompts_per_iteration": 4})
+    """Configuration of the tiny Karlo with four prompts per iteration."""
+    config = with_sections(trainer_config, rollout={"prompts_per_iteration": 4})
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump({"trainer": config.model_dump(mode="json")}))
     return file
@@ -35,7 +35,7 @@ def config_file(trainer_config: TrainerConfig, tmp_path: Path) -> Path:
 
 @contextmanager
 def job(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A running job; whatever is left of it in the end is killed."""
+    """Start a job; kill the processes that are left at the end."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -48,10 +48,10 @@ def job(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def workers(launcher: "subprocess.Popen[bytes]") -> dict[int, int]:
-    """The process numbers of the launcher's processes, by rank."""
+    """Return the process IDs of the launcher's processes by rank."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # those that have ended meanwhile
+        with suppress(OSError):  # processes that have ended meanwhile
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             environment = stat.with_name("environ").read_bytes().split(b"\0")
             ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
@@ -61,7 +61,7 @@ def workers(launcher: "subprocess.Popen[bytes]") -> dict[int, int]:
 
 
 def checkpoints(run: Path) -> list[int]:
-    """How many iterations each of a run's checkpoints has behind it."""
+    """Return the number of completed iterations of each of a run's checkpoints."""
     return [int(path.name.rpartition("-")[2]) for path in run.glob("checkpoints/iteration-*")]
 
 
@@ -73,8 +73,8 @@ def wait_for(condition: Callable[[], object], log: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_launched_job_ends_where_one_process_does(config_file: Path, tmp_path: Path) -> None:
-    """Two real processes: the same LoRA and metrics as one, one run folder, one voice."""
+def test_launched_job_equals_single_process(config_file: Path, tmp_path: Path) -> None:
+    """Two real processes write the same LoRA and metrics as one, into one run folder."""
     options = ["train", "--config", str(config_file), "--run"]
     alone = [sys.executable, "-m", "tests.support.trainer.job", *options, str(tmp_path / "alone")]
     subprocess.run(alone, cwd=REPOSITORY, check=True, capture_output=True)
@@ -96,8 +96,8 @@ def test_a_launched_job_ends_where_one_process_does(config_file: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_takes_the_job_down(victim: int, config_file: Path, tmp_path: Path) -> None:
-    """The launcher ends within seconds and says why, and no process is left behind."""
+def test_killed_process_ends_job(victim: int, config_file: Path, tmp_path: Path) -> None:
+    """The launcher ends without waiting for a timeout and reports the cause; no process is left."""
     log, run = tmp_path / "log", tmp_path / "run"
     command = [*LAUNCH, "train", "--config", str(config_file), "--run", str(run), "iterations=10000"]
     with job(command, log) as launched:
@@ -105,20 +105,16 @@ def test_a_process_that_is_killed_takes_the_job_down(victim: int, config_file: P
         processes = workers(launched)
         assert sorted(processes) == [0, 1], log.read_text()
         os.kill(processes[victim], signal.SIGKILL)
-        start = time.monotonic()
-        assert launched.wait(WAIT_S) != 0
-        assert time.monotonic() - start < 20
+        assert launched.wait(WAIT_S) != 0  # long before trainer.processes.timeout_s, half an hour
         assert not [pid for pid in processes.values() if Path(f"/proc/{pid}").exists()]
-    said = log.read_text()
-    assert "Signal 9 (SIGKILL)" in said
-    assert f"process {1 - victim} of 2 lost the others" in said or "SIGTERM" in said
+    output = log.read_text()
+    assert "Signal 9 (SIGKILL)" in output
+    assert f"process {1 - victim} of 2 lost the connection to the others" in output or "SIGTERM" in output
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_told_to_stop_leaves_a_run_to_go_on_with(
-    config_file: Path, tmp_path: Path
-) -> None:
-    """SIGTERM reaches all processes; what was completed is kept, and a job of two goes on with it."""
+def test_terminated_job_can_be_resumed(config_file: Path, tmp_path: Path) -> None:
+    """SIGTERM stops all processes; completed iterations are kept, and a job of two resumes them."""
     log, run = tmp_path / "log", tmp_path / "run"
     command = [*LAUNCH, "train", "--config", str(config_file), "--run", str(run)]
     with job([*command, "iterations=10000"], log) as launched:
@@ -138,8 +134,8 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_run_to_go_on_with(
 
 
 @pytest.mark.slow
-def test_a_wrong_command_is_said_once_by_a_launched_job(config_file: Path, tmp_path: Path) -> None:
-    """What is wrong with the configuration is one line of ours, however many processes read it."""
+def test_configuration_error_is_reported_once(config_file: Path, tmp_path: Path) -> None:
+    """An invalid configuration is reported in one line, however many processes read it."""
     log = tmp_path / "log"
     command = [*LAUNCH, "train", "--config", str(config_file), "rollout.prompts_per_iteration=1"]
     with job(command, log) as launched:

@@ -1,4 +1,4 @@
-"""A tiny Karlo that can paint, and settings with which it learns redness in ten iterations."""
+"""Tiny Karlo fitted to images of one colour, and settings with which it learns redness in ten iterations."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tests.trainer.conftest import TOKENS, WIDTH, build_karlo
 from trainer.config import ModelSource
 from trainer.rl.karlo import load_karlo
 
-PLANTED = {
+LEARNABLE = {
     "iterations": 10,
     "lora__targets": ("to_out.0", "conv1", "conv2", "conv_out"),
     "sampling__micro_batch": 48,
@@ -26,32 +26,32 @@ PLANTED = {
 
 
 def coloured(count: int, size_px: int, generator: torch.Generator) -> torch.Tensor:
-    """Random images, one colour each."""
+    """Return random images of one colour each."""
     colour = torch.rand(count, 3, 1, 1, generator=generator) * 1.6 - 0.8
     return colour.expand(-1, -1, size_px, size_px)
 
 
-def build_painter(folder: Path) -> None:
-    """A tiny Karlo that can paint: a decoder fitted for seconds to one-coloured 4x4 images, 8x8 in the end.
+def build_fitted_karlo(folder: Path) -> None:
+    """Write a tiny Karlo, fitted within seconds to 4x4 images of one colour, which it upscales to 8x8.
 
-    A random decoder paints noise that saturates everywhere; there is nothing to improve in it.
+    A random decoder generates noise that saturates everywhere, which training cannot improve.
     """
     build_karlo(folder, size_px=4)
     UnCLIPScheduler(prediction_type="sample").save_pretrained(folder / "super_res_scheduler")
     karlo = load_karlo(ModelSource(path=folder))
-    for network, fit in ((karlo.decoder, _denoise), (karlo.super_res_last, _enlarge)):
+    for network, loss in ((karlo.decoder, _denoising_loss), (karlo.super_res_last, _upscaling_loss)):
         network.requires_grad_(True)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         generator = torch.Generator().manual_seed(0)
         for _ in range(150):
             optimizer.zero_grad()
-            fit(network, generator).backward()
+            loss(network, generator).backward()
             optimizer.step()
     karlo.decoder.save_pretrained(folder / "decoder")
     karlo.super_res_last.save_pretrained(folder / "super_res_last")
 
 
-def _denoise(decoder: Any, generator: torch.Generator) -> torch.Tensor:
+def _denoising_loss(decoder: Any, generator: torch.Generator) -> torch.Tensor:
     x0 = coloured(32, 4, generator)
     timesteps = torch.randint(0, 1000, (32,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -65,7 +65,7 @@ def _denoise(decoder: Any, generator: torch.Generator) -> torch.Tensor:
     return F.mse_loss(output[:, :3], noise) + 0.01 * output[:, 3:].square().mean()
 
 
-def _enlarge(network: Any, generator: torch.Generator) -> torch.Tensor:
+def _upscaling_loss(network: Any, generator: torch.Generator) -> torch.Tensor:
     upscaled = coloured(8, 8, generator)
     noise = torch.randn(upscaled.shape, generator=generator)
     return F.mse_loss(network(sample=torch.cat([noise, upscaled], dim=1), timestep=0).sample, upscaled)
