@@ -1,4 +1,4 @@
-"""How good the committed miniature is, measured on held-out scenes through the product's own code.
+"""Quality of the committed miniature, measured on held-out scenes through the product's own code.
 
 The evaluators are loaded by the service's engine and the generator by the trainer's sampler: what is measured
 here is what a user gets.
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from miniature import evaluators, world
 from miniature.probe import QUALITY, Reading, load_probe
 from miniature.world import Part, Scenes
-from reward_service.calibrate.statistics import correlation, spread
+from reward_service.calibrate.statistics import correlation, score_statistics
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
@@ -157,7 +157,7 @@ def generate(
     """`each` images of every prompt by the base policy, (P * each, H, W, 3), and the prompt of each."""
     keys = [ImageKey(0, 0, -2, prompt, image) for prompt in prompts for image in range(each)]
     starts = tqdm(range(0, len(keys), 64), desc="generating")
-    drawn = [sampler.draw(keys[start : start + 64]).images for start in starts]
+    drawn = [sampler.sample(keys[start : start + 64]).images for start in starts]
     return np.concatenate(drawn), [key.prompt for key in keys]
 
 
@@ -178,7 +178,7 @@ def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[
     images, requested = generate(load_sampler(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
     raw = score(build_engine(service), requested, images, "calibrating")
     group = np.repeat(np.arange(len(prompts)), CALIBRATION_IMAGES_PER_PROMPT)
-    found = spread(np.column_stack(list(raw.values())), group)
+    found = score_statistics(np.column_stack(list(raw.values())), group)
     return {
         name: {"mean": float(mean), "std": float(total), "std_within_prompt": float(within)}
         for name, mean, total, within in zip(raw, found.mean, found.total, found.within, strict=True)

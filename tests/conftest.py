@@ -1,4 +1,4 @@
-"""What every test runs under: one thread a process, no hub, and a stated reason for each test left out."""
+"""Environment of every test: one thread a process, no hub, and a stated reason for each skipped test."""
 
 import os
 import shutil
