@@ -1,4 +1,4 @@
-"""What a user lists for a recalibration: images with their prompts, and people's choices. CSV or JSONL."""
+"""Input files of a calibration: images with their prompts, and human preferences. CSV or JSONL."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from reward_service.settings import ConfigError, one_line
 
-Format = Literal["csv", "jsonl"]
+FileFormat = Literal["csv", "jsonl"]
+#: Prompt and image path: the pair that one score belongs to.
+PairKey: TypeAlias = tuple[str, str]
 Row = TypeVar("Row")
 
-MAX_PROMPT = 10_000
-_SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-_MAX_WEIGHT = 1e6  # beyond it sums would lose the other choices, or overflow
-_SHOWN, _SHOWN_NAME = 3, 200
-_SURPLUS = "\0"  # no column of a file; the empty name is one: pandas gives it to its index
+_MAX_PROMPT_CHARS = 10_000
+_MAX_WEIGHT = 1e6  # larger sums would lose the other preferences, or overflow
+_SUFFIXES: dict[str, FileFormat] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_SHOWN_IMAGES, _SHOWN_CHARS = 3, 200
+_SURPLUS = "\0"  # never a column of a file, unlike the empty name, which pandas gives to its index
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """One image, its path as the file names it, and the prompt it was made for; `group` is the prompt's
-    id, by default its text."""
+class ListedImage:
+    """One image and the prompt that it was generated from.
+
+    Attributes:
+        image: path as written in the file
+        prompt: text of the prompt
+        group: ID of the prompt; by default its text
+        line: line number in the file
+    """
 
     image: str
     prompt: str
@@ -33,109 +41,116 @@ class Listed:
     line: int
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What one score belongs to."""
+    def key(self) -> PairKey:
+        """Key of the image's score."""
         return self.prompt, self.image
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A person preferred one image to another; `weight` counts the choice several times."""
+class PreferencePair:
+    """Human preference of one image over another; `weight` is its number of repetitions."""
 
-    preferred: Listed
-    rejected: Listed
+    preferred: ListedImage
+    rejected: ListedImage
     weight: float
 
 
-def read_images(path: Path, form: Format | None = None) -> list[Listed]:
-    """Read columns `image`, `prompt` and, if there is one, `prompt_id`.
+def read_images(path: Path, file_format: FileFormat | None = None) -> list[ListedImage]:
+    """Read the columns `image`, `prompt` and, if present, `prompt_id`.
 
     Raises:
-        ConfigError: the file, and the line at fault if one is
+        ConfigError: names the file, and the line if one is invalid
     """
-    found = _rows(path, form, ("image", "prompt"), _listed)
-    first: dict[tuple[str, str], int] = {}
-    for row in found:
-        if (earlier := first.setdefault(row.key, row.line)) != row.line:
+    rows = _read_rows(path, file_format, ("image", "prompt"), _parse_image)
+    lines: dict[PairKey, int] = {}
+    for row in rows:
+        if (earlier := lines.setdefault(row.key, row.line)) != row.line:
             raise ConfigError(f"{path}: line {row.line} repeats line {earlier} ({row.image}); remove one")
-    return found
+    return rows
 
 
-def read_choices(path: Path, form: Format | None = None) -> list[Choice]:
-    """Read columns `prompt`, `preferred`, `rejected` and, if there are any, `weight`, `prompt_id`.
+def read_preferences(path: Path, file_format: FileFormat | None = None) -> list[PreferencePair]:
+    """Read the columns `prompt`, `preferred`, `rejected` and, if present, `weight`, `prompt_id`.
 
     Raises:
-        ConfigError: the file, and the line at fault if one is
+        ConfigError: names the file, and the line if one is invalid
     """
-    return _rows(path, form, ("prompt", "preferred", "rejected"), _choice)
+    return _read_rows(path, file_format, ("prompt", "preferred", "rejected"), _parse_preference)
 
 
-def check_files(folder: Path, listed: Sequence[Listed], source: Path) -> None:
-    """Every image is a file, asked of all before any is scored.
+def check_images_exist(folder: Path, images: Sequence[ListedImage], source: Path) -> None:
+    """Raise an error if any listed image is not a file; called before the first one is scored.
+
+    Args:
+        folder: the folder that the paths are relative to
+        images: the listed images
+        source: the file that lists them, for the message
 
     Raises:
-        ConfigError: how many are missing, and the first of them
+        ConfigError: the number of missing images, and the first of them
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the images' folder with --images")
-    missing = [row for row in listed if not _is_file(folder / row.image)]
+    missing = [row for row in images if not _is_file(folder / row.image)]
     if missing:
-        shown = ", ".join(f"{row.image[:_SHOWN_NAME]} (line {row.line})" for row in missing[:_SHOWN])
-        more = " ..." if len(missing) > _SHOWN else ""
-        count = f"{len(missing)} of {len(listed)} images are"
+        shown = ", ".join(f"{row.image[:_SHOWN_CHARS]} (line {row.line})" for row in missing[:_SHOWN_IMAGES])
+        more = " ..." if len(missing) > _SHOWN_IMAGES else ""
+        count = f"{len(missing)} of {len(images)} images are"
         raise ConfigError(f"{source}: {count} not in {folder}: {shown}{more}; correct the paths or --images")
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is one; a name that no file system takes is none."""
     try:
         return path.is_file()
-    except OSError:  # too long
+    except OSError:  # the name is too long for the file system
         return False
 
 
-def _rows(
-    path: Path, form: Format | None, columns: Sequence[str], parse: Callable[[Mapping[str, Any], int], Row]
+def _read_rows(
+    path: Path,
+    file_format: FileFormat | None,
+    columns: Sequence[str],
+    parse: Callable[[Mapping[str, Any], int], Row],
 ) -> list[Row]:
-    form = form or _SUFFIXES.get(path.suffix.lower())
-    if form is None:
-        raise ConfigError(f"{path}: neither .csv nor .jsonl; say which with --format")
-    found = []
+    file_format = file_format or _SUFFIXES.get(path.suffix.lower())
+    if file_format is None:
+        raise ConfigError(f"{path}: neither .csv nor .jsonl; give the format with --format")
+    rows = []
     try:
-        for line, values in _csv(path, columns) if form == "csv" else _jsonl(path):
+        for line, values in _read_csv(path, columns) if file_format == "csv" else _read_jsonl(path):
             try:
-                found.append(parse(values, line))
+                rows.append(parse(values, line))
             except ValueError as error:
                 raise ConfigError(f"{path}: line {line}: {error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    if not found:
-        raise ConfigError(f"{path}: holds no rows; list images in columns {', '.join(columns)}")
-    return found
+    if not rows:
+        raise ConfigError(f"{path}: no rows; list images in columns {', '.join(columns)}")
+    return rows
 
 
-def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey=_SURPLUS, strict=True)
         try:
             names = reader.fieldnames or ()
-            lacking = [name for name in columns if name not in names]
-            if lacking:
+            missing = [name for name in columns if name not in names]
+            if missing:
                 found = ", ".join(names) or "nothing"
-                raise ConfigError(f"{path}: no column {' and '.join(lacking)} in the first line ({found})")
+                raise ConfigError(f"{path}: no column {' and '.join(missing)} in the first line ({found})")
             for values in reader:
                 if _SURPLUS in values or None in values.values():
-                    message = f"expected {len(names)} fields; quote a prompt that holds commas"
+                    message = f"expected {len(names)} fields; quote a prompt that contains commas"
                     raise ConfigError(f"{path}: line {reader.line_num}: {message}")
                 yield reader.line_num, values
         except csv.Error as error:
             raise ConfigError(f"{path}: line {reader.line_num}: not CSV ({one_line(error)})") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
@@ -149,27 +164,27 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield line, values
 
 
-def _listed(values: Mapping[str, Any], line: int, column: str = "image") -> Listed:
+def _parse_image(values: Mapping[str, Any], line: int, column: str = "image") -> ListedImage:
     prompt = _text(values, "prompt")
-    if len(prompt) > MAX_PROMPT:
-        raise ValueError(f"prompt has {len(prompt)} characters; at most {MAX_PROMPT} are read")
+    if len(prompt) > _MAX_PROMPT_CHARS:
+        raise ValueError(f"prompt has {len(prompt)} characters, expected at most {_MAX_PROMPT_CHARS}")
     group = values.get("prompt_id")
-    return Listed(_text(values, column), prompt, prompt if group in (None, "") else str(group), line)
+    return ListedImage(_text(values, column), prompt, prompt if group in (None, "") else str(group), line)
 
 
-def _choice(values: Mapping[str, Any], line: int) -> Choice:
-    preferred, rejected = (_listed(values, line, column) for column in ("preferred", "rejected"))
+def _parse_preference(values: Mapping[str, Any], line: int) -> PreferencePair:
+    preferred, rejected = (_parse_image(values, line, column) for column in ("preferred", "rejected"))
     if preferred.image == rejected.image:
-        raise ValueError(f"preferred and rejected are both {preferred.image}; a choice is between two")
-    given = values.get("weight")
+        raise ValueError(f"preferred and rejected are both {preferred.image}; expected two images")
+    text = values.get("weight")
     try:
-        weight = 1.0 if given in (None, "") else float(given)
+        weight = 1.0 if text in (None, "") else float(text)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 1 / _MAX_WEIGHT <= weight <= _MAX_WEIGHT:
-        limit = f"it must be a number above 0, from {1 / _MAX_WEIGHT:g} to {_MAX_WEIGHT:g}"
-        raise ValueError(f"weight is {one_line(given)!r}; {limit}")
-    return Choice(preferred, rejected, weight)
+        expected = f"expected a number above 0, from {1 / _MAX_WEIGHT:g} to {_MAX_WEIGHT:g}"
+        raise ValueError(f"weight is {one_line(text)!r}; {expected}")
+    return PreferencePair(preferred, rejected, weight)
 
 
 def _text(values: Mapping[str, Any], column: str) -> str:
@@ -177,7 +192,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
         raise ValueError(f"no {column}; every line needs one")
     value = values[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{column} is {'empty' if value in ('', None) else 'no text'}; give it words")
+        raise ValueError(f"{column} is {'empty' if value in ('', None) else 'not text'}; give it words")
     if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{column} holds half of a character (a lone surrogate); write it whole")
+        raise ValueError(f"{column} contains a lone surrogate, half of a character; correct it")
     return value

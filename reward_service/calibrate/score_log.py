@@ -1,19 +1,20 @@
-"""Raw scores on disk, appended as they come: what a killed run goes on from, and what machines share.
+"""Score files: append-only logs of raw scores, to continue an interrupted calibration and to merge shards.
 
-A file of JSON lines. The first names the format and each evaluator's fingerprint; every other is one scored
-image::
+The format is JSON lines. The first line has the format's version and each evaluator's fingerprint; every
+other line is one scored image:
 
-    {"scores": 1, "evaluators": {"clip": "c0ffee…"}}
-    {"image": "a.png", "prompt": "…", "raw": {"clip": 0.27}, "truncated": false, "stamp": [1234, 1700…]}
+```text
+{"scores": 1, "evaluators": {"clip": "c0ffee…"}}
+{"image": "a.png", "prompt": "…", "raw": {"clip": 0.27}, "truncated": false, "stamp": [1234, 1700…]}
+```
 
-`prompt_id` is there if it is not the prompt, `pairs_only` if the image serves preference pairs alone.
-`stamp` is the image's size in bytes and its time of change in ns: a changed image is scored anew, and
-the later of two lines counts. A last line without its end is what a kill left, and is dropped.
+`prompt_id` is present if it differs from the prompt, `pairs_only` if the image is listed in preference pairs
+only. `stamp` is the image's size in bytes and its modification time in ns: a changed image is scored again,
+and the later of two lines counts. A last line without its line end was left by a killed run and is ignored.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -23,177 +24,198 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import lock_descriptor
+
+from reward_service.calibrate.inputs import PairKey
 from reward_service.settings import ConfigError
 
-Key = tuple[str, str]
-Stamp = tuple[int, int]
+FileStamp = tuple[int, int]
 _VERSION = 1
-# Of the score or 1: what other batches on another processor may change, in bfloat16 too.
-_SAME = 5e-3
+_MAX_HEADER_BYTES = 4096
+# Relative to the score or 1: what other batches on another processor may change, also in bfloat16.
+_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Raw scores of one image by its prompt, in the order of the book's evaluators."""
+class ScoredImage:
+    """Raw scores of one image for its prompt, in the order of `ScoreSet.fingerprints`."""
 
     image: str
     prompt: str
     group: str
     raw: tuple[float, ...]
     truncated: bool
-    stamp: Stamp
+    stamp: FileStamp
     pairs_only: bool
 
     @property
-    def key(self) -> Key:
-        """What the scores belong to."""
+    def key(self) -> PairKey:
+        """Key of the image's score."""
         return self.prompt, self.image
 
 
 @dataclass(frozen=True)
-class Book:
+class ScoreSet:
     """Scored images, and the fingerprint of each evaluator that scored them."""
 
     fingerprints: dict[str, str]
-    rows: dict[Key, Scored]
+    rows: dict[PairKey, ScoredImage]
 
 
-def stamp(path: Path) -> Stamp:
-    """What tells a changed file: size in bytes, time of change in ns."""
+def file_stamp(path: Path) -> FileStamp:
+    """Return size in bytes and modification time in ns, which change with the file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def read_book(path: Path) -> Book:
-    """Read a file of scores; a last line without its end is left out.
+def read_score_file(path: Path) -> ScoreSet:
+    """Read a score file; an incomplete last line is ignored.
 
     Raises:
-        ConfigError: not such a file, or broken in the middle
+        ConfigError: not a score file, or an invalid line in the middle
     """
     try:
         with path.open("rb") as file:
-            return _parsed(path, file)[0]
+            return _parse(path, file)[0]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
-def merge(paths: Sequence[Path]) -> Book:
-    """Several files as one; an image in two of them counts once.
+def merge_score_files(paths: Sequence[Path]) -> ScoreSet:
+    """Read several score files as one; an image in two of them counts once.
 
     Raises:
-        ConfigError: they come from different evaluators, or disagree about an image
+        ConfigError: they come from different evaluators, or have different scores of an image
     """
-    first = read_book(paths[0])
+    merged = read_score_file(paths[0])
     for path in paths[1:]:
-        other = read_book(path)
-        _check_same(path, other.fingerprints, first.fingerprints, str(paths[0]))
+        other = read_score_file(path)
+        _check_same_evaluators(path, other.fingerprints, merged.fingerprints, str(paths[0]))
         for key, row in other.rows.items():
-            earlier = first.rows.get(key)
+            earlier = merged.rows.get(key)
             if earlier is None or (earlier.pairs_only and not row.pairs_only):
-                first.rows[key] = row
+                merged.rows[key] = row
             if earlier is not None and not _agree(earlier.raw, row.raw):
-                message = f"{row.image} has other scores than in an earlier file; two images of one name?"
-                raise ConfigError(f"{path}: {message} Give them paths of their own")
-    return first
+                raise ConfigError(
+                    f"{path}: {row.image} has other scores than in an earlier file; "
+                    "if two images share a name, give them different paths"
+                )
+    return merged
 
 
-class Writer:
-    """Appends to a file of scores; `book` is what it held, and grows."""
+class ScoreWriter:
+    """Writer that appends to a score file; `scores` is the content, including the appended rows."""
 
-    def __init__(self, file: BinaryIO, book: Book) -> None:
-        self._file, self.book = file, book
+    def __init__(self, file: BinaryIO, scores: ScoreSet) -> None:
+        self._file, self.scores = file, scores
 
-    def add(self, rows: Iterable[Scored]) -> None:
-        """Append rows; after this a kill cannot lose them."""
-        names = tuple(self.book.fingerprints)
+    def append(self, rows: Iterable[ScoredImage]) -> None:
+        """Append rows; after this, killing the process does not lose them."""
+        names = tuple(self.scores.fingerprints)
         rows = list(rows)
-        self._file.write(b"".join(_line(_plain(row, names)) for row in rows))
+        self._file.write(b"".join(_to_line(_row_values(row, names)) for row in rows))
         self._file.flush()
-        self.book.rows.update({row.key: row for row in rows})
+        self.scores.rows.update({row.key: row for row in rows})
 
 
 @contextmanager
-def open_book(path: Path, fingerprints: Mapping[str, str]) -> Iterator[Writer]:
-    """Begin a file of scores, or go on with one of the same evaluators.
+def open_score_file(path: Path, fingerprints: Mapping[str, str]) -> Iterator[ScoreWriter]:
+    """Create a score file, or continue one of the same evaluators, under an exclusive lock.
+
+    The lock is released when the process ends, however it ends.
 
     Raises:
-        ConfigError: other evaluators, another run is writing, or it cannot be written
+        ConfigError: other evaluators, a concurrent run, or not writable
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another --scores") from None
     with os.fdopen(descriptor, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{path}: another run is writing it; wait, or name another --scores") from None
-        yield Writer(file, _continued(path, file, fingerprints))
+        if not _lock(descriptor):
+            raise ConfigError(f"{path}: another run is writing it; wait, or name another --scores")
+        yield ScoreWriter(file, _continue(path, file, fingerprints))
 
 
-def _continued(path: Path, file: BinaryIO, fingerprints: Mapping[str, str]) -> Book:
-    text = file.readline()
+def _lock(descriptor: int) -> bool:
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:  # a file system without locks
+        return False
+
+
+def _continue(path: Path, file: BinaryIO, fingerprints: Mapping[str, str]) -> ScoreSet:
+    """Return the content and position the file after its last complete line."""
+    header = file.readline()
     file.seek(0)
-    if not text.endswith(b"\n") and len(text) < 4096:  # new, or killed while it was begun
-        _check_ours(path, text)
+    if not header.endswith(b"\n") and len(header) < _MAX_HEADER_BYTES:  # new, or killed while creating it
+        _check_header_start(path, header)
         file.truncate(0)
-        file.write(_line({"scores": _VERSION, "evaluators": dict(fingerprints)}))
+        file.write(_to_line({"scores": _VERSION, "evaluators": dict(fingerprints)}))
         file.flush()
-        return Book(dict(fingerprints), {})
-    book, end = _parsed(path, file)
-    _check_same(path, book.fingerprints, fingerprints, "the configured evaluators")
+        return ScoreSet(dict(fingerprints), {})
+    scores, end = _parse(path, file)
+    _check_same_evaluators(path, scores.fingerprints, fingerprints, "the configured evaluators")
     file.seek(end)
     file.truncate()
-    return book
+    return scores
 
 
-def _check_ours(path: Path, text: bytes) -> None:
-    beginning = b'{"scores": '
-    if text[: len(beginning)] != beginning[: len(text)]:
-        raise ConfigError(f"{path}: not a file of scores; name another --scores")
+def _check_header_start(path: Path, header: bytes) -> None:
+    expected = b'{"scores": '
+    if header[: len(expected)] != expected[: len(header)]:
+        raise _not_a_score_file(path)
 
 
-def _parsed(path: Path, file: BinaryIO) -> tuple[Book, int]:
-    """The book, and where its last whole line ends."""
-    fingerprints = _header(path, file.readline())
+def _parse(path: Path, file: BinaryIO) -> tuple[ScoreSet, int]:
+    """Return the content, and the position after the last complete line."""
+    fingerprints = _parse_header(path, file.readline())
     names, rows, end = tuple(fingerprints), {}, file.tell()
-    for number, text in enumerate(file, 2):
-        if not text.endswith(b"\n"):
+    for number, line in enumerate(file, 2):
+        if not line.endswith(b"\n"):
             break
-        end += len(text)
+        end += len(line)
         try:
-            row = _row(json.loads(text), names)
+            row = _parse_row(json.loads(line), names)
         except (ValueError, KeyError, TypeError, AttributeError):
-            message = "is no scored image; delete it, and it is scored anew"
+            message = "is not a scored image; delete the line to score the image again"
             raise ConfigError(f"{path}: line {number} {message}") from None
         rows[row.key] = row
-    return Book(fingerprints, rows), end
+    return ScoreSet(fingerprints, rows), end
 
 
-def _header(path: Path, text: bytes) -> dict[str, str]:
+def _parse_header(path: Path, line: bytes) -> dict[str, str]:
     try:
-        header = json.loads(text)
+        header = json.loads(line)
         version, fingerprints = header["scores"], header["evaluators"]
         if not fingerprints or not all(isinstance(value, str) for value in fingerprints.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: not a file of scores; name another --scores") from None
+        raise _not_a_score_file(path) from None
     if version != _VERSION:
-        raise ConfigError(f"{path}: scores of format {version}, this reads {_VERSION}; score anew")
+        raise ConfigError(
+            f"{path}: score file of format {version}, expected {_VERSION}; score the images again"
+        )
     return dict(fingerprints)
 
 
-def _row(values: dict[str, Any], names: Sequence[str]) -> Scored:
+def _not_a_score_file(path: Path) -> ConfigError:
+    return ConfigError(f"{path}: not a score file; name another --scores")
+
+
+def _parse_row(values: dict[str, Any], names: Sequence[str]) -> ScoredImage:
     raw = tuple(float(values["raw"][name]) for name in names)
     size, changed = values["stamp"]
     image, prompt = values["image"], values["prompt"]
     if not all(map(math.isfinite, raw)) or not isinstance(image, str) or not isinstance(prompt, str):
         raise ValueError
     group, pairs_only = values.get("prompt_id", prompt), values.get("pairs_only", False)
-    return Scored(image, prompt, group, raw, bool(values["truncated"]), (size, changed), bool(pairs_only))
+    return ScoredImage(
+        image, prompt, group, raw, bool(values["truncated"]), (size, changed), bool(pairs_only)
+    )
 
 
-def _plain(row: Scored, names: Sequence[str]) -> dict[str, Any]:
+def _row_values(row: ScoredImage, names: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {"image": row.image, "prompt": row.prompt}
     values |= {} if row.group == row.prompt else {"prompt_id": row.group}
     values |= {"raw": dict(zip(names, row.raw, strict=True)), "truncated": row.truncated}
@@ -201,19 +223,21 @@ def _plain(row: Scored, names: Sequence[str]) -> dict[str, Any]:
     return values | ({"pairs_only": True} if row.pairs_only else {})
 
 
-def _line(values: Mapping[str, Any]) -> bytes:
+def _to_line(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
-def _check_same(path: Path, found: Mapping[str, str], expected: Mapping[str, str], whose: str) -> None:
+def _check_same_evaluators(
+    path: Path, found: Mapping[str, str], expected: Mapping[str, str], origin: str
+) -> None:
     if found.keys() != expected.keys():
-        message = f"scores of {', '.join(found)}, but {whose} are {', '.join(expected)}"
+        message = f"scores of {', '.join(found)}, but those of {origin} are {', '.join(expected)}"
         raise ConfigError(f"{path}: {message}; name another --scores")
     for name, fingerprint in found.items():
         if fingerprint != expected[name]:
-            message = f"evaluator {name} has fingerprint {fingerprint}, but {expected[name]} in {whose}"
-            raise ConfigError(f"{path}: {message}; their scores do not mix: score one of them anew")
+            message = f"evaluator {name} has fingerprint {fingerprint}, but {expected[name]} in {origin}"
+            raise ConfigError(f"{path}: {message}; do not mix their scores: score one of them again")
 
 
 def _agree(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(abs(a - b) <= _SAME * max(1.0, abs(a)) for a, b in zip(one, other, strict=True))
+    return all(abs(a - b) <= _TOLERANCE * max(1.0, abs(a)) for a, b in zip(one, other, strict=True))

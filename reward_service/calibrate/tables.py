@@ -1,4 +1,4 @@
-"""Statistics of a recalibration as a calibration table: plain values for JSON, warnings, what is shown."""
+"""Calibration tables: built from raw scores as plain values for JSON, and printed for the terminal."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ from rich.console import Console
 from rich.table import Table
 
 from reward_service import __version__
-from reward_service.calibrate.score_log import Book, Key, Scored
+from reward_service.calibrate.inputs import PairKey
+from reward_service.calibrate.score_log import ScoredImage, ScoreSet
 from reward_service.calibrate.statistics import (
     CHANCE_LOG_LOSS,
     Floats,
-    Preference,
-    Spread,
+    PreferenceFit,
+    ScoreStatistics,
     fit_preference,
-    spread,
+    score_statistics,
 )
 from reward_service.settings import ConfigError
 
-Deviation = Literal["within", "total"]
+StdKind = Literal["within", "total"]
 Json = dict[str, Any]
 
-FEWEST_PROMPTS, FEWEST_IMAGES = 200, 4
-_DISAGREEMENT = 0.25
-_CONSTANT = 1e-6  # of the mean: below it lies float32's rounding
-_SHOWN = 3
+_MIN_PROMPTS, _MIN_IMAGES_PER_PROMPT = 200, 4
+_MAX_ROBUST_DIFFERENCE = 0.25
+_MIN_RELATIVE_STD = 1e-6  # of the mean: smaller deviations are rounding errors of float32
+_SHOWN_PROMPTS, _SHOWN_CHARS = 3, 60
 
 
-def tabulate(
-    book: Book,
-    rows: Sequence[Scored],
-    choices: Sequence[tuple[Key, Key, float]],
+def build_table(
+    scores: ScoreSet,
+    rows: Sequence[ScoredImage],
+    preferences: Sequence[tuple[PairKey, PairKey, float]],
     *,
-    std: Deviation,
+    std: StdKind,
     seed: int,
     resamples: int,
 ) -> Json:
-    """A calibration table; its numbers depend on what is scored, not on the order or the files it came in.
+    """Return a calibration table; it does not depend on the order of the images or on their split into files.
 
     Args:
-        rows: the images that mean and deviations are of
-        choices: keys of preferred and rejected images with weights
+        scores: all scored images
+        rows: those that mean and deviations are computed from
+        preferences: keys of the preferred and of the rejected image, and the weight
+        std: which deviation becomes `std`
+        seed: seed of the bootstrap
+        resamples: number of resamples
 
     Raises:
         ConfigError: the scores do not determine a scale
@@ -56,60 +61,62 @@ def tabulate(
     raw = np.array([row.raw for row in rows])
     prompt = np.unique([row.group for row in rows], return_inverse=True)[1]
     try:
-        found = spread(raw, prompt, seed, resamples)
+        statistics = score_statistics(raw, prompt, seed, resamples)
     except ValueError as error:
-        raise ConfigError(f"{error}; give each prompt several images, best {FEWEST_IMAGES} or more") from None
-    names = tuple(book.fingerprints)
-    chosen = found.within if std == "within" else found.total
-    _check_varied(names, found.mean, chosen)
-    table = _heading(found, std, seed, resamples)
+        raise ConfigError(
+            f"{error}; give each prompt several images, preferably {_MIN_IMAGES_PER_PROMPT} or more"
+        ) from None
+    names = tuple(scores.fingerprints)
+    stds = statistics.within if std == "within" else statistics.total
+    _check_variation(names, statistics.mean, stds)
+    table = _heading(statistics, std, seed, resamples)
     table["evaluators"] = {
-        name: _row(found, column, float(chosen[column])) | {"fingerprint": book.fingerprints[name]}
+        name: _row(statistics, column, float(stds[column])) | {"fingerprint": scores.fingerprints[name]}
         for column, name in enumerate(names)
     }
     table["correlation"] = {
-        "within_prompt": _matrix(names, found.within_correlation),
-        "total": _matrix(names, found.total_correlation),
+        "within_prompt": _matrix(names, statistics.within_correlation),
+        "total": _matrix(names, statistics.total_correlation),
     }
-    for name, preference in _preferences(book, choices, seed, resamples).items():
+    for name, preference in _fit_preferences(scores, preferences, seed, resamples).items():
         table["evaluators"][name]["preference"] = asdict(preference)
-    table["warnings"] = _warnings(names, found, rows)
+    table["warnings"] = _warnings(names, statistics, rows)
     return table
 
 
-def _heading(found: Spread, std: Deviation, seed: int, resamples: int) -> Json:
+def _heading(statistics: ScoreStatistics, std: StdKind, seed: int, resamples: int) -> Json:
     kind = "pooled within-prompt deviation" if std == "within" else "deviation over all images"
-    counts = f"{found.images} images of {found.prompts} prompts"
+    counts = f"{statistics.images} images of {statistics.prompts} prompts"
     provenance = (
         f"reward-service calibrate {__version__}, {datetime.now(UTC).date()}: {counts}; std is the {kind}"
     )
     return {
         "provisional": False,
         "provenance": provenance,
-        "pictures": found.images,
-        "prompts": found.prompts,
+        "pictures": statistics.images,
+        "prompts": statistics.prompts,
         "std": "within_prompt" if std == "within" else "total",
         "intervals": f"95 %, percentile cluster bootstrap over prompts, {resamples} resamples, seed {seed}",
     }
 
 
-def _row(found: Spread, column: int, std: float) -> Json:
+def _row(statistics: ScoreStatistics, column: int, std: float) -> Json:
     return {
-        "mean": float(found.mean[column]),
+        "mean": float(statistics.mean[column]),
         "std": std,
-        "mean_interval": _ends(found, found.mean_interval, column),
-        "std_within_prompt": float(found.within[column]),
-        "std_within_prompt_interval": _ends(found, found.within_interval, column),
-        "std_within_prompt_robust": float(found.robust_within[column]),
-        "std_total": float(found.total[column]),
-        "std_total_interval": _ends(found, found.total_interval, column),
+        "mean_interval": _ends(statistics, statistics.mean_interval, column),
+        "std_within_prompt": float(statistics.within[column]),
+        "std_within_prompt_interval": _ends(statistics, statistics.within_interval, column),
+        "std_within_prompt_robust": float(statistics.robust_within[column]),
+        "std_total": float(statistics.total[column]),
+        "std_total_interval": _ends(statistics, statistics.total_interval, column),
     }
 
 
-def _ends(found: Spread, interval: Floats, column: int) -> list[float] | None:
-    """None where resamples say nothing: one prompt is always drawn as itself."""
+def _ends(statistics: ScoreStatistics, interval: Floats, column: int) -> list[float] | None:
+    """Return low and high, or None if there are none: one prompt gives only one resample."""
     low, high = map(float, interval[:, column])
-    return [low, high] if found.prompts > 1 and math.isfinite(low) else None
+    return [low, high] if statistics.prompts > 1 and math.isfinite(low) else None
 
 
 def _matrix(names: Sequence[str], values: Floats) -> dict[str, dict[str, float | None]]:
@@ -119,105 +126,103 @@ def _matrix(names: Sequence[str], values: Floats) -> dict[str, dict[str, float |
     return {a: {b: number(values[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)}
 
 
-def _check_varied(names: Sequence[str], mean: Floats, std: Floats) -> None:
-    for name, centre, deviation in zip(names, mean, std, strict=True):
-        if deviation <= _CONSTANT * abs(centre):
-            message = f"every image of a prompt scores {centre:.6g}, so the deviation is 0 and scales nothing"
+def _check_variation(names: Sequence[str], means: Floats, stds: Floats) -> None:
+    for name, mean, std in zip(names, means, stds, strict=True):
+        if std <= _MIN_RELATIVE_STD * abs(mean):
+            message = f"every image of a prompt scores {mean:.6g}, so the deviation is 0 and cannot scale z"
             raise ConfigError(f"evaluator {name}: {message}; list images that differ")
 
 
-def _preferences(
-    book: Book, choices: Sequence[tuple[Key, Key, float]], seed: int, resamples: int
-) -> Mapping[str, Preference]:
-    if not choices:
+def _fit_preferences(
+    scores: ScoreSet, preferences: Sequence[tuple[PairKey, PairKey, float]], seed: int, resamples: int
+) -> Mapping[str, PreferenceFit]:
+    if not preferences:
         return {}
-    choices = sorted(choices)
-    sides = [np.array([book.rows[key].raw for key in keys]) for keys in list(zip(*choices, strict=True))[:2]]
-    gaps, weight = sides[0] - sides[1], np.array([choice[2] for choice in choices])
-    groups = [book.rows[preferred].group for preferred, _, _ in choices]
+    preferred, rejected, weights = zip(*sorted(preferences), strict=True)
+    gaps = np.array([scores.rows[key].raw for key in preferred])
+    gaps -= np.array([scores.rows[key].raw for key in rejected])
+    groups = [scores.rows[key].group for key in preferred]
     prompt = np.unique(groups, return_inverse=True)[1]
     return {
-        name: fit_preference(gaps[:, column], weight, prompt, seed, resamples)
-        for column, name in enumerate(book.fingerprints)
+        name: fit_preference(gaps[:, column], np.array(weights), prompt, seed, resamples)
+        for column, name in enumerate(scores.fingerprints)
     }
 
 
-def _warnings(names: Sequence[str], found: Spread, rows: Sequence[Scored]) -> list[str]:
+def _warnings(names: Sequence[str], statistics: ScoreStatistics, rows: Sequence[ScoredImage]) -> list[str]:
     images = Counter(row.group for row in rows)
     single = [group for group, count in images.items() if count == 1]
-    few = sum(count < FEWEST_IMAGES for count in images.values())
-    cut = sum(row.truncated for row in rows)
+    few = sum(count < _MIN_IMAGES_PER_PROMPT for count in images.values())
+    truncated = sum(row.truncated for row in rows)
     lines = []
-    if found.prompts < FEWEST_PROMPTS:
-        lines.append(f"{found.prompts} prompts; {FEWEST_PROMPTS} or more make the scale steady")
+    if statistics.prompts < _MIN_PROMPTS:
+        lines.append(f"{statistics.prompts} prompts; {_MIN_PROMPTS} or more make the scale reliable")
     if few:
-        lines.append(f"{few} of {found.prompts} prompts have fewer than {FEWEST_IMAGES} images")
+        lines.append(f"{few} of {statistics.prompts} prompts have fewer than {_MIN_IMAGES_PER_PROMPT} images")
     if single:
-        shown = ", ".join(repr(group[:60]) for group in single[:_SHOWN]) + (
-            " ..." if len(single) > _SHOWN else ""
-        )
-        lines.append(f"{len(single)} prompts have one image and add nothing to the within-prompt σ: {shown}")
-    if cut:
+        shown = ", ".join(repr(group[:_SHOWN_CHARS]) for group in single[:_SHOWN_PROMPTS])
+        more = " ..." if len(single) > _SHOWN_PROMPTS else ""
         lines.append(
-            f"the prompts of {cut} images are longer than an evaluator reads; their ends were cut off"
+            f"{len(single)} prompts have one image and add nothing to the within-prompt σ: {shown}{more}"
         )
-    for name, plain, robust in zip(names, found.within, found.robust_within, strict=True):
-        if abs(robust / plain - 1) > _DISAGREEMENT if plain else robust:
+    if truncated:
+        lines.append(
+            f"the prompts of {truncated} images exceed an evaluator's limit; their ends were cut off"
+        )
+    for name, plain, robust in zip(names, statistics.within, statistics.robust_within, strict=True):
+        if abs(robust / plain - 1) > _MAX_ROBUST_DIFFERENCE if plain else robust:
             reason = "a few images or prompts dominate, or many score alike"
-            lines.append(f"{name}: robust within-prompt σ {robust:.4g} against plain {plain:.4g}: {reason}")
+            lines.append(f"{name}: robust within-prompt σ {robust:.4g}, plain {plain:.4g}: {reason}")
     return lines
-
-
-# What a person sees -----------------------------------------------------------------------------------
 
 
 def print_table(table: Json) -> None:
     """Print scales, correlations, and preferences if there are any."""
     rows: dict[str, Json] = table["evaluators"]
     console = Console()
-    console.print(_scales(rows))
-    console.print(_correlations(table["correlation"]))
+    console.print(_scale_table(rows))
+    console.print(_correlation_table(table["correlation"]))
     if any("preference" in row for row in rows.values()):
-        console.print(_agreement(rows))
+        console.print(_preference_table(rows))
 
 
-def _scales(rows: Mapping[str, Json]) -> Table:
-    scales = Table(
+def _scale_table(rows: Mapping[str, Json]) -> Table:
+    table = Table(
         "evaluator", "mean", "σ within prompts", "robust", "σ total", title="Raw scores, 95 % intervals"
     )
     for name, row in rows.items():
-        scales.add_row(
+        table.add_row(
             name,
-            f"{row['mean']:.4f} {_span(row['mean_interval'])}",
-            f"{row['std_within_prompt']:.4f} {_span(row['std_within_prompt_interval'])}",
+            f"{row['mean']:.4f} {_bounds(row['mean_interval'])}",
+            f"{row['std_within_prompt']:.4f} {_bounds(row['std_within_prompt_interval'])}",
             f"{row['std_within_prompt_robust']:.4f}",
-            f"{row['std_total']:.4f} {_span(row['std_total_interval'])}",
+            f"{row['std_total']:.4f} {_bounds(row['std_total_interval'])}",
         )
-    return scales
+    return table
 
 
-def _correlations(matrices: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Table:
+def _correlation_table(matrices: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Table:
     names = list(matrices["total"])
-    shown = Table("", *names, title="Correlation within prompts (total)")
+    table = Table("", *names, title="Correlation within prompts (total)")
     for a in names:
         cells = [(matrices["within_prompt"][a][b], matrices["total"][a][b]) for b in names]
-        shown.add_row(a, *(f"{_signed(within)} ({_signed(total)})" for within, total in cells))
-    return shown
+        table.add_row(a, *(f"{_signed(within)} ({_signed(total)})" for within, total in cells))
+    return table
 
 
-def _agreement(rows: Mapping[str, Json]) -> Table:
-    title = f"People's choices (a coin: accuracy 50 %, log-loss {CHANCE_LOG_LOSS:.3f})"
-    shown = Table("evaluator", "accuracy", "log-loss", "scale τ", title=title)
+def _preference_table(rows: Mapping[str, Json]) -> Table:
+    title = f"Human preferences (chance: accuracy 50 %, log loss {CHANCE_LOG_LOSS:.3f})"
+    table = Table("evaluator", "accuracy", "log loss", "scale τ", title=title)
     for name, row in rows.items():
-        found = row["preference"]
-        low, high = found["accuracy_interval"]
-        log_loss = "" if found["log_loss"] is None else f"{found['log_loss']:.3f}"
-        scale = found["note"] or f"{found['scale']:.4f} {_span(found['scale_interval'])}"
-        shown.add_row(name, f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]", log_loss, scale)
-    return shown
+        fit = row["preference"]
+        low, high = fit["accuracy_interval"]
+        log_loss = "" if fit["log_loss"] is None else f"{fit['log_loss']:.3f}"
+        scale = fit["note"] or f"{fit['scale']:.4f} {_bounds(fit['scale_interval'])}"
+        table.add_row(name, f"{fit['accuracy']:.1%} [{low:.1%}, {high:.1%}]", log_loss, scale)
+    return table
 
 
-def _span(interval: Sequence[float | None] | None) -> str:
+def _bounds(interval: Sequence[float | None] | None) -> str:
     if interval is None:
         return ""
     low, high = interval

@@ -1,6 +1,6 @@
-"""`reward-service`: serve the service, or score images without a server.
+"""Commands of `reward-service`: serve evaluators, score offline, calibrate, and manage models and API keys.
 
-Whatever the user can mend is one line on stderr and exit code 2.
+Every error that the user can fix is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reward_service.config import load_config
-from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line, rest_idle_threads
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, configure_openmp, one_line
 
 app = typer.Typer(
-    help="Judge images by their prompts with four evaluators.",
+    help="Score images by their prompts with four evaluators.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="Configuration file.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Override: section.key=value; repeatable.")]
-EvaluatorsOption = Annotated[str | None, typer.Option(help="Names, with commas between; all by default.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value ...")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Override a setting: key.subkey=value; repeatable.")
+]
+EvaluatorsOption = Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.subkey=value ...")]
 
 KEYS_FILE = Path("keys.yaml")
-DETERMINISTIC = "Let scores depend on nothing but the pair: fixed batch shapes, slower."
+DETERMINISTIC = "Make scores independent of the rest of the batch: fixed batch shapes, slower."
 
 
 class NormalizationName(StrEnum):
@@ -64,35 +66,31 @@ class PermissionName(StrEnum):
     metrics = "metrics"
 
 
-# typer brings a click of its own from some version on; this is the root of either's usage errors.
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-
-
 class UserError(Exception):
-    """Something the user can mend; the message is one line."""
+    """An error that the user can fix; the message is one line."""
 
 
 @app.callback()
 def reward_service() -> None:
-    """Judge images by their prompts with four evaluators."""
+    """Score images by their prompts with four evaluators."""
 
 
 @app.command()
 def serve(
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 for a free one.")] = None,
 ) -> None:
     """Serve the evaluators over HTTP until Ctrl-C or SIGTERM."""
-    given = {"host": host, "port": port}
-    # As JSON, which is YAML too: the plain :: is a mapping.
-    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    # As JSON, which is YAML too: a plain :: would be a mapping.
+    address = {"host": host, "port": port}
+    options = [f"{key}={json.dumps(value)}" for key, value in address.items() if value is not None]
     loaded = load_config(config, [*settings, *(overrides or []), *options])
     from reward_service.web.server import serve as run
 
-    if failure := run(loaded, _say):
+    if failure := run(loaded, _print_stdout):
         raise UserError(failure)
 
 
@@ -100,220 +98,230 @@ def serve(
 def score(
     images: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP files.")],
     prompt: Annotated[
-        list[str], typer.Option(help="What the images should show: once for all, or once for each of them.")
+        list[str], typer.Option(help="What the images should show: once for all images, or once per image.")
     ],
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
     evaluators: EvaluatorsOption = None,
     normalization: Annotated[
-        NormalizationName, typer.Option(help="What the reward is the mean of.")
+        NormalizationName, typer.Option(help="Kind of score that the reward averages.")
     ] = NormalizationName.unit,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the service's response.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line of CSV for each image.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's response as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image.")] = False,
 ) -> None:
     """Score images without a server."""
     if as_json and as_csv:
-        raise UserError("--json and --csv are two forms of one answer; choose one")
-    from reward_service.cli.score import Request, print_scores, score_files
+        raise UserError("--json and --csv exclude each other; choose one")
+    from reward_service.cli.score import OfflineRequest, print_scores, score_files
 
-    names = _names(evaluators)
-    request = Request(tuple(images), tuple(prompt), names, normalization.value, deterministic)
-    report = score_files(load_config(config, settings), request, _note)
+    names = _split_names(evaluators)
+    request = OfflineRequest(tuple(images), tuple(prompt), names, normalization.value, deterministic)
+    report = score_files(load_config(config, settings), request, _print_stderr)
     print_scores(report, "json" if as_json else "csv" if as_csv else "table")
 
 
 @app.command()
 def calibrate(
-    output: Annotated[Path, typer.Option(help="Table to write: JSON, for `calibration:` to name.")],
+    output: Annotated[
+        Path, typer.Option(help="Calibration table to write (JSON), for the setting `calibration`.")
+    ],
     images: Annotated[Path | None, typer.Option(help="Folder of the images to score.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="CSV or JSONL: image, prompt and, if you like, prompt_id.")
+        Path | None, typer.Option(help="CSV or JSONL with columns image, prompt and, optionally, prompt_id.")
     ] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="People's choices, CSV or JSONL: prompt, preferred, rejected.")
+        Path | None, typer.Option(help="Human preferences, CSV or JSONL: prompt, preferred, rejected.")
     ] = None,
     scores: Annotated[
         list[Path],
         typer.Option(
-            help="With --images: the file of scores to go on with. Without: files to merge; repeatable."
+            help="With --images: the score log to continue. Without: score logs to merge; repeatable."
         ),
-    ] = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    ] = [],  # noqa: B006 - typer needs a list, and nothing changes it
     form: Annotated[
-        FormatName | None, typer.Option("--format", help="Of --prompts and --pairs; else by their suffix.")
+        FormatName | None,
+        typer.Option("--format", help="Format of --prompts and --pairs; by default from their suffixes."),
     ] = None,
     std: Annotated[
-        DeviationName, typer.Option(help="Which σ scales z: within prompts (learning) or total (dashboards).")
+        DeviationName, typer.Option(help="Which σ scales z: within prompts (training) or total (dashboards).")
     ] = DeviationName.within,
     evaluators: EvaluatorsOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, max=100_000, help="Of the bootstrap.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, max=100_000, help="Resamples of the bootstrap.")] = 2000,
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC)] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a table that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing table.")] = False,
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
 ) -> None:
-    """Make a calibration table of your own images: mean, deviations, intervals, correlations."""
-    from reward_service.calibrate.run import Request
+    """Make a calibration table from your own images: mean, deviations, intervals, correlations."""
+    from reward_service.calibrate.run import CalibrationRequest
     from reward_service.calibrate.run import calibrate as run
     from reward_service.calibrate.tables import print_table
 
-    request = Request(
+    request = CalibrationRequest(
         output=output,
         images=images,
         prompts=prompts,
         pairs=pairs,
         scores=tuple(scores),
-        form=form.value if form else None,
-        evaluators=_names(evaluators),
+        file_format=form.value if form else None,
+        evaluators=_split_names(evaluators),
         std=std.value,
         seed=seed,
         resamples=resamples,
         deterministic=deterministic,
         force=force,
     )
-    print_table(run(request, lambda: load_config(config, settings), _note))
-    _say(f"calibration: {output}; serve with --set calibration={output.resolve()}")
+    print_table(run(request, lambda: load_config(config, settings), _print_stderr))
+    _print_stdout(f"calibration: {output}; serve with --set calibration={output.resolve()}")
 
 
 @app.command()
 def evaluators(
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """List what is configured, with fingerprints; no model is run and no file fetched."""
+    """List the configured evaluators with fingerprints; runs no model and downloads no file."""
     from reward_service.cli.models import list_evaluators, print_evaluators
 
-    print_evaluators(list_evaluators(load_config(config, settings), _note), as_json=as_json)
+    print_evaluators(list_evaluators(load_config(config, settings), _print_stderr), as_json=as_json)
 
 
 @app.command()
 def download(
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
-    everything: Annotated[bool, typer.Option("--all", help="Evaluators that are off, too.")] = False,
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
+    everything: Annotated[bool, typer.Option("--all", help="Include disabled evaluators.")] = False,
 ) -> None:
-    """Fetch every file of the configured evaluators ahead of time and check their hashes."""
-    from reward_service.cli.models import download as run
+    """Download all files of the configured evaluators ahead of time and verify their hashes."""
+    from reward_service.cli.models import download_models
 
     loaded = load_config(config, settings)
-    run(loaded, tuple(loaded.evaluators if everything else loaded.enabled), _note, _say)
+    names = tuple(loaded.evaluators if everything else loaded.enabled)
+    download_models(loaded, names, _print_stderr, _print_stdout)
 
 
 @app.command()
 def canary(
     config: ConfigOption = DEFAULT_CONFIG,
-    settings: SetOption = [],  # noqa: B006 - typer wants a list, and nobody changes it
-    write: Annotated[bool, typer.Option("--write", help="Take the scores of now as golden.")] = False,
+    settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the current scores as golden scores.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="File to write, for `canary:` to name; else the one it names.")
+        Path | None, typer.Option(help="File to write; by default that of the setting `canary`.")
     ] = None,
 ) -> None:
-    """Score the canary pair and compare it with its golden scores, or write those."""
-    from reward_service.cli import models as goldens
+    """Score the canary pair and compare the scores with its golden scores, or write new golden scores."""
+    from reward_service.cli.models import compare_canary, write_golden_scores
 
     loaded = load_config(config, settings)
     if not write:
-        if failure := goldens.compare(loaded, _note, _say):
+        if failure := compare_canary(loaded, _print_stderr, _print_stdout):
             raise UserError(failure)
         return
     if (path := output or loaded.canary) is None:
-        raise UserError("no file to write to; name one with --output, or as service.canary")
-    goldens.write(loaded, path, _note)
-    _say(f"canary: {path}; serve with --set canary={path.resolve()}")
+        raise UserError("no file to write to; name one with --output, or in service.canary")
+    write_golden_scores(loaded, path, _print_stderr)
+    _print_stdout(f"canary: {path}; serve with --set canary={path.resolve()}")
 
 
-keys = typer.Typer(help="The keys of those who may ask the service.", rich_markup_mode=None)
+keys = typer.Typer(help="Manage API keys.", rich_markup_mode=None)
 app.add_typer(keys, name="keys")
 
 
 @keys.callback()
-def keys_() -> None:
-    """The keys of those who may ask the service."""
+def keys_group() -> None:
+    """Manage API keys."""
 
 
 @keys.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes, underscores.")],
-    weight: Annotated[float, typer.Option(help="Share of the device beside the other clients.")] = 1.0,
+    name: Annotated[
+        str, typer.Argument(help="Name of the client: letters, digits, dots, dashes, underscores.")
+    ],
+    weight: Annotated[float, typer.Option(help="Share of the device relative to other clients.")] = 1.0,
     may: Annotated[
-        list[PermissionName] | None, typer.Option(help="What it is for; repeatable, everything by default.")
+        list[PermissionName] | None, typer.Option(help="Permission of the key; repeatable, all by default.")
     ] = None,
     file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = KEYS_FILE,
 ) -> None:
-    """Make a key, print it this once, and append its hash to a file for `auth.keys` to name."""
+    """Create an API key, print it once, and append its hash to a file for the setting `auth.keys`."""
     from reward_service.scoring.auth import new_key
 
     key, count = new_key(file, name, weight, [permission.value for permission in may] if may else None)
-    _say(key)
-    more = f"; {name} has {count} keys now, remove those no longer used" if count > 1 else ""
-    _note(f"hash appended to {file}{more}")
-    _note(f"serve with --set auth.keys={file.resolve()}; a service that runs with it notices the change")
+    _print_stdout(key)
+    more = f"; {name} now has {count} keys, remove those no longer used" if count > 1 else ""
+    _print_stderr(f"hash appended to {file}{more}")
+    _print_stderr(f"serve with --set auth.keys={file.resolve()}; a running service reloads the file")
 
 
 @keys.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="Whose keys.")],
-    file: Annotated[Path, typer.Option(help="File to take them out of.")] = KEYS_FILE,
+    name: Annotated[str, typer.Argument(help="Name of the client.")],
+    file: Annotated[Path, typer.Option(help="File to remove the keys from.")] = KEYS_FILE,
 ) -> None:
-    """Take all keys of a name out of a file; a service that runs with it lets them in no more."""
+    """Remove all API keys of a client from a file; a running service then rejects them."""
     from reward_service.scoring.auth import remove_keys
 
     count = remove_keys(file, name)
-    _note(f"{file}: {count} key{'s' * (count > 1)} of {name} removed")
+    _print_stderr(f"{file}: {count} key{'s' * (count > 1)} of {name} removed")
 
 
-def _names(listed: str | None) -> tuple[str, ...] | None:
-    """`a,b` as names; None for all."""
-    if listed is None:
+def _split_names(option: str | None) -> tuple[str, ...] | None:
+    """Return the names of `a,b`; None for all."""
+    if option is None:
         return None
-    names = tuple(name.strip() for name in listed.split(",") if name.strip())
+    names = tuple(name.strip() for name in option.split(",") if name.strip())
     if not names:
-        raise UserError("--evaluators names none; name some, or leave it out for all")
+        raise UserError("--evaluators names none; name at least one, or omit it for all")
     return names
 
 
-def _say(line: str) -> None:
+def _print_stdout(line: str) -> None:
     print(line, flush=True)
 
 
-def _note(line: str) -> None:
+def _print_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _leave(message: str) -> NoReturn:
-    _note(f"reward-service: {one_line(message)}")
+def _exit_with_error(message: str) -> NoReturn:
+    _print_stderr(f"reward-service: {one_line(message)}")
     sys.exit(2)
 
 
-def _sentence(error: Any) -> str:
+def _usage_message(error: typer.TyperException) -> str:
     message = one_line(error.format_message()).rstrip(".")
     return f"{message[:1].lower()}{message[1:]}"
 
 
-def _print_anything() -> None:
-    """Let any file name be printed: its own bytes in UTF-8, else escapes for letters not to be had."""
+def _allow_any_file_name() -> None:
+    """Make every file name printable: as its own bytes in UTF-8, with escapes in other encodings."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        plain = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if plain else "backslashreplace")
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `reward-service`."""
-    rest_idle_threads()
-    _print_anything()
+    configure_openmp()
+    _allow_any_file_name()
     try:
         command: Any = typer.main.get_command(app)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))
-    except USAGE_ERROR as error:
-        _leave(f"{_sentence(error)}; see reward-service --help")
+    except typer.TyperException as error:
+        _exit_with_error(f"{_usage_message(error)}; see reward-service --help")
     except (ConfigError, UserError) as error:
-        _leave(str(error))
+        _exit_with_error(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("reward_service"):
             raise
-        _leave(f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[service]'")
+        _exit_with_error(
+            f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[service]'"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

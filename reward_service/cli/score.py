@@ -1,4 +1,4 @@
-"""Score images with the engine itself, no server in between; every check and number is the service's."""
+"""Offline scoring of image files: the checks and the numbers of the service, without a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reward_service.protocol import (
     ScoreResponse,
     encode,
 )
-from reward_service.scoring.calibration import Calibration, load_calibration
+from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.requests import DecodedRequest, RequestParser
 from reward_service.scoring.responses import identities, item_results
 from reward_service.settings import ConfigError
@@ -37,8 +37,8 @@ Style = Literal["table", "json", "csv"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """Images, one prompt for all of them or one each, and the request's own options."""
+class OfflineRequest:
+    """Image files, one prompt for all or one per image, and the options of a score request."""
 
     paths: tuple[Path, ...]
     prompts: tuple[str, ...]
@@ -48,46 +48,47 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The response, and what it takes to show it. `provisional`: evaluators whose scale is a stand-in."""
+class OfflineReport:
+    """Response to an offline request. `provisional` names the evaluators with a provisional calibration."""
 
-    request: Request
+    request: OfflineRequest
     response: ScoreResponse
     provisional: tuple[str, ...]
     provenance: str
 
 
-def score_files(config: ServiceConfig, request: Request, note: Callable[[str], None]) -> Report:
-    """Score files as the service would.
+def score_files(config: ServiceConfig, request: OfflineRequest, progress: Callable[[str], None]) -> OfflineReport:
+    """Score image files as the service would.
 
     Raises:
-        ConfigError: a prompt, an image or a model cannot be used
+        ConfigError: a prompt, an image or a model is not usable
     """
-    prompts = _prompt_each(request)
-    _check_there(request.paths)
+    prompts = _prompt_per_image(request)
+    _check_exist(request.paths)
     calibration = load_calibration(config.calibration, tuple(config.enabled))
-    parts = _admitted(config, request, prompts)
-    first = next(parts)  # a mistake in the first images is told before models are loaded
+    batches = _decoded_batches(config, request, prompts)
+    first = next(batches)  # errors in the first images are reported before the models are loaded
     from reward_service.engine.loading import build_engine
-    from reward_service.engine.weights import ModelError
+    from reward_service.engine.types import ModelError
 
     try:
-        engine = build_engine(config, note)
+        engine = build_engine(config, progress)
         results: list[ItemResult] = []
-        for part in chain([first], parts):
-            scored = engine.score(part.pairs, part.evaluators, deterministic=part.deterministic)
-            results += item_results(part, scored, calibration, first=len(results))
+        for batch in chain([first], batches):
+            scores = engine.score(batch.pairs, batch.evaluators, deterministic=batch.deterministic)
+            results += item_results(batch, scores, calibration, first=len(results))
     except (ModelError, ScoringError) as error:
         raise ConfigError(str(error)) from None
-    prints = {name: engine.evaluators[name].fingerprint for name in first.evaluators}
-    if notice := calibration.notice(prints):
-        note(f"warning: {notice}")
-    response = ScoreResponse("offline", results, identities(prints, calibration), {})
-    return Report(request, response, _provisional(calibration, prints), calibration.provenance)
+    fingerprints = {name: engine.evaluators[name].fingerprint for name in first.evaluators}
+    if warning := calibration.variant_warning(fingerprints):
+        progress(f"warning: {warning}")
+    response = ScoreResponse("offline", results, identities(fingerprints, calibration), {})
+    provisional = tuple(name for name, it in fingerprints.items() if calibration.is_provisional(name, it))
+    return OfflineReport(request, response, provisional, calibration.provenance)
 
 
-def print_scores(report: Report, style: Style) -> None:
-    """Print a table, the response as JSON, or one row of CSV for each image."""
+def print_scores(report: OfflineReport, style: Style) -> None:
+    """Print a table, the response as JSON, or one CSV row per image."""
     if style == "json":
         print(msgspec.json.encode(report.response).decode())
     elif style == "csv":
@@ -96,7 +97,7 @@ def print_scores(report: Report, style: Style) -> None:
         _print_table(report)
 
 
-def _prompt_each(request: Request) -> Sequence[str]:
+def _prompt_per_image(request: OfflineRequest) -> Sequence[str]:
     for prompt in request.prompts:
         if not prompt:
             raise ConfigError("the prompt is empty; give it words")
@@ -104,22 +105,26 @@ def _prompt_each(request: Request) -> Sequence[str]:
     if prompts == 1:
         return request.prompts * images
     if prompts != images:
-        raise ConfigError(f"{prompts} prompts for {images} images; give one --prompt for all, or one each")
+        raise ConfigError(
+            f"{prompts} prompts for {images} images; give one --prompt for all, or one per image"
+        )
     return request.prompts
 
 
-def _check_there(paths: Sequence[Path]) -> None:
+def _check_exist(paths: Sequence[Path]) -> None:
     for path in paths:
         try:
-            reason = None if path.is_file() else "it is no file" if path.exists() else "no such file"
-        except OSError as error:  # a name too long
+            reason = None if path.is_file() else "not a file" if path.exists() else "no such file"
+        except OSError as error:  # the name is too long
             reason = error.strerror
         if reason:
             raise ConfigError(f"{path} cannot be read ({reason}); check the path")
 
 
-def _admitted(config: ServiceConfig, request: Request, prompts: Sequence[str]) -> Iterator[DecodedRequest]:
-    """The images as requests of the service, batch by batch, so that only one batch is in memory."""
+def _decoded_batches(
+    config: ServiceConfig, request: OfflineRequest, prompts: Sequence[str]
+) -> Iterator[DecodedRequest]:
+    """Yield the images as requests of the service, so that only one batch is in memory."""
     parser = RequestParser(config)
     size = min(config.batch_pairs, config.limits.max_pairs)
     for start in range(0, len(prompts), size):
@@ -133,15 +138,15 @@ def _admitted(config: ServiceConfig, request: Request, prompts: Sequence[str]) -
             items, names, normalization=request.normalization, deterministic=request.deterministic
         )
         try:
-            # Through the wire's own bytes: the schema's limits hold here too.
+            # Encoded and decoded as over HTTP, so that the schema's limits hold here too.
             yield parser(encode(body, MSGPACK), MSGPACK)
         except ProblemError as error:
-            raise ConfigError(_told(error, paths)) from None
+            raise ConfigError(_problem_message(error, paths)) from None
         except UnicodeEncodeError:
-            raise ConfigError("a prompt is not text that can be written as UTF-8; correct it") from None
+            raise ConfigError("a prompt cannot be encoded as UTF-8; correct it") from None
 
 
-def _told(error: ProblemError, paths: Sequence[Path]) -> str:
+def _problem_message(error: ProblemError, paths: Sequence[Path]) -> str:
     first = error.items[0] if error.items else None
     if first is None or first.index is None:
         return first.detail if first else error.detail
@@ -155,43 +160,39 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}); check the path") from None
 
 
-def _provisional(calibration: Calibration, fingerprints: dict[str, str]) -> tuple[str, ...]:
-    return tuple(
-        name for name, fingerprint in fingerprints.items() if calibration.provisional_for(name, fingerprint)
-    )
-
-
-def _print_csv(report: Report) -> None:
+def _print_csv(report: OfflineReport) -> None:
     names = list(report.response.evaluators)
     parts = ("raw", "z", "unit")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = ["path", "prompt", "reward", *(f"{name}_{part}" for name in names for part in parts)]
-    origins = [f"{name}_{part}" for name in names for part in ("fingerprint", "calibration", "provisional")]
-    writer.writerow([*columns, "truncated_prompt", "lossy_input", *origins])
+    identity_columns = [
+        f"{name}_{part}" for name in names for part in ("fingerprint", "calibration", "provisional")
+    ]
+    writer.writerow([*columns, "truncated_prompt", "lossy_input", *identity_columns])
     identity: list[str] = []
     for name, it in report.response.evaluators.items():
-        identity += [it.fingerprint, it.calibration, _yes(name in report.provisional)]
-    pairs = zip(report.request.paths, _prompt_each(report.request), report.response.results, strict=True)
+        identity += [it.fingerprint, it.calibration, _csv_bool(name in report.provisional)]
+    pairs = zip(report.request.paths, _prompt_per_image(report.request), report.response.results, strict=True)
     for path, prompt, result in pairs:
         scores = [getattr(result.scores[name], part) for name in names for part in parts]
-        marks = [_yes(result.truncated_prompt), _yes(result.lossy_input)]
-        writer.writerow([path, prompt, result.reward, *scores, *marks, *identity])
+        flags = [_csv_bool(result.truncated_prompt), _csv_bool(result.lossy_input)]
+        writer.writerow([path, prompt, result.reward, *scores, *flags, *identity])
 
 
-def _yes(value: bool) -> str:
+def _csv_bool(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _print_table(report: Report) -> None:
-    table = Table("picture", "evaluator", "raw", "z", "unit")
+def _print_table(report: OfflineReport) -> None:
+    table = Table("image", "evaluator", "raw", "z", "unit")
     for path, result in zip(report.request.paths, report.response.results, strict=True):
-        shown = Text(path.name)  # a name may hold [brackets], which are markup in a plain string
+        image = Text(path.name)  # a name may contain [brackets], which are markup in a plain string
         for name, score in result.scores.items():
-            table.add_row(shown, name, f"{score.raw:.4f}", f"{score.z:+.2f}", f"{score.unit:.3f}")
-        table.add_row(shown, "reward", "", "", f"{result.reward:.3f}", end_section=True)
+            table.add_row(image, name, f"{score.raw:.4f}", f"{score.z:+.2f}", f"{score.unit:.3f}")
+        table.add_row(image, "reward", "", "", f"{result.reward:.3f}", end_section=True)
     Console().print(table)
     if report.provisional:
         names = ", ".join(report.provisional)
         print(f"provisional scales: {names} ({report.provenance.rstrip('.')})")
     if any(result.truncated_prompt for result in report.response.results):
-        print("the prompt was longer than an evaluator reads; its end was cut off", file=sys.stderr)
+        print("the prompt is longer than an evaluator's limit; its end was cut off", file=sys.stderr)

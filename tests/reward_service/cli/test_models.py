@@ -1,4 +1,4 @@
-"""What is configured, as `reward-service evaluators` and `reward-service download` say it."""
+"""Output of `reward-service evaluators` and `reward-service download`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tests.support.service.checkpoints import Checkpoints
 OFF = "evaluators.second={kind: hpsv2, tower: other, enabled: false}"
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """What an orderly command writes to stdout; nothing goes to stderr."""
-    with pytest.raises(SystemExit) as ended:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return the stdout of a command that must succeed without writing to stderr."""
+    with pytest.raises(SystemExit) as exited:
         main([str(argument) for argument in arguments])
     streams = capsys.readouterr()
-    assert (ended.value.code or 0, streams.err) == (0, "")
+    assert (exited.value.code or 0, streams.err) == (0, "")
     return streams.out
 
 
 def entries(capsys: pytest.CaptureFixture[str], config: Path, *settings: str) -> dict[str, Any]:
     options = [part for setting in settings for part in ("--set", setting)]
-    listed = json.loads(said(capsys, "evaluators", "--json", "--config", config, *options))["evaluators"]
+    listed = json.loads(run(capsys, "evaluators", "--json", "--config", config, *options))["evaluators"]
     return {entry["name"]: entry for entry in listed}
 
 
 @pytest.fixture
 def other_tower(checkpoints: Checkpoints) -> str:
-    """A second HPS tower, whose weights are not there."""
+    """Settings of a second HPS tower whose weights are missing."""
     origin = f"origin: {{folder: {checkpoints.hps}}}"
     return f"towers.other={{layout: open_clip, {origin}, weights: {{file: no.pt}}, vocabulary: bpe.txt.gz}}"
 
 
-def test_what_is_listed_is_what_serves(
+def test_evaluators_lists_what_the_engine_uses(
     checkpoints: Checkpoints, engine: RewardEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fingerprints are the running engine's, hashes the files', and each way of preparing is told."""
+    """Fingerprints equal the engine's, hashes the files', and the preprocessing is listed."""
     listed = entries(capsys, checkpoints.config)
     assert {name: entry["fingerprint"] for name, entry in listed.items()} == {
         name: evaluator.fingerprint for name, evaluator in engine.evaluators.items()
@@ -59,10 +59,10 @@ def test_what_is_listed_is_what_serves(
     assert (aesthetic["dtype"], aesthetic["provisional"]) == ("float32", True)
 
 
-def test_what_decides_a_score_is_in_its_fingerprint(
+def test_fingerprints_cover_what_determines_a_score(
     checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """dtype, cleaning and vocabulary change it; where the files lie and what lies beside them do not."""
+    """dtype, text cleaning and vocabulary change it; location of the files and other files do not."""
     first = entries(capsys, checkpoints.config)
     shutil.copytree(checkpoints.folder, tmp_path / "moved")
     (tmp_path / "moved" / "clip" / "special_tokens_map.json").write_text("{}")
@@ -80,10 +80,10 @@ def test_what_decides_a_score_is_in_its_fingerprint(
     assert changed() == {"aesthetic", "clip"}
 
 
-def test_an_evaluator_that_is_off_costs_nothing(
+def test_a_disabled_evaluator_needs_no_files(
     checkpoints: Checkpoints, other_tower: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is listed, but neither loaded, nor served, nor missed."""
+    """It is listed with its problem, but neither loaded nor required."""
     listed = entries(capsys, checkpoints.config, other_tower, OFF)
     assert (listed["second"]["enabled"], listed["second"]["fingerprint"]) == (False, None)
     assert "no.pt: no such file" in listed["second"]["problem"]
@@ -91,8 +91,8 @@ def test_an_evaluator_that_is_off_costs_nothing(
     assert set(build_engine(config).evaluators) == {"aesthetic", "clip", "pickscore", "hpsv2"}
 
 
-def test_switching_it_on_serves_it(checkpoints: Checkpoints, other_tower: str) -> None:
-    """One override, once its files are there."""
+def test_a_disabled_evaluator_can_be_enabled(checkpoints: Checkpoints, other_tower: str) -> None:
+    """One override enables it when its files are available."""
     settings = [other_tower, OFF, "towers.other.weights.file=HPS.pt", "evaluators.second.enabled=true"]
     settings.append(f"calibration={checkpoints.folder / 'two.json'}")
     table = json.loads((checkpoints.folder / "calibration.json").read_text())
@@ -104,12 +104,12 @@ def test_switching_it_on_serves_it(checkpoints: Checkpoints, other_tower: str) -
     assert "second" in build_engine(config).evaluators
 
 
-def test_the_list_for_people_holds_the_same(
+def test_the_text_output_matches_the_json_output(
     checkpoints: Checkpoints, other_tower: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fingerprint, weights with their hash, antialias; what is off says so."""
+    """It has fingerprint, weights with hash and preprocessing; disabled evaluators are marked."""
     listed = entries(capsys, checkpoints.config)
-    shown = said(capsys, "evaluators", "--config", checkpoints.config, "--set", other_tower, "--set", OFF)
+    shown = run(capsys, "evaluators", "--config", checkpoints.config, "--set", other_tower, "--set", OFF)
     for entry in listed.values():
         assert f"  fingerprint    {entry['fingerprint']}\n" in shown
         assert f"{entry['weights']} ({entry['weights_sha256'][:12]})" in shown
@@ -117,11 +117,11 @@ def test_the_list_for_people_holds_the_same(
     assert "second (off)\n" in shown
 
 
-def test_download_lists_every_file_and_the_total(
+def test_download_prints_every_file_and_the_total(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Hash, size, name; shared files once."""
-    *lines, total = said(capsys, "download", "--config", checkpoints.config).splitlines()
+    """Each line has hash, size and name; a shared file appears once."""
+    *lines, total = run(capsys, "download", "--config", checkpoints.config).splitlines()
     sizes = [int(line.split()[1].replace(",", "")) for line in lines]
     assert len(lines) == len({line.split()[2] for line in lines}) == 12
     assert total == f"12 files, {sum(sizes):,} bytes in all; ready to serve aesthetic, clip, hpsv2, pickscore"

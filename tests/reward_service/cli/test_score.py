@@ -1,4 +1,4 @@
-"""`reward-service score`: the service's numbers without the service."""
+"""Offline scoring with `reward-service score`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from reward_service.cli.score import Report, Request, print_scores, score_files
+from reward_service.cli.score import OfflineReport, OfflineRequest, print_scores, score_files
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.images import Pixels
+from reward_service.observability.tracing import RequestTrace
 from reward_service.protocol import (
     MSGPACK,
     EvaluatorIdentity,
@@ -42,7 +43,7 @@ PROMPTS = ("a red square", "and " * 60, "ünïcode fish")
 @pytest.fixture(scope="module")
 def files(images: list[Pixels], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     """Three images, the last of them lossily compressed."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     paths = tuple(folder / name for name in ("a.png", "b.png", "c.jpeg"))
     for path, image in zip(paths, images, strict=False):
         Image.fromarray(image).save(path)
@@ -51,7 +52,7 @@ def files(images: list[Pixels], tmp_path_factory: pytest.TempPathFactory) -> tup
 
 @pytest.fixture(scope="module")
 def weighted(config: ServiceConfig) -> ServiceConfig:
-    """Evaluators of unequal weight, one of none, and batches that split the images."""
+    """Configuration with unequal weights, one of them 0, and batches smaller than the request."""
     weights = {"aesthetic": 0.0, "clip": 1.0, "pickscore": 2.0, "hpsv2": 0.5}
     evaluators = {
         name: evaluator.model_copy(update={"weight": weights[name]})
@@ -60,7 +61,7 @@ def weighted(config: ServiceConfig) -> ServiceConfig:
     return config.model_copy(update={"evaluators": evaluators, "batch_pairs": 2})
 
 
-def asked_of_the_service(config: ServiceConfig, engine: RewardEngine, request: Request) -> ScoreResponse:
+def score_in_service(config: ServiceConfig, engine: RewardEngine, request: OfflineRequest) -> ScoreResponse:
     items = [
         Item(prompt, Picture(path.read_bytes()))
         for prompt, path in zip(request.prompts, request.paths, strict=True)
@@ -77,74 +78,74 @@ def asked_of_the_service(config: ServiceConfig, engine: RewardEngine, request: R
     while service.health.status == "loading" and time.monotonic() < deadline:
         time.sleep(0.01)
     sent = encode(body, MSGPACK)
-    with service.enter(Client(), len(sent)) as ticket:
-        answer = asyncio.run(service.score(ticket, sent, MSGPACK, "id"))
+    with service.admit(Client(), len(sent)) as ticket:
+        response = asyncio.run(service.score(ticket, sent, MSGPACK, RequestTrace(id="id")))
     service.close()
-    return answer
+    return response
 
 
 @pytest.mark.parametrize("normalization", ["unit", "z", "raw"])
 @pytest.mark.parametrize("evaluators", [None, ("hpsv2", "clip")])
-def test_it_answers_as_the_service_does(
+def test_scores_equal_those_of_the_service(
     weighted: ServiceConfig,
     engine: RewardEngine,
     files: tuple[Path, ...],
     normalization: Any,
     evaluators: tuple[str, ...] | None,
 ) -> None:
-    """Every number, weight, mark and identity, to the last bit."""
-    request = Request(files, PROMPTS, evaluators, normalization, deterministic=True)
+    """Numbers, flags and identities are equal to the last bit."""
+    request = OfflineRequest(files, PROMPTS, evaluators, normalization, deterministic=True)
     found = score_files(weighted, request, lambda _: None).response
-    expected = asked_of_the_service(weighted, engine, request)
+    expected = score_in_service(weighted, engine, request)
     assert found.results == expected.results
     assert found.evaluators == expected.evaluators
     assert [result.truncated_prompt for result in found.results] == [False, True, False]
     assert [result.lossy_input for result in found.results] == [False, False, True]
 
 
-def test_one_prompt_serves_all_images(config: ServiceConfig, files: tuple[Path, ...]) -> None:
-    """As if it had been given for each."""
-    one = score_files(config, Request(files, ("x",), deterministic=True), lambda _: None)
-    each = score_files(config, Request(files, ("x", "x", "x"), deterministic=True), lambda _: None)
+def test_one_prompt_is_used_for_all_images(config: ServiceConfig, files: tuple[Path, ...]) -> None:
+    """A single prompt gives the same scores as repeating it for each image."""
+    one = score_files(config, OfflineRequest(files, ("x",), deterministic=True), lambda _: None)
+    each = score_files(config, OfflineRequest(files, ("x", "x", "x"), deterministic=True), lambda _: None)
     assert one.response.results == each.response.results
 
 
-def test_a_bad_image_is_named_in_any_batch(weighted: ServiceConfig, files: tuple[Path, ...]) -> None:
-    """By its path, in one line."""
+def test_an_invalid_image_is_reported_by_its_path(weighted: ServiceConfig, files: tuple[Path, ...]) -> None:
+    """The error names the path, in whatever batch the image is."""
     bad = files[0].with_name("bad.png")
     bad.write_bytes(files[0].read_bytes()[:60])
     for paths in ((bad, *files), (*files, bad)):
         with pytest.raises(ConfigError, match=r"bad\.png: the png image is truncated"):
-            score_files(weighted, Request(paths, ("x",)), lambda _: None)
+            score_files(weighted, OfflineRequest(paths, ("x",)), lambda _: None)
 
 
-def report(path: Path, provisional: tuple[str, ...] = ("clip",)) -> Report:
+def report(path: Path, provisional: tuple[str, ...] = ("clip",)) -> OfflineReport:
     scores = {"clip": EvaluatorScore(0.25, -0.25, 0.4)}
     result = ItemResult(0, 0.4, scores, truncated_prompt=True, lossy_input=False)
     response = ScoreResponse("id", [result], {"clip": EvaluatorIdentity("f", "c")}, {})
-    return Report(Request((path,), ('a "cat", red',)), response, provisional, "Round figures.")
+    return OfflineReport(OfflineRequest((path,), ('a "cat", red',)), response, provisional, "Round figures.")
 
 
-def test_scores_are_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every evaluator of every image, the reward, provisional scales, and a prompt that was cut."""
-    print_scores(report(Path("folder/picture.png")), "table")
+def test_print_scores_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has all scores and the reward; provisional scales and truncated prompts are reported."""
+    print_scores(report(Path("folder/image.png")), "table")
     shown = capsys.readouterr()
-    assert all(word in shown.out for word in ("picture.png", "clip", "0.2500", "-0.25", "0.400", "reward"))
+    assert all(word in shown.out for word in ("image.png", "clip", "0.2500", "-0.25", "0.400", "reward"))
     assert "provisional scales: clip (Round figures)" in shown.out
     assert "cut off" in shown.err
-    print_scores(report(Path("picture.png"), ()), "table")
+    print_scores(report(Path("image.png"), ()), "table")
     assert "provisional" not in capsys.readouterr().out
 
 
-def test_a_name_in_brackets_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is no markup."""
+def test_brackets_in_a_file_name_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file name in brackets is printed unchanged."""
     print_scores(report(Path("[bold]a.png")), "table")
     assert "[bold]a.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_any_file_name_can_be_printed(checkpoints: Checkpoints, tmp_path: Path, encoding: str) -> None:
-    """One that is no UTF-8 too, whatever the locale writes."""
+    """A name that is not UTF-8 is printed too, in every locale."""
     path = os.fsencode(tmp_path) + "/ü".encode() + b"\xff.png"
     Image.new("RGB", (8, 8)).save(data := BytesIO(), "PNG")
     Path(os.fsdecode(path)).write_bytes(data.getvalue())
@@ -157,8 +158,8 @@ def test_any_file_name_can_be_printed(checkpoints: Checkpoints, tmp_path: Path, 
     assert done.stdout.splitlines()[1].startswith(name + b",x,")
 
 
-def test_scores_are_shown_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
-    """One row an image that a CSV reader gets back whole, with what produced the numbers."""
+def test_print_scores_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
+    """A CSV reader restores each image's row, including fingerprint and calibration."""
     print_scores(report(Path("a, b.png")), "csv")
     (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
     assert row == {
@@ -176,8 +177,8 @@ def test_scores_are_shown_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_scores_are_shown_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """The service's response."""
+def test_print_scores_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """The JSON output is the service's response."""
     print_scores(report(Path("a.png")), "json")
     shown = json.loads(capsys.readouterr().out)
     assert shown["results"][0]["scores"]["clip"] == {"raw": 0.25, "z": -0.25, "unit": 0.4}
