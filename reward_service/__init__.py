@@ -1,4 +1,4 @@
-"""The service: four image evaluators behind one batch `POST /score`.
+"""Reward service: scores of text-to-image results from four evaluators, by a batch `POST /score`.
 
 Importing this package, its `client`, `protocol` or `settings` never imports torch.
 """

@@ -1,4 +1,4 @@
-"""`python -m reward_service`: the same as the command `reward-service`."""
+"""Entry point of `python -m reward_service`, which equals the command `reward-service`."""
 
 from reward_service.cli import main
 

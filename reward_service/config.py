@@ -1,4 +1,4 @@
-"""The `service:` section of a configuration file. No torch."""
+"""Configuration of the reward service: the `service:` section of a configuration file. No torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from reward_service.protocol import MAX_BODY_BYTES, MAX_PAIRS, MAX_PROMPT_CHARS
 from reward_service.settings import DEFAULT_CONFIG, ConfigPath, Settings, load_section
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-#: Of a pause or a patience; at most twelve days, which a timer takes anywhere.
+#: A duration; at most twelve days, which every timer supports.
 Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 EvaluatorKind = Literal["aesthetic", "clip", "pickscore", "hpsv2"]
 
 
 class Origin(Settings):
-    """Where files come from: a folder, a hub repository at a revision, or a web address.
+    """Origin of files: a folder, a Hugging Face hub repository at a revision, or a web address.
 
-    `url` is the folder part of an address; files from it need a sha256.
+    Attributes:
+        folder: a folder
+        repo: a repository on the hub; needs a revision
+        revision: commit, branch or tag of the repository
+        url: web address without the file name; files from it need a sha256
     """
 
     folder: ConfigPath | None = None
@@ -30,7 +34,7 @@ class Origin(Settings):
     url: str | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> Self:
+    def _has_one_place(self) -> Self:
         if sum(place is not None for place in (self.folder, self.repo, self.url)) != 1:
             raise ValueError("name exactly one of folder, repo and url")
         if self.repo is not None and self.revision is None:
@@ -42,19 +46,25 @@ class Origin(Settings):
 
 
 class Weights(Settings):
-    """One file of weights; `sha256` is compulsory for anything but safetensors from a folder or hub."""
+    """One file of weights; `sha256` is required unless it is a safetensors file from a folder or the hub."""
 
     file: str
     sha256: Sha256 | None = None
 
 
 class TowerConfig(Settings):
-    """One CLIP model: the published layout it comes in, and where.
+    """One CLIP model: its published layout, and the origin of its files.
 
-    `huggingface`: config.json, weights and tokenizer files of transformers' CLIPModel.
-    `open_clip`: weights with open_clip's names; `architecture` is a name that open_clip knows, or null
-    for an open_clip_config.json beside the weights; `vocabulary` is the BPE file's name, or null for
-    open_clip's own.
+    Attributes:
+        layout: `huggingface` has config.json, weights and tokenizer files of transformers' CLIPModel,
+            `open_clip` has weights with open_clip's names
+        origin: origin of all files unless named otherwise
+        weights: the checkpoint
+        architecture: for `open_clip`: one of `open_clip.list_models()`, or None for an open_clip_config.json
+            at the origin
+        vocabulary: for `open_clip`: name of the BPE file, or None for open_clip's own
+        tokenizer: for `huggingface`: origin of the tokenizer files, if other than that of the weights
+        text_cleaning: for `huggingface`: `openai` cleans prompts as OpenAI's CLIP does
     """
 
     layout: Literal["huggingface", "open_clip"]
@@ -75,16 +85,21 @@ class TowerConfig(Settings):
 
 
 class HeadConfig(Settings):
-    """The aesthetic head's file."""
+    """File of the aesthetic head."""
 
     origin: Origin
     weights: Weights
 
 
 class EvaluatorConfig(Settings):
-    """One evaluator: its kind fixes formula and preprocessing, `tower` names the model it looks through.
+    """One evaluator.
 
-    One that is not `enabled` is neither loaded nor served.
+    Attributes:
+        kind: determines formula and preprocessing
+        tower: name of its CLIP model
+        enabled: whether it is loaded and served
+        head: file of the linear head, for kind `aesthetic` only
+        weight: default weight of its normalized score in the reward
     """
 
     kind: EvaluatorKind
@@ -101,12 +116,28 @@ class EvaluatorConfig(Settings):
 
 
 class Limits(Settings):
-    """What a request, a client and all of them together may cost.
+    """Limits of one request, of one client, and of all clients together.
 
-    A client is a key, or, without keys, an `X-Client-Id`. Pairs and bytes count from before a body is read
-    until its answer; `decoded` are the pixels of the images, 3 bytes each, and no request may exceed
-    them. With nothing else under way, a client may exceed its pairs with one request. The last eighth of
-    each sum is kept for clients who hold less than a sixteenth of it.
+    A client is identified by its API key, or, without keys, by `X-Client-Id`. Pairs and bytes count from
+    before a body is read until its response is sent. A client without other requests may exceed its pairs
+    with one request. The last eighth of each total is reserved for clients that hold less than a sixteenth
+    of it.
+
+    Attributes:
+        max_body_bytes: of one request
+        max_pairs: of one request
+        max_image_pixels: of one image
+        max_prompt_chars: of one prompt
+        max_queued_pairs: of all clients
+        max_client_pairs: of one client
+        max_inflight_bytes: bodies of all clients
+        max_client_bytes: bodies of one client
+        max_decoded_bytes: pixels of all clients' images, 3 bytes each; also limits a single request
+        max_client_decoded_bytes: pixels of one client's images; also limits a single request
+        max_connections: open connections
+        header_timeout_s: from the start of a request until its headers are complete
+        body_timeout_s: from the headers until the body is complete
+        keep_alive_s: idle time until a connection is closed
     """
 
     max_body_bytes: PositiveInt = MAX_BODY_BYTES
@@ -126,11 +157,13 @@ class Limits(Settings):
 
 
 class Auth(Settings):
-    """Who may ask.
+    """Authentication by API keys.
 
-    `keys`: the file that `reward-service keys new` writes; with one, a request needs a key, wherever the
-    service listens. Without one it listens on loopback only, unless `allow_anonymous`, which lets
-    everybody in who can reach it. `open_metrics`: /metrics needs no key.
+    Attributes:
+        keys: file written by `reward-service keys new`; with it, every request needs a key. Without it the
+            service listens on loopback only
+        allow_anonymous: without keys, listen on any address and accept requests from everybody
+        open_metrics: whether /metrics needs no key
     """
 
     keys: ConfigPath | None = None
@@ -139,12 +172,15 @@ class Auth(Settings):
 
 
 class Watch(Settings):
-    """When the service doubts itself.
+    """Self-checks: canary, stuck batches and circuit breakers.
 
-    `canary_every_s`: pause between two scorings of the canary pair. `stuck_s`: a batch that takes longer
-    hangs, and the process ends. `breaker_failures`: different pairs in a row that an evaluator fails on
-    before it is taken out of service. `breaker_pause_s`: until it is tried again, doubled each time it
-    fails, up to `breaker_longest_pause_s`.
+    Attributes:
+        canary_every_s: pause between two scorings of the canary pair
+        stuck_s: timeout of a batch, after which the process exits
+        breaker_failures: number of different consecutive pairs that an evaluator must fail on to be taken
+            out of service
+        breaker_pause_s: pause before a failed evaluator is tried again, doubled after each failure
+        breaker_longest_pause_s: upper limit of that pause
     """
 
     canary_every_s: Seconds = 60.0
@@ -155,16 +191,18 @@ class Watch(Settings):
 
 
 class Tracing(Settings):
-    """Where OpenTelemetry spans go: an OTLP/HTTP collector's address, such as http://collector:4318.
+    """OpenTelemetry tracing.
 
-    None is the environment's OTEL_EXPORTER_OTLP_ENDPOINT; without either nothing is traced.
+    Attributes:
+        endpoint: address of an OTLP/HTTP collector, such as http://collector:4318; None for that of the
+            environment variable OTEL_EXPORTER_OTLP_ENDPOINT. Without either, tracing is off
     """
 
     endpoint: str | None = None
 
 
 class Logs(Settings):
-    """The log on stderr: `json`, `text`, or `auto`, which is text on a terminal and JSON elsewhere."""
+    """Log on stderr: `json`, `text`, or `auto`, which is text on a terminal and JSON otherwise."""
 
     format: Literal["auto", "json", "text"] = "auto"
 
@@ -172,18 +210,38 @@ class Logs(Settings):
 def _no_float16(dtype: object) -> object:
     if dtype in ("float16", "fp16", "half"):
         raise ValueError(
-            "half precision is not offered: a CPU is 50 times slower in it than in float32, a GPU as "
-            "fast in bfloat16; use float32 or bfloat16"
+            "half precision is not supported: a CPU is 50 times slower with it than with float32, and a GPU "
+            "is as fast with bfloat16; use float32 or bfloat16"
         )
     return dtype
 
 
 class ServiceConfig(Settings):
-    """Everything the service can be told. `dtype` is the trunks'; heads and cosines are always float32.
+    """All settings of the service.
 
-    `canary` is a file of golden scores that `reward-service canary --write` makes; without one the
-    scores of the start are what later ones are held against. `prepare_ahead`: whether the next batch's
-    images are resized and cropped while one runs; None: where the device is not the CPU that would do it.
+    Attributes:
+        towers: CLIP models by name
+        evaluators: evaluators by name
+        calibration: file of the calibration table
+        canary: file of golden scores, written by `reward-service canary --write`; without it, later canary
+            scores are compared with those at the start
+        host: address to listen on
+        port: port to listen on, 0 for a free one
+        device: `auto`, `cpu` or `cuda`
+        dtype: dtype of the trunks; heads and cosines are always float32
+        acceleration: whether image passes are compiled or captured as CUDA graphs
+        threads: CPU threads of torch; None for torch's default
+        decode_threads: threads that decode images
+        prepare_ahead: whether to preprocess the next batch's images while a batch runs; None means only if
+            the device is not the CPU, which would be busy with the batch
+        batch_pairs: maximum number of pairs of one forward pass
+        text_cache_entries: prompts per tower whose embeddings are cached
+        drain_s: time to finish accepted requests on shutdown
+        limits: limits of requests and clients
+        watch: self-checks
+        tracing: OpenTelemetry tracing
+        logs: format of the log
+        auth: authentication
     """
 
     towers: Annotated[dict[str, TowerConfig], Field(min_length=1)]
@@ -215,12 +273,12 @@ class ServiceConfig(Settings):
         if not self.enabled:
             raise ValueError("no evaluator is enabled; set enabled: true for at least one")
         if not any(evaluator.weight for evaluator in self.enabled.values()):
-            raise ValueError("every evaluator weighs 0; give at least one a weight")
+            raise ValueError("every evaluator has weight 0; give at least one a positive weight")
         return self
 
     @property
     def enabled(self) -> dict[str, EvaluatorConfig]:
-        """The evaluators that are loaded and served."""
+        """Evaluators that are loaded and served."""
         return {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.enabled}
 
 
@@ -228,6 +286,6 @@ def load_config(path: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> S
     """Read the `service:` section of a configuration file.
 
     Raises:
-        ConfigError: whatever is wrong, in one line
+        ConfigError: the configuration is invalid; the message is one line
     """
     return load_section(ServiceConfig, path, "service", overrides)

@@ -1,9 +1,7 @@
-"""Wire types of the service: one schema for JSON and msgpack, request, response and problem.
+"""Wire protocol: request, response and problem types, one schema for JSON and msgpack.
 
-In JSON the image's bytes are base64, in msgpack they are binary; the types are the same.
-Decoding refuses unknown fields and wrong types; it needs no torch.
-
-Everything that can be wrong with a request, as RFC 9457 problem details. The input is never echoed.
+In JSON image bytes are base64, in msgpack they are binary; the types are the same. Decoding refuses unknown
+fields and wrong types, and needs no torch. Errors are RFC 9457 problem details that never echo the input.
 """
 
 from __future__ import annotations
@@ -25,30 +23,30 @@ MAX_PAIRS = 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_CHARS = 10_000
 _MAX_NAMES = 64
-# What a batch of short prompts needs sixteen times over. Each comma of JSON can cost 150 bytes of memory.
+# Sixteen times the commas of a full batch of short prompts. Each comma of JSON can cost 150 bytes of memory.
 _MAX_COMMAS = 128 * MAX_PAIRS
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Normalization = Literal["unit", "z", "raw"]
 Weight = Annotated[float, Meta(ge=0)]
-# Bounded, because a refusal names it, and JSON has numbers of thousands of digits.
-Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+# Bounded, because error messages quote it, and JSON allows numbers of thousands of digits.
+ImageSide = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Picture(Struct, frozen=True, forbid_unknown_fields=True):
     """One image: an encoded file, or `raw` uint8 RGB values in rows.
 
-    `format` may be left out for an encoded file: its first bytes tell. `shape` is (height, width, 3)
-    in pixels, for `raw` only.
+    `format` is optional for an encoded file, which is recognized by its first bytes. `shape` is
+    (height, width, 3) in pixels, for `raw` only.
     """
 
     data: bytes
     format: ImageFormat | None = None
-    shape: tuple[Side, Side, Literal[3]] | None = None
+    shape: tuple[ImageSide, ImageSide, Literal[3]] | None = None
 
 
 class Item(Struct, frozen=True, forbid_unknown_fields=True):
-    """One prompt and the image to judge by it."""
+    """One prompt and one image to score."""
 
     prompt: Annotated[str, Meta(min_length=1, max_length=MAX_PROMPT_CHARS)]
     image: Picture
@@ -57,11 +55,11 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
 class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """A batch of pairs and how to score them.
 
-    `evaluators`: names, or null for all that the service has. `weights`: evaluator → weight of its
-    normalized score in the reward; an evaluator that is not named then weighs 0; null for the service's own.
-    `normalization`: which of the three numbers the reward is made of. `allow_partial`: take the scores of
-    the other evaluators when one is out of service; without it that is an error. `deterministic`: let
-    scores depend on nothing but the pair; slower.
+    `evaluators`: names, or null for all evaluators of the service. `weights`: weight of each evaluator's
+    normalized score in the reward; evaluators that are not named have weight 0; null for the configured
+    weights. `normalization`: the kind of score that the reward is computed from. `allow_partial`: if an
+    evaluator is out of service, return the scores of the others; otherwise that is an error.
+    `deterministic`: make scores independent of the other pairs of the batch; slower.
     """
 
     items: Annotated[list[Item], Meta(min_length=1, max_length=MAX_PAIRS)]
@@ -73,7 +71,7 @@ class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EvaluatorScore(Struct, frozen=True):
-    """One evaluator's number: as its formula gives it, in calibrated deviations, and as Φ(z) in (0, 1)."""
+    """One evaluator's score: raw by its formula, z in calibrated standard deviations, unit = Φ(z)."""
 
     raw: float
     z: float
@@ -83,7 +81,7 @@ class EvaluatorScore(Struct, frozen=True):
 class ItemResult(Struct, frozen=True):
     """The scores of one pair; `reward` is the weighted mean of its normalized scores.
 
-    It is null, never a mean of something else, if an evaluator that it is made of has `failed`.
+    `reward` is null if an evaluator with a weight has `failed`; it is never a mean of the others.
     """
 
     index: int
@@ -94,10 +92,10 @@ class ItemResult(Struct, frozen=True):
 
 
 class EvaluatorIdentity(Struct, frozen=True):
-    """What produced an evaluator's numbers.
+    """Identity of the model and calibration that produced an evaluator's scores.
 
     `fingerprint`: hash of weights, preprocessing, tokenizer, formula and dtype. `calibration`: hash of
-    the mean and deviation behind z and unit.
+    the mean and standard deviation behind z and unit.
     """
 
     fingerprint: str
@@ -105,10 +103,10 @@ class EvaluatorIdentity(Struct, frozen=True):
 
 
 class ScoreResponse(Struct, frozen=True):
-    """Results in the order of the request's items, all of them or none.
+    """Results in the order of the request's items; either all of them or none.
 
-    `failed`: evaluator → problem code, for those that were asked for and are out of service; empty unless
-    the request said `allow_partial`. Neither `evaluators` nor any result has them.
+    `failed`: problem code of each requested evaluator that is out of service; always empty without
+    `allow_partial`. Neither `evaluators` nor any result contains these evaluators.
     """
 
     id: str
@@ -119,7 +117,7 @@ class ScoreResponse(Struct, frozen=True):
 
 
 class EvaluatorDescription(Struct, frozen=True):
-    """One configured evaluator, as `/v1/evaluators` lists it."""
+    """One configured evaluator."""
 
     fingerprint: str
     calibration: str
@@ -131,7 +129,7 @@ class EvaluatorDescription(Struct, frozen=True):
 
 
 class EvaluatorList(Struct, frozen=True):
-    """Answer of `/v1/evaluators`: what is configured and on what it runs."""
+    """Response of `/v1/evaluators`: the configured evaluators, device and dtype."""
 
     evaluators: dict[str, EvaluatorDescription]
     device: str
@@ -139,14 +137,14 @@ class EvaluatorList(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """Answer of the health routes; `detail` says what is being waited for."""
+    """Response of the health routes; `detail` is the reason for a status other than live or ready."""
 
     status: Literal["live", "ready", "loading", "stopping", "failed"]
     detail: str = ""
 
 
 class ProblemItem(Struct, frozen=True):
-    """One thing that is wrong; `index` is the item's place in the request, null if it is no item's."""
+    """One error; `index` is the position of the item in the request, null if no item is at fault."""
 
     code: str
     detail: str
@@ -154,7 +152,7 @@ class ProblemItem(Struct, frozen=True):
 
 
 class Problem(Struct, frozen=True):
-    """RFC 9457 problem details, with a code, whether asking again can help, and at most ten items."""
+    """RFC 9457 problem details, with a code, whether a retry can succeed, and at most ten errors."""
 
     title: str
     status: int
@@ -167,7 +165,13 @@ class Problem(Struct, frozen=True):
 
 
 class MalformedBodyError(Exception):
-    """A body that is not a request of this protocol; `index` is the item at fault, if one is."""
+    """A body that is not a request of this protocol.
+
+    Args:
+        detail: the cause
+        syntax: True if the body is not valid JSON or msgpack, False if it does not match the schema
+        index: position of the item at fault, None if no single item is
+    """
 
     def __init__(self, detail: str, *, syntax: bool, index: int | None = None) -> None:
         super().__init__(detail)
@@ -176,7 +180,7 @@ class MalformedBodyError(Exception):
 
 
 _ITEM_PATH = re.compile(r"\$\.items\[(\d+)\]")
-# The two messages of msgspec that quote the sender; the path that may follow is the schema's own.
+# The two messages of msgspec that quote the input; the path that may follow is the schema's own.
 _QUOTED_INPUT = re.compile(
     r"(?:unknown field|enum value) (?P<quote>[`'])(?P<input>.*)(?P=quote)(?= - at `[^`]*`$|$)", re.DOTALL
 )
@@ -185,34 +189,36 @@ _QUOTED_INPUT = re.compile(
 def decode_request(body: bytes | bytearray, content_type: str) -> ScoreRequest:
     """Decode a request body of one of the two content types.
 
-    Of a key that comes twice the last value counts.
+    The last value of a duplicate key is used.
 
     Raises:
-        MalformedBodyError: not JSON/msgpack at all (`syntax`), or not this schema
+        MalformedBodyError: not valid JSON or msgpack (`syntax`), or it does not match the schema
     """
     decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
-    # msgspec reads a JSON array whole before it looks at its length: gigabytes for a hostile one.
+    # msgspec decodes a whole JSON array before it checks the length: gigabytes for a malicious one.
     if content_type == JSON and body.count(b",") > _MAX_COMMAS:
-        raise MalformedBodyError(f"more than {_MAX_COMMAS} commas; send fewer pairs a request", syntax=False)
+        raise MalformedBodyError(
+            f"more than {_MAX_COMMAS} commas; send fewer pairs per request", syntax=False
+        )
     try:
         request: ScoreRequest = decoder.decode(body, type=ScoreRequest)
     except msgspec.ValidationError as error:
-        raise not_the_schema(error) from None
+        raise schema_error(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         name = "msgpack" if content_type == MSGPACK else "JSON"
         raise MalformedBodyError(f"the body is not valid {name}: {str(error)[:120]}", syntax=True) from None
     return request
 
 
-def not_the_schema(error: msgspec.ValidationError) -> MalformedBodyError:
-    """msgspec's complaint about a value, without the sender's own words."""
+def schema_error(error: msgspec.ValidationError) -> MalformedBodyError:
+    """Return msgspec's validation error as a `MalformedBodyError` that does not quote the input."""
     found = _ITEM_PATH.search(str(error))
     detail = _without_input(str(error))
     return MalformedBodyError(detail, syntax=False, index=int(found[1]) if found else None)
 
 
 def _without_input(message: str) -> str:
-    """msgspec's message with the sender's own text taken out, save a plain field name."""
+    """Remove quoted input from a message of msgspec, except a plain field name."""
     found = _QUOTED_INPUT.search(message)
     if found and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", found["input"]):
         message = message[: found.start("quote")] + "(not shown)" + message[found.end() :]
@@ -225,48 +231,48 @@ def encode(value: Struct, content_type: str) -> bytes:
 
 
 def decode_response(body: bytes, content_type: str) -> ScoreResponse:
-    """Decode a response and refuse one with a missing, unexplained or non-finite number.
+    """Decode a response and verify that no score is missing or not finite.
 
     Raises:
-        ValueError: not a score response; msgspec's errors are ValueErrors too
+        ValueError: not a valid score response; msgspec's errors are ValueErrors too
     """
     decoder: Any = msgspec.msgpack if content_type == MSGPACK else msgspec.json
     response: ScoreResponse = decoder.decode(body, type=ScoreResponse)
     for position, result in enumerate(response.results):
         if result.index != position:
-            raise ValueError(f"result {position} carries index {result.index}")
+            raise ValueError(f"result {position} has index {result.index}; expected {position}")
         if result.reward is None and not response.failed:
-            raise ValueError(f"result {position} has no reward, though no evaluator failed")
+            raise ValueError(f"result {position} has no reward, although no evaluator failed")
         if result.scores.keys() != response.evaluators.keys() or not (result.scores or response.failed):
-            raise ValueError(f"result {position} has not the scores of the evaluators named")
-        if not finite(result.reward, result.scores):
-            raise ValueError(f"result {position} holds a number that is not finite")
+            raise ValueError(f"result {position} does not have exactly the scores of `evaluators`")
+        if not _all_finite(result.reward, result.scores):
+            raise ValueError(f"result {position} has a number that is not finite")
     return response
 
 
-def finite(reward: float | None, scores: Mapping[str, EvaluatorScore]) -> bool:
-    """Whether a reward, if there is one, and all of its scores are finite numbers."""
+def _all_finite(reward: float | None, scores: Mapping[str, EvaluatorScore]) -> bool:
+    """Return True if all scores and the reward, unless it is None, are finite numbers."""
     return (reward is None or math.isfinite(reward)) and all(
         math.isfinite(number) for score in scores.values() for number in (score.raw, score.z, score.unit)
     )
 
 
 def schemas() -> dict[str, Any]:
-    """JSON schemas of the wire types by name, for `#/components/schemas` of OpenAPI."""
+    """Return JSON schemas of the wire types by name, for `#/components/schemas` of OpenAPI."""
     types = [ScoreRequest, ScoreResponse, EvaluatorList, Health, Problem]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return components
 
 
-#: code -> (status, title, whether asking again can help)
-CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
+#: code -> (status, title, whether a retry can succeed)
+PROBLEM_CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
     "malformed_request": (HTTPStatus.BAD_REQUEST, "The request cannot be read", False),
     "malformed_body": (HTTPStatus.BAD_REQUEST, "The body cannot be read", False),
-    "unauthorized": (HTTPStatus.UNAUTHORIZED, "A key is needed", False),
-    "forbidden": (HTTPStatus.FORBIDDEN, "The key may not do this", False),
-    "body_timeout": (HTTPStatus.REQUEST_TIMEOUT, "The body came too slowly", True),
+    "unauthorized": (HTTPStatus.UNAUTHORIZED, "API key required", False),
+    "forbidden": (HTTPStatus.FORBIDDEN, "API key not permitted", False),
+    "body_timeout": (HTTPStatus.REQUEST_TIMEOUT, "Request body timeout", True),
     "body_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too large", False),
-    "pictures_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The images are too large together", False),
+    "pictures_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The images are too large in total", False),
     "unsupported_media_type": (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Unsupported media type", False),
     "invalid_request": (HTTPStatus.UNPROCESSABLE_ENTITY, "The request does not fit the schema", False),
     "empty_batch": (HTTPStatus.UNPROCESSABLE_ENTITY, "The batch is empty", False),
@@ -274,12 +280,12 @@ CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
     "unknown_evaluator": (HTTPStatus.UNPROCESSABLE_ENTITY, "Unknown evaluator", False),
     "bad_weights": (HTTPStatus.UNPROCESSABLE_ENTITY, "Unusable weights", False),
     "not_an_image": (HTTPStatus.UNPROCESSABLE_ENTITY, "Not an image", False),
-    "bad_shape": (HTTPStatus.UNPROCESSABLE_ENTITY, "The shape does not fit", False),
+    "bad_shape": (HTTPStatus.UNPROCESSABLE_ENTITY, "The shape does not match the image", False),
     "image_too_large": (HTTPStatus.UNPROCESSABLE_ENTITY, "The image is too large", False),
     "image_too_long": (HTTPStatus.UNPROCESSABLE_ENTITY, "The image is too elongated", False),
-    "not_found": (HTTPStatus.NOT_FOUND, "No such address", False),
+    "not_found": (HTTPStatus.NOT_FOUND, "Not found", False),
     "method_not_allowed": (HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed", False),
-    "client_busy": (HTTPStatus.TOO_MANY_REQUESTS, "Too much of this client's is under way", True),
+    "client_busy": (HTTPStatus.TOO_MANY_REQUESTS, "Too many concurrent requests of this client", True),
     "not_ready": (HTTPStatus.SERVICE_UNAVAILABLE, "Not ready", True),
     "queue_full": (HTTPStatus.SERVICE_UNAVAILABLE, "The queue is full", True),
     "too_many_connections": (HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections", True),
@@ -291,14 +297,14 @@ CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
 
 
 class ProblemError(Exception):
-    """A request that is answered with a problem.
+    """A refused request, which gets a problem as its response.
 
     Args:
-        code: a key of `CODES`
+        code: a key of `PROBLEM_CODES`
         detail: cause and remedy in one line
-        items: the items at fault; the first ten are told
-        retry_after_s: for the Retry-After header
-        headers: further ones that the status calls for
+        items: the items at fault; the first ten are reported
+        retry_after_s: value of the Retry-After header, None for no header
+        headers: further headers that the status requires
     """
 
     def __init__(
@@ -317,17 +323,17 @@ class ProblemError(Exception):
 
     @property
     def status(self) -> HTTPStatus:
-        """The HTTP status that goes with the code."""
-        return CODES[self.code][0]
+        """HTTP status of the code."""
+        return PROBLEM_CODES[self.code][0]
 
-    def as_problem(self, request_id: str) -> Problem:
-        """The body of the answer."""
-        status, title, retryable = CODES[self.code]
+    def to_problem(self, request_id: str) -> Problem:
+        """Return the response body."""
+        status, title, retryable = PROBLEM_CODES[self.code]
         return Problem(
             title, int(status), self.code, self.detail, retryable, request_id, errors=list(self.items)
         )
 
 
-def at_item(code: str, detail: str, index: int | None) -> ProblemError:
-    """A problem of one item, or of the request if `index` is None."""
+def item_problem(code: str, detail: str, index: int | None) -> ProblemError:
+    """Return the problem of one item, or of the whole request if `index` is None."""
     return ProblemError(code, detail, [ProblemItem(code, detail, index)])

@@ -1,7 +1,7 @@
-"""One YAML file, two sections: `service:` for the service, `trainer:` for the trainer.
+"""Configuration files: one YAML file with a section `service:` and a section `trainer:`.
 
-Each program reads its own section into a frozen model that knows every key. Whatever is wrong is one
-`ConfigError` line: the file, the key, the problem, the remedy.
+Each program reads its own section into a frozen model that defines every key. Every error is a `ConfigError`
+with a message of one line: the file, the key, the problem, the remedy.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ SECTIONS = ("service", "trainer")
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.yaml"
 
 
-def rest_idle_threads() -> None:
-    """Have OpenMP's idle threads spin for microseconds, then sleep; call it before torch is imported.
+def configure_openmp() -> None:
+    """Let OpenMP's idle threads spin for microseconds, then sleep; call it before torch is imported.
 
-    Judge and trainer often share cores. Threads that spin on slow the other down by up to four times;
-    threads that sleep at once make small operations as slow on two cores as on one.
+    Service and trainer often share cores. Threads that keep spinning slow the other program down by up to
+    four times; threads that sleep at once make small operations as slow on two cores as on one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message is one line for the user."""
+    """A configuration that cannot be used; the message is one line."""
 
 
 class Settings(BaseModel):
-    """Base of every configuration model: frozen, unknown keys refused."""
+    """Base class of configuration models: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,18 +45,18 @@ class Settings(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+def _resolve_path(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder")
     path = path.expanduser()
     return path if folder is None or path.is_absolute() else (Path(folder) / path).resolve()
 
 
-#: A path in a configuration: relative ones start at the folder of the configuration file.
-ConfigPath = Annotated[Path, AfterValidator(_beside_the_file)]
+#: A path in a configuration; a relative one is relative to the folder of the configuration file.
+ConfigPath = Annotated[Path, AfterValidator(_resolve_path)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; this reads it as the number that was meant."""
+    """Loader that reads `1e-3` as a number; YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -80,45 +80,54 @@ def load_section(
         path: the YAML file
         section: `service` or `trainer`
         overrides: `key.subkey=value` strings, relative to the section; values are YAML
-        presets: `key.subkey` of a mapping in the file from such keys to values, which hold where no override
-            says otherwise
+        presets: `key.subkey` of a mapping in the file, from such keys to values; overrides take precedence
 
     Raises:
-        ConfigError: whatever is wrong, in one line
+        ConfigError: the file, a key or a value is invalid; the message is one line
     """
-    values = _section(_read(path), path, section)
-    for key, value in (_preset(values, presets) if presets else {}).items():
-        _put(values, str(key), value, f"{presets}: {key}")
+    values = _select_section(_read_yaml(path), path, section)
+    for key, value in (_read_presets(values, presets) if presets else {}).items():
+        _set_key(values, str(key), value, f"{presets}: {key}")
     for override in overrides:
-        _apply(values, override)
-    return _validated(model, values, section, f"{path}: ", {"folder": path.resolve().parent})
+        _apply_override(values, override)
+    return _validate(model, values, section, f"{path}: ", {"folder": path.resolve().parent})
 
 
-def changed(settings: M, section: str, values: Mapping[str, Any], where: str = "") -> M:
-    """The same settings with some values, by dotted keys. Raises ConfigError that begins with `where`."""
+def with_changes(settings: M, section: str, values: Mapping[str, Any], prefix: str = "") -> M:
+    """Return a copy of the settings with some values replaced.
+
+    Args:
+        settings: a model of the section
+        section: name of the section, for error messages
+        values: new values by dotted key
+        prefix: prefix of error messages
+
+    Raises:
+        ConfigError: a key or value is invalid
+    """
     dumped = settings.model_dump(mode="json")
     for key, value in values.items():
-        _put(dumped, key, value, f"{where}{key}")
-    return _validated(type(settings), dumped, section, where, None)
+        _set_key(dumped, key, value, f"{prefix}{key}")
+    return _validate(type(settings), dumped, section, prefix, None)
 
 
-def _validated(
-    model: type[M], values: Mapping[str, Any], section: str, where: str, context: Mapping[str, Any] | None
+def _validate(
+    model: type[M], values: Mapping[str, Any], section: str, prefix: str, context: Mapping[str, Any] | None
 ) -> M:
     try:
         return model.model_validate(values, context=dict(context or {}))
     except ValidationError as error:
-        raise ConfigError(f"{where}{_describe(error, model, section)}") from None
+        raise ConfigError(f"{prefix}{_describe(error, model, section)}") from None
 
 
-def _preset(values: Mapping[str, Any], dotted: str) -> Mapping[str, Any]:
+def _read_presets(values: Mapping[str, Any], dotted: str) -> Mapping[str, Any]:
     found: Any = values
     for key in dotted.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -135,23 +144,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """Plain values only: the loader is a SafeLoader."""
+    """Parse YAML into plain values only: the loader is a SafeLoader."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader's subclass
 
 
-def _section(document: Mapping[str, Any], path: Path, section: str) -> dict[str, Any]:
+def _select_section(document: Mapping[str, Any], path: Path, section: str) -> dict[str, Any]:
     for key in document:
         if key not in SECTIONS:
-            raise ConfigError(f"{path}: unknown key {key!r} at the top; {_remedy(str(key), SECTIONS)}")
+            raise ConfigError(f"{path}: unknown key {key!r} at the top; {_suggest(str(key), SECTIONS)}")
     values = document.get(section)
     if values is None:
         raise ConfigError(f"{path}: section {section!r} is missing; add it or name another --config")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: section {section!r} must hold keys, not {type(values).__name__}")
+        raise ConfigError(f"{path}: section {section!r} must be a mapping, not {type(values).__name__}")
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
@@ -160,17 +169,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = _parse(text)
     except _NOT_YAML:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    _put(values, dotted.strip(), value, f"override {override!r}")
+    _set_key(values, dotted.strip(), value, f"override {override!r}")
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+def _set_key(values: dict[str, Any], dotted: str, value: Any, prefix: str) -> None:
     *keys, last = dotted.split(".")
     for key in keys:
         inner = values.get(key)
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{where}: {key!r} holds a value, not keys")
+            raise ConfigError(f"{prefix}: {key!r} is a value, not a mapping")
         values = inner
     values[last] = value
 
@@ -180,13 +189,13 @@ def _describe(error: ValidationError, model: type[BaseModel], section: str) -> s
     first = details[0]
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     key = ".".join((section, *map(str, first["loc"])))
-    return f"{key}: {_problem(first, model)}{more}"
+    return f"{key}: {_describe_problem(first, model)}{more}"
 
 
-def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
+def _describe_problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     location = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        return f"unknown key; {_remedy(str(location[-1]), _known_keys(model, location[:-1]))}"
+        return f"unknown key; {_suggest(str(location[-1]), _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
         return "required, but missing; add it"
     message = one_line(detail["msg"].removeprefix("Value error, "))
@@ -194,31 +203,31 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{message[:1].lower()}{message[1:]}" + (f" (found {shown})" if len(shown) <= 60 else "")
 
 
-def _remedy(key: str, known: Sequence[str]) -> str:
+def _suggest(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known here: {', '.join(sorted(known))}" if known else "remove it"
+    return f"known keys: {', '.join(sorted(known))}" if known else "remove it"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The field names of the model at `location` below `model`; empty where it is not a model."""
+    """Return the field names of the model at `location` below `model`; empty if it is not a model."""
     inner: Any = model
     for part in location:
         if _is_model(inner):
             field = inner.model_fields.get(str(part))
-            inner = _bare(field.annotation) if field else None
+            inner = _unwrap(field.annotation) if field else None
         else:  # a key of dict[str, X], an index of list[X]
-            inner = _bare((get_args(inner) or (None,))[-1])
+            inner = _unwrap((get_args(inner) or (None,))[-1])
     return tuple(inner.model_fields) if _is_model(inner) else ()
 
 
-def _bare(annotation: Any) -> Any:
-    """`X` of `X | None` and of `Annotated[X, ...]`."""
+def _unwrap(annotation: Any) -> Any:
+    """Return `X` of `X | None` and of `Annotated[X, ...]`."""
     if get_origin(annotation) is Annotated:
-        return _bare(get_args(annotation)[0])
+        return _unwrap(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return _bare(next(part for part in get_args(annotation) if part is not type(None)))
+        return _unwrap(next(part for part in get_args(annotation) if part is not type(None)))
     return annotation
 
 
@@ -227,5 +236,5 @@ def _is_model(annotation: Any) -> bool:
 
 
 def one_line(message: object) -> str:
-    """`message` with every run of white space, line ends included, made one space."""
+    """Return the message on one line, with single spaces."""
     return " ".join(str(message).split())

@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from reward_service.settings import rest_idle_threads
+from reward_service.settings import configure_openmp
 
 if TYPE_CHECKING:
     from reward_service.engine.engine import RewardEngine
@@ -166,7 +166,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
     os.sched_setaffinity(0, setup.cores)
-    rest_idle_threads()
+    configure_openmp()
     from reward_service.config import load_config
     from reward_service.scoring import service as service
     from reward_service.web import server

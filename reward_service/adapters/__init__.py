@@ -1,16 +1,16 @@
-"""The service as reward functions of other trainers: each maker takes a client and gives what they call.
+"""Adapters: reward functions for other trainers. Each factory takes a client and returns the callable.
 
-==========================  ===================================================  ===========================
-maker                       what it gives                                        who calls so
-==========================  ===================================================  ===========================
-`flow_grpo_reward`    `(images, prompts, metadata) -> (scores, {})`      Flow-GRPO, DanceGRPO's kin
-`ddpo_reward`         `(images, prompts, metadata) -> (rewards, scores)` ddpo-pytorch, TRL's DDPO
-`trl_reward`          `(prompts, completions, **columns) -> list[float]` TRL's GRPO and its kin
-`openrlhf_reward`     `(queries, prompts, labels) -> dict`               OpenRLHF
-==========================  ===================================================  ===========================
+====================  ===================================================  ================================
+factory               returned function                                    trainers
+====================  ===================================================  ================================
+`flow_grpo_reward`    `(images, prompts, metadata) -> (scores, {})`        Flow-GRPO, DanceGRPO's descendants
+`ddpo_reward`         `(images, prompts, metadata) -> (rewards, scores)`   ddpo-pytorch, TRL's DDPO
+`trl_reward`          `(prompts, completions, **columns) -> list[float]`   TRL's GRPO and its descendants
+`openrlhf_reward`     `(queries, prompts, labels) -> dict`                 OpenRLHF
+====================  ===================================================  ================================
 
-What cannot be scored raises the client's exceptions; no adapter ever makes up a reward. None imports torch:
-where a trainer expects a tensor it gets one, because that trainer has torch loaded.
+Images that cannot be scored raise the client's exceptions; no adapter ever substitutes a reward. None imports
+torch: a trainer that expects tensors gets tensors, because it has imported torch itself.
 """
 
 from reward_service.adapters.ddpo import ddpo_reward

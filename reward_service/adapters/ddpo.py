@@ -1,31 +1,39 @@
-"""ddpo-pytorch and TRL's DDPO trainer: `reward_fn(images, prompts, metadata) -> (rewards, {...})`."""
+"""Adapter for ddpo-pytorch and TRL's DDPO: `reward_fn(images, prompts, metadata) -> (rewards, scores)`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
-from reward_service.adapters.common import Floats, Options, as_tensor, rewards, score, scores
+from reward_service.adapters.common import (
+    Floats,
+    ScoreOptions,
+    as_tensor,
+    request_scores,
+    rewards_of,
+    scores_of,
+)
 from reward_service.client import ImageLike, RewardClient
 
 DdpoReward = Callable[..., tuple[Any, dict[str, Floats]]]
 
 
-def ddpo_reward(client: RewardClient, **options: Unpack[Options]) -> DdpoReward:
-    """A reward function for trainers that take one number an image.
+def ddpo_reward(client: RewardClient, **options: Unpack[ScoreOptions]) -> DdpoReward:
+    """Return a reward function for trainers that use one number per image.
 
-    It takes images as a float tensor (N, 3, H, W) in [0, 1], and gives the rewards (N,), a tensor where
-    torch is loaded, and each evaluator's scores as the metadata. Safe in a thread pool.
+    It takes images as a float tensor (N, 3, H, W) in [0, 1]. It returns the rewards (N,), as a tensor if
+    torch is imported, and each evaluator's scores as the metadata. Thread-safe.
 
     Args:
+        client: the client of the reward service
         options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 
     def reward_fn(
-        images: Iterable[ImageLike], prompts: Iterable[str], *_metadata: object, **_more: object
+        images: Iterable[ImageLike], prompts: Iterable[str], *_metadata: object, **_ignored: object
     ) -> tuple[Any, dict[str, Floats]]:
-        response = score(client, prompts, images, options)
-        return as_tensor(rewards(response)), scores(response, normalization)
+        response = request_scores(client, prompts, images, options)
+        return as_tensor(rewards_of(response)), scores_of(response, normalization)
 
     return reward_fn

@@ -1,34 +1,42 @@
-"""Flow-GRPO and its descendants: `reward_fn(images, prompts, metadata) -> ({name: scores}, {})`."""
+"""Adapter for Flow-GRPO and its descendants: `reward_fn(images, prompts, metadata) -> (scores, {})`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
-from reward_service.adapters.common import Floats, Options, as_array, rewards, score, scores
+from reward_service.adapters.common import (
+    Floats,
+    ScoreOptions,
+    as_array,
+    request_scores,
+    rewards_of,
+    scores_of,
+)
 from reward_service.client import ImageLike, RewardClient
 
-#: The entry that these trainers learn from.
-TOTAL = "avg"
+#: Key of the scores that these trainers use as the reward.
+REWARD_KEY = "avg"
 
 FlowGrpoReward = Callable[..., tuple[dict[str, Floats], dict[str, Any]]]
 
 
-def flow_grpo_reward(client: RewardClient, **options: Unpack[Options]) -> FlowGrpoReward:
-    """A reward function in place of what `multi_score` makes.
+def flow_grpo_reward(client: RewardClient, **options: Unpack[ScoreOptions]) -> FlowGrpoReward:
+    """Return a reward function that replaces the one of Flow-GRPO's `multi_score`.
 
-    It takes images as a float tensor (N, 3, H, W) in [0, 1] or a uint8 array (N, H, W, 3), and gives each
-    evaluator's scores (N,) under its name and the reward under `avg`. Safe in a thread pool.
+    It takes images as a float tensor (N, 3, H, W) in [0, 1] or a uint8 array (N, H, W, 3). It returns each
+    evaluator's scores (N,) under the evaluator's name, and the reward under `avg`. Thread-safe.
 
     Args:
+        client: the client of the reward service
         options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 
     def reward_fn(
-        images: Iterable[ImageLike], prompts: Iterable[str], *_metadata: object, **_more: object
+        images: Iterable[ImageLike], prompts: Iterable[str], *_metadata: object, **_ignored: object
     ) -> tuple[dict[str, Floats], dict[str, Any]]:
-        response = score(client, prompts, images, options)
-        return {**scores(response, normalization), TOTAL: as_array(rewards(response))}, {}
+        response = request_scores(client, prompts, images, options)
+        return {**scores_of(response, normalization), REWARD_KEY: as_array(rewards_of(response))}, {}
 
     return reward_fn

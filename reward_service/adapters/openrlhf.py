@@ -1,4 +1,4 @@
-"""OpenRLHF's remote reward function: `reward_func(queries, prompts, labels) -> dict` of three entries."""
+"""Adapter for OpenRLHF: remote reward function `reward_func(queries, prompts, labels) -> dict`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from reward_service.adapters.common import (
-    Options,
+    ScoreOptions,
     as_tensor,
-    column,
-    image_of,
-    rewards,
-    score,
-    scores,
-    text_of,
+    extract_image,
+    extract_text,
+    read_column,
+    request_scores,
+    rewards_of,
+    scores_of,
 )
 from reward_service.client import RewardClient
 
@@ -23,32 +23,38 @@ OpenRlhfReward = Callable[..., dict[str, Any]]
 
 
 def openrlhf_reward(
-    client: RewardClient, *, pictures: str = "queries", texts: str = "prompts", **options: Unpack[Options]
+    client: RewardClient,
+    *,
+    pictures: str = "queries",
+    texts: str = "prompts",
+    **options: Unpack[ScoreOptions],
 ) -> OpenRlhfReward:
-    """The `reward_func` of the file that `--remote_rm_url` names.
+    """Return the `reward_func` for the file of `--remote_rm_url`.
 
-    It gives `rewards` (N,) to learn from, `scores` (N,) in (0, 1) for dynamic filtering: the mean of the
-    evaluators' unit scores, and `extra_logs`: each evaluator's scores; tensors where torch is loaded.
-    OpenRLHF calls with one pair a time, from many threads; the service puts them together again.
+    It returns `rewards` (N,) for training, `scores` (N,) in (0, 1) for dynamic filtering (the mean of the
+    evaluators' unit scores), and `extra_logs` with each evaluator's scores; tensors if torch is imported.
+    OpenRLHF calls it with one pair at a time from many threads; the service batches the requests.
 
     Args:
-        pictures: where the images are: `queries`, `labels` or the name of another argument; paths, or base64 in
-            data: addresses
-        texts: what they should show: `prompts`, `labels`, `queries`, or `responses` for the queries without
-            their prompts
+        client: the client of the reward service
+        pictures: argument with the images: `queries`, `labels` or the name of another one; the entries are
+            paths, or data: URLs in base64
+        texts: argument with the prompts of the images: `prompts`, `labels`, `queries`, or `responses` for the
+            queries without their prompts
         options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 
     def reward_func(queries: Any, prompts: Any, labels: Any = None, **columns: Any) -> dict[str, Any]:
-        given = {**columns, "queries": queries, "prompts": prompts, "labels": labels}
+        columns |= {"queries": queries, "prompts": prompts, "labels": labels}
         if texts == "responses":
-            given["responses"] = _responses(queries, prompts)
-        asked = list(map(text_of, column(given, texts)))
-        response = score(client, asked, list(map(image_of, column(given, pictures))), options)
-        units = np.mean(list(scores(response, "unit").values()), axis=0)
-        logs = {name: as_tensor(values) for name, values in scores(response, normalization).items()}
-        return {"rewards": as_tensor(rewards(response)), "scores": as_tensor(units), "extra_logs": logs}
+            columns["responses"] = _responses(queries, prompts)
+        image_prompts = list(map(extract_text, read_column(columns, texts)))
+        images = list(map(extract_image, read_column(columns, pictures)))
+        response = request_scores(client, image_prompts, images, options)
+        units = np.mean(list(scores_of(response, "unit").values()), axis=0)
+        logs = {name: as_tensor(values) for name, values in scores_of(response, normalization).items()}
+        return {"rewards": as_tensor(rewards_of(response)), "scores": as_tensor(units), "extra_logs": logs}
 
     return reward_func
 

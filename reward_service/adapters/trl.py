@@ -1,11 +1,19 @@
-"""TRL's GRPO and what follows it: `reward(prompts, completions, **columns) -> list[float]`."""
+"""Adapter for TRL's GRPO and its descendants: `reward(prompts, completions, **columns) -> list[float]`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Unpack
 
-from reward_service.adapters.common import Options, column, image_of, rewards, score, scores, text_of
+from reward_service.adapters.common import (
+    ScoreOptions,
+    extract_image,
+    extract_text,
+    read_column,
+    request_scores,
+    rewards_of,
+    scores_of,
+)
 from reward_service.client import RewardClient
 
 TrlReward = Callable[..., list[float]]
@@ -17,30 +25,32 @@ def trl_reward(
     pictures: str = "completions",
     texts: str = "prompts",
     name: str = "reward_service",
-    **options: Unpack[Options],
+    **options: Unpack[ScoreOptions],
 ) -> TrlReward:
-    """A reward function for `reward_funcs`.
+    """Return a reward function for `reward_funcs`.
 
-    The trainer passes prompts, completions and its data set's columns by name. Conversations are understood:
-    the last message's text, or the one image in it. Where the trainer offers `log_metric`, each
-    evaluator's mean is logged.
+    The trainer passes prompts, completions and its data set's columns by name. For conversations, the text or
+    the only image of the last message is used. If the trainer passes `log_metric`, each evaluator's mean is
+    logged.
 
     Args:
-        pictures: the column that holds the images; `image` or `images` to judge a text by one
-        texts: the column that holds what the images should show; `completions` for a writer of prompts
-        name: the function's name, under which the trainer logs it
+        client: the client of the reward service
+        pictures: column with the images; `image` or `images` to score completions against given images
+        texts: column with the prompts of the images; `completions` for a policy that writes prompts
+        name: name of the function, which the trainer uses for logging
         options: evaluators, weights, normalization, deterministic, deadline_s: as for `client.score`
     """
     normalization = options.get("normalization", "unit")
 
     def reward(prompts: Any = None, completions: Any = None, **columns: Any) -> list[float]:
-        given = {**columns, "prompts": prompts, "completions": completions}
-        asked = list(map(text_of, column(given, texts)))
-        response = score(client, asked, list(map(image_of, column(given, pictures))), options)
+        columns |= {"prompts": prompts, "completions": completions}
+        image_prompts = list(map(extract_text, read_column(columns, texts)))
+        images = list(map(extract_image, read_column(columns, pictures)))
+        response = request_scores(client, image_prompts, images, options)
         if log_metric := columns.get("log_metric"):
-            for evaluator, values in scores(response, normalization).items():
+            for evaluator, values in scores_of(response, normalization).items():
                 log_metric(f"{name}/{evaluator}", float(values.mean()))
-        return rewards(response)
+        return rewards_of(response)
 
     reward.__name__ = reward.__qualname__ = name
     return reward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from reward_service.protocol import CODES
+from reward_service.protocol import PROBLEM_CODES
 
 HERE = Path(__file__).parent
 ROW = re.compile(r"^\| [^|]+ \| ?(?P<status>\d*) ?\| ?(?:`(?P<code>\w+)`)? ?\| (?P<tests>`.+) \|$")
@@ -22,7 +22,7 @@ def test_each_fault_has_a_documented_status_and_a_test() -> None:
     named = set()
     for row in rows():
         if row["code"]:
-            assert (int(row["status"]), row["code"]) == (CODES[row["code"]][0], row["code"])
+            assert (int(row["status"]), row["code"]) == (PROBLEM_CODES[row["code"]][0], row["code"])
         else:
             assert row["status"] in ("200", "")
         named |= set(re.findall(r"`(test_\w+)`", row["tests"]))

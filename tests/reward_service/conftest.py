@@ -1,4 +1,4 @@
-"""Fixtures of the service's tests."""
+"""Fixtures of the reward service's tests."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def engine(config: ServiceConfig) -> RewardEngine:
 
 @pytest.fixture(scope="session")
 def images() -> list[Pixels]:
-    """Noise with structure, of odd sizes."""
+    """Structured noise of odd sizes."""
     rng = np.random.default_rng(3)
-    made = []
+    images = []
     for height, width in SIZES:
         coarse = rng.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3))
         fine = rng.integers(-40, 40, (height, width, 3))
         blocks = coarse.repeat(5, axis=0).repeat(5, axis=1)[:height, :width]
-        made.append((blocks + fine).clip(0, 255).astype(np.uint8))
-    return made
+        images.append((blocks + fine).clip(0, 255).astype(np.uint8))
+    return images
 
 
 @pytest.fixture
 def item(images: list[Pixels]) -> dict[str, Any]:
-    """A pair as JSON has it."""
+    """A pair as in a JSON request."""
     data = base64.b64encode(png(images[1])).decode()
     return {"prompt": "a red square", "image": {"data": data, "format": "png"}}

@@ -1,4 +1,4 @@
-"""docs/images.md, row by row: files with known pixels, most of them written by hand, and what they become."""
+"""Image modes, row by row of docs/images.md: files with known pixels, most of them written byte by byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reward_service.client.payload import encode_image
 from reward_service.images import ImageError, decode
 
 WHITE = [255, 255, 255]
-# Four different corners, so that every rotation and reflection shows.
+# Four different corners, so that every rotation and reflection is visible.
 CORNERS = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [90, 90, 90]]], np.uint8)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 KINDS = {"grey": 0, "rgb": 2, "palette": 3, "grey-alpha": 4, "rgba": 6}
@@ -29,7 +29,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(kind: str, depth: int, row: bytes, **chunks: bytes) -> bytes:
-    """A PNG of 4 x 2 pixels, both rows alike; further chunks by name, before the pixels."""
+    """Return a PNG of 4 x 2 pixels with equal rows; further chunks by name, before the pixels."""
     header = struct.pack(">IIBBBBB", 4, 2, depth, KINDS[kind], 0, 0, 0)
     extra = b"".join(chunk(name.encode(), body) for name, body in chunks.items())
     body = zlib.compress((b"\0" + row) * 2)
@@ -50,7 +50,7 @@ def key(*channels: int) -> bytes:
 
 
 def words(*values: int) -> bytes:
-    """One pixel of 16-bit channels, four times."""
+    """Return four equal pixels of 16-bit channels."""
     return struct.pack(f">{len(values)}H", *values) * 4
 
 
@@ -84,7 +84,7 @@ def grey(*values: int) -> list[list[int]]:
     ],
 )
 def test_opaque_pngs_of_every_depth(data: bytes, expected: list[list[int]]) -> None:
-    """Few bits are spread over 0 to 255, of 16 the high byte stays, a palette is looked up."""
+    """Fewer than 8 bits are spread over 0 to 255, of 16 the high byte is kept, palettes are looked up."""
     assert first_two(data) == expected
 
 
@@ -113,16 +113,16 @@ def test_opaque_pngs_of_every_depth(data: bytes, expected: list[list[int]]) -> N
     ],
 )
 def test_transparency_is_white(data: bytes, expected: list[list[int]]) -> None:
-    """By alpha channel, by palette entry, or by the colour key, whose unit is the file's depth."""
+    """By alpha channel, by palette entry, or by the colour key, in units of the file's depth."""
     assert first_two(data) == expected
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
-    """The eight of them, in each format, as the EXIF standard numbers them."""
+    """All eight, in each format, as the EXIF standard numbers them."""
     upright = np.kron(CORNERS, np.ones((16, 16, 1), np.uint8))[:, :24]
-    # How a camera would have stored what is upright to be seen.
+    # The pixels as a camera stores them, so that the image is displayed upright.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -145,8 +145,8 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_orientation_is_exifs_alone(kind: str) -> None:
-    """XMP's, which viewers do not look at, turns nothing; an odd EXIF entry beside it spoils nothing."""
+def test_only_exif_orientation_is_applied(kind: str) -> None:
+    """That of XMP, which viewers ignore, has no effect; an unusual EXIF entry does not prevent EXIF's."""
     image = Image.new("RGB", (40, 20), "red")
     if kind == "PNG":
         note = PngInfo()
@@ -163,8 +163,8 @@ def test_orientation_is_exifs_alone(kind: str) -> None:
     assert decode(saved(image, kind, exif=odd)).rgb.shape == (40, 20, 3)
 
 
-def test_a_colour_key_survives_rotation() -> None:
-    """16-bit grey, keyed and turned: the three policies do not get into each other's way."""
+def test_colour_key_survives_rotation() -> None:
+    """16-bit grey, keyed and rotated: the three policies do not interfere."""
     exif = Image.Exif()
     exif[0x0112] = 6
     row = struct.pack(">4H", 0x8040, 0x1000, 0x2000, 0x3000)
@@ -173,14 +173,14 @@ def test_a_colour_key_survives_rotation() -> None:
     assert found[:, 0, 0].tolist() == [255, 0x10, 0x20, 0x30]
 
 
-def test_interlacing_changes_nothing() -> None:
-    """Adam7 gives the same pixels as row after row."""
+def test_interlacing_does_not_change_pixels() -> None:
+    """Adam7 decodes to the same pixels as consecutive rows."""
     pixels = np.random.default_rng(1).integers(0, 256, (11, 13, 3), dtype=np.uint8)
     np.testing.assert_array_equal(decode(interlaced(pixels)).rgb, pixels)
 
 
-def test_progressive_jpeg_is_the_same_image() -> None:
-    """Scan after scan, but the same coefficients."""
+def test_progressive_jpeg_equals_baseline() -> None:
+    """More scans, but the same coefficients."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     baseline, progressive = (decode(saved(image, "JPEG", progressive=way)).rgb for way in (False, True))
     np.testing.assert_array_equal(baseline, progressive)
@@ -198,7 +198,7 @@ def test_ycck_jpeg_is_converted_through_cmyk() -> None:
     np.testing.assert_allclose(found, [expected] * 3, atol=3)
 
 
-def test_an_icc_profile_changes_nothing() -> None:
+def test_icc_profile_is_ignored() -> None:
     """A real profile, of a colour space far from sRGB."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     image = Image.fromarray(CORNERS)
@@ -206,8 +206,8 @@ def test_an_icc_profile_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "MPO"])
-def test_of_several_images_the_first_is_judged(kind: str) -> None:
-    """Animated PNG and WebP, and the JPEG with further images that phones make."""
+def test_first_of_several_images_is_decoded(kind: str) -> None:
+    """Animated PNG and WebP, and the JPEG with further images that phones write."""
     image, later = Image.new("RGB", (16, 16), (200, 30, 60)), Image.new("RGB", (16, 16))
     options = {"WEBP": {"lossless": True}}.get(kind, {})
     data = saved(image, kind, save_all=True, append_images=[later], **options)
@@ -215,8 +215,8 @@ def test_of_several_images_the_first_is_judged(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_file_cut_off_anywhere_is_refused(kind: str) -> None:
-    """Also where every pixel is there and only the file's end is missing."""
+def test_truncated_files_are_refused(kind: str) -> None:
+    """Truncated anywhere, also if all pixels are there and only the file's end is missing."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8))
     data = saved(image, kind)
     decode(data)
@@ -227,14 +227,14 @@ def test_a_file_cut_off_anywhere_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO", "PPM", "TGA", "JPEG2000"])
-def test_other_formats_are_refused_with_the_remedy(kind: str) -> None:
-    """Whatever else Pillow could open stays closed."""
+def test_other_formats_are_refused(kind: str) -> None:
+    """All other formats that Pillow can open; the message names the allowed ones."""
     with pytest.raises(ImageError, match="not a PNG, JPEG or WebP image; send one of these"):
         decode(saved(Image.fromarray(np.kron(CORNERS, np.ones((8, 8, 1), np.uint8))), kind))
 
 
-def test_an_image_that_the_caller_opened_follows_the_same_policies() -> None:
-    """The client flattens a Pillow image just as the service decodes its file."""
+def test_pillow_images_of_the_client_have_the_same_result() -> None:
+    """The client converts an opened Pillow image exactly as the service decodes its file."""
     for data in (
         png("grey", 4, b"\x05\x5a", tRNS=key(5)),
         png("grey", 16, words(0x8040), tRNS=key(0x8040)),

@@ -1,4 +1,4 @@
-"""Untrusted bytes: every mode has one stated result, and everything else is refused."""
+"""Image decoding: every mode has one documented result, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ def translucent(alpha: int, mode: str = "RGBA") -> Image.Image:
     ],
     ids=IDS,
 )
-def test_each_mode_has_its_stated_result(data: bytes, expected: tuple[int, ...], tolerance: int) -> None:
+def test_each_mode_has_its_documented_result(data: bytes, expected: tuple[int, ...], tolerance: int) -> None:
     """The table at the top of images.py, row by row."""
     assert top_left(data) == pytest.approx(expected, abs=tolerance)
 
 
 def test_exif_orientation_is_applied() -> None:
-    """A photograph taken with the camera on its side is judged upright."""
+    """A photograph taken with the camera on its side is decoded upright."""
     image = red(size=(6, 4))
     exif = image.getexif()
     exif[0x0112] = 6
     assert decode(saved(image, "JPEG", exif=exif)).rgb.shape == (6, 4, 3)
 
 
-def test_broken_exif_does_not_spoil_an_image() -> None:
+def test_broken_exif_is_ignored() -> None:
     """Only the orientation is lost."""
     assert decode(saved(red(), "JPEG", exif=b"Exif\x00\x00broken")).rgb.shape == (4, 6, 3)
 
@@ -97,13 +97,13 @@ def test_broken_exif_does_not_spoil_an_image() -> None:
         (saved(red(), "WEBP", lossless=True, save_all=True, append_images=SECOND_FRAME), False),
     ],
 )
-def test_lossy_compression_is_noticed(data: bytes, lossy: bool) -> None:
+def test_lossy_compression_is_detected(data: bytes, lossy: bool) -> None:
     """Also in WebP, whose two codecs share one container."""
     assert decode(data).lossy is lossy
 
 
-def test_raw_pixels_are_taken_as_they_are() -> None:
-    """Rows of RGB bytes, of exactly the size that the shape says."""
+def test_raw_pixels_are_unchanged() -> None:
+    """Rows of RGB bytes, of exactly the size of the shape."""
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     np.testing.assert_array_equal(decode(pixels.tobytes(), "raw", (2, 3, 3)).rgb, pixels)
 
@@ -112,7 +112,7 @@ PNG = saved(red(), "PNG")
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A tiny PNG that says it is huge."""
+    """Return a small PNG with a huge size in its header."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     return PNG[:8] + chunk + PNG[33:]
@@ -147,8 +147,8 @@ def webp_bomb() -> bytes:
         ((bomb(1, 300),), "image_too_long"),
     ],
 )
-def test_what_is_no_such_image_is_refused(arguments: tuple[Any, ...], code: str) -> None:
-    """Refused by its code, from the header alone where it is too large."""
+def test_invalid_images_are_refused(arguments: tuple[Any, ...], code: str) -> None:
+    """With the problem code; from the header alone if the image is too large."""
     with pytest.raises(ImageError) as caught:
         decode(*arguments)
     assert caught.value.code == code
@@ -166,7 +166,7 @@ VALID = [
 
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_no_mutation_does_more_than_be_refused(data: st.DataObject) -> None:
+def test_mutated_bytes_are_decoded_or_refused(data: st.DataObject) -> None:
     """Bytes changed, cut or repeated anywhere: an image or an ImageError, nothing else."""
     mutated = bytearray(data.draw(st.sampled_from(VALID)))
     for _ in range(data.draw(st.integers(1, 6))):

@@ -1,4 +1,4 @@
-"""Configuration: one file, known keys only, every mistake one line."""
+"""Configuration files: one file, known keys only, every error one line."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def load(path: Path, *overrides: str) -> Outer:
     return load_section(Outer, path, "service", overrides)
 
 
-def test_a_section_is_read_and_the_other_left_alone(tmp_path: Path) -> None:
-    """Each program sees its own section; 1e-3 is the number that was meant."""
+def test_only_the_named_section_is_read(tmp_path: Path) -> None:
+    """Each program reads its own section; 1e-3 is a number."""
     path = write(tmp_path, "service: {count: 3, inner: {rate: 1e-3}}\ntrainer: {whatever: [1, 2]}")
     assert load(path) == Outer(count=3, inner=Inner(rate=0.001))
 
 
-def test_overrides_win(tmp_path: Path) -> None:
-    """Nested keys, numbers, null and keys that the file does not have."""
+def test_overrides_take_precedence(tmp_path: Path) -> None:
+    """Nested keys, numbers, and keys that the file does not have."""
     path = write(tmp_path, "service: {count: 3}")
     loaded = load(path, "count=4", "inner.rate=2e-2", "many.a.rate=5")
     assert (loaded.count, loaded.inner.rate, loaded.many["a"].rate) == (4, 0.02, 5.0)
 
 
-def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the program is started; absolute ones stay."""
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent of the working directory; absolute paths stay."""
     monkeypatch.chdir("/")
     path = write(tmp_path, "service: {count: 3, inner: {folder: ../x}}")
     assert load(path).inner.folder == (tmp_path / "../x").resolve()
@@ -60,7 +60,7 @@ def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("service: {count: 3}\nservise: {}", [], "unknown key 'servise' at the top; did you mean 'service'?"),
         ("trainer: {}", [], "section 'service' is missing"),
-        ("service: 3", [], "must hold keys"),
+        ("service: 3", [], "must be a mapping, not int"),
         ("- 1", [], "expected the sections"),
         ("service: {count: [}", [], "not valid YAML"),
         ("service: {count: 2024-99-99}", [], "not valid YAML"),
@@ -72,17 +72,17 @@ def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (
             "service: {count: 3, many: {a: {x: 1}}}",
             [],
-            "service.many.a.x: unknown key; known here: folder, rate",
+            "service.many.a.x: unknown key; known keys: folder, rate",
         ),
         ("service: {}", [], "service.count: required, but missing"),
         ("service: {count: three}", [], "(found 'three')"),
         ("service: {count: 3}", ["count"], "write it as key.subkey=value"),
-        ("service: {count: 3}", ["count.x=1"], "'count' holds a value"),
+        ("service: {count: 3}", ["count.x=1"], "'count' is a value, not a mapping"),
         ("service: {count: 3}", ["nothing=1"], "service.nothing: unknown key"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, text: str, overrides: list[str], words: str) -> None:
-    """Naming the file or the override, the key, the problem and the remedy."""
+def test_errors_are_one_line(tmp_path: Path, text: str, overrides: list[str], words: str) -> None:
+    """They name the file or the override, the key, the problem and the remedy."""
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, text), *overrides)
     message = str(caught.value)
@@ -91,15 +91,15 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, overrides: list[str], 
     assert "config.yaml" in message or overrides
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    """With the way to name another."""
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    """The message names the option for another file."""
     with pytest.raises(ConfigError, match=r"no such configuration file; name one with --config"):
         load(tmp_path / "nothing.yaml")
 
 
 @pytest.mark.parametrize("name", ["miniature", "karlo"])
-def test_the_configurations_we_ship_are_valid(name: str) -> None:
-    """The real checkpoints' configuration has the very keys of the miniature's."""
+def test_shipped_configurations_are_valid(name: str) -> None:
+    """The configuration of the real checkpoints has the same keys as the miniature's."""
     config = load_config(CONFIGS / f"{name}.yaml")
     assert set(config.enabled) == {"aesthetic", "clip", "pickscore", "hpsv2"}
     assert config.evaluators["aesthetic"].tower == config.evaluators["clip"].tower
@@ -123,14 +123,14 @@ def test_the_configurations_we_ship_are_valid(name: str) -> None:
     ],
 )
 def test_contradictions_are_refused(override: str, words: str) -> None:
-    """What cannot be meant is told before anything is loaded."""
+    """Before anything is loaded."""
     with pytest.raises(ConfigError, match=words):
         load_config(CONFIGS / "miniature.yaml", [override])
 
 
 @pytest.mark.parametrize("name", ["drain_s", "watch.canary_every_s", "limits.keep_alive_s"])
 @pytest.mark.parametrize("value", [".inf", ".nan", "0", "-1", "1e9"])
-def test_times_are_such_as_a_timer_takes(name: str, value: str) -> None:
-    """No infinity to end in a traceback, or in a watch that never comes round."""
+def test_durations_are_finite_and_positive(name: str, value: str) -> None:
+    """No infinity, which would end in a traceback or in a check that never runs."""
     with pytest.raises(ConfigError, match=name):
         load_config(overrides=[f"{name}={value}"])

@@ -1,4 +1,4 @@
-"""The adapters by shape: called as each trainer calls its own reward functions, on a fake wire."""
+"""Adapters: called as each trainer calls its reward functions, with a fake service."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ TENSOR = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
 PROMPTS = ("a red circle", "a blue square")
 
 
-class ScoringService:
-    """Two evaluators: the image's mean level, and the prompt's length; the reward is their sum of units."""
+class FakeScoringService:
+    """A service of two evaluators: mean brightness and prompt length; the reward is the sum of units."""
 
     def __init__(self) -> None:
-        self.asked: list[ScoreRequest] = []
+        self.requests: list[ScoreRequest] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append(decode_request(request.content, MSGPACK))
+        self.requests.append(decode_request(request.content, MSGPACK))
         results = []
-        for index, item in enumerate(self.asked[-1].items):
+        for index, item in enumerate(self.requests[-1].items):
             pixels = decode(item.image.data, item.image.format, item.image.shape).rgb
             light, length = float(pixels.mean()) / 255, len(item.prompt) / 100
             scores = {"light": EvaluatorScore(1, 2, light), "length": EvaluatorScore(3, 4, length)}
@@ -52,13 +52,13 @@ class ScoringService:
         return answer(ScoreResponse("id", results, identity, {}))
 
 
-def refuse(_: httpx.Request) -> httpx.Response:
+def refuse_request(_: httpx.Request) -> httpx.Response:
     return problem(500, "scoring_failed", retryable=False)
 
 
-def test_flow_grpo() -> None:
-    """Called as by its trainers: in a thread pool, with a tensor, tuples, metadata and only_strict."""
-    reward_fn = flow_grpo_reward(client(ScoringService()))
+def test_flow_grpo_reward() -> None:
+    """Called as its trainers do: in a thread pool, with a tensor, tuples, metadata and only_strict."""
+    reward_fn = flow_grpo_reward(client(FakeScoringService()))
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(reward_fn, TENSOR, PROMPTS, [{}, {}], only_strict=True)
         rewards, metadata = future.result()
@@ -70,29 +70,29 @@ def test_flow_grpo() -> None:
     assert reward_fn(array, PROMPTS, {}, None)[0]["avg"].shape == (2,)
 
 
-def test_flow_grpo_in_another_normalization() -> None:
-    """The scores are of the normalization the reward is made of."""
-    service = ScoringService()
+def test_flow_grpo_reward_with_another_normalization() -> None:
+    """The scores have the same normalization as the reward."""
+    service = FakeScoringService()
     rewards, _ = flow_grpo_reward(client(service), normalization="z", evaluators=["light", "length"])(
         TENSOR, PROMPTS, {}
     )
     assert rewards["length"].tolist() == [4, 4]
-    assert (service.asked[0].normalization, service.asked[0].evaluators) == ("z", ["light", "length"])
+    assert (service.requests[0].normalization, service.requests[0].evaluators) == ("z", ["light", "length"])
 
 
-def test_ddpo() -> None:
+def test_ddpo_reward() -> None:
     """One tensor of rewards and a dict, as TRL's DDPO trainer and ddpo-pytorch unpack them."""
-    reward, metadata = ddpo_reward(client(ScoringService()))(TENSOR.half(), PROMPTS, ({}, {}))
+    reward, metadata = ddpo_reward(client(FakeScoringService()))(TENSOR.half(), PROMPTS, ({}, {}))
     assert isinstance(reward, torch.Tensor)
     torch.testing.assert_close(torch.as_tensor(reward, device="cpu"), torch.tensor([0.12, 1.13]))
     assert metadata["light"].tolist() == [0, 1]
 
 
-def test_trl() -> None:
-    """Called by name, with every column and the trainer's own extras; a list of floats comes back."""
+def test_trl_reward() -> None:
+    """Called by name, with every column and the trainer's own extras; it returns a list of floats."""
     logged: dict[str, float] = {}
-    reward = trl_reward(client(ScoringService()), name="judge")
-    assert (reward.__name__, inspect.iscoroutinefunction(reward)) == ("judge", False)
+    reward = trl_reward(client(FakeScoringService()), name="scorer")
+    assert (reward.__name__, inspect.iscoroutinefunction(reward)) == ("scorer", False)
     rewards = reward(
         prompts=list(PROMPTS),
         completions=[PIXELS * 0, Image.new("RGB", (4, 4), "white")],
@@ -104,64 +104,66 @@ def test_trl() -> None:
     )
     assert rewards == pytest.approx([0.12, 1.13])
     assert all(type(value) is float for value in rewards)
-    assert logged == pytest.approx({"judge/light": 0.5, "judge/length": 0.125})
+    assert logged == pytest.approx({"scorer/light": 0.5, "scorer/length": 0.125})
 
 
-def test_trl_conversations() -> None:
+def test_trl_reward_reads_conversations() -> None:
     """The last message's text, and the image in the last message of the completion."""
-    service = ScoringService()
-    prompts = [[{"role": "system", "content": "draw"}, {"role": "user", "content": "a red circle"}]]
+    service = FakeScoringService()
+    prompts = [
+        [{"role": "system", "content": "generate an image"}, {"role": "user", "content": "a red circle"}]
+    ]
     parts = [{"type": "text", "text": "here"}, {"type": "image", "image": PIXELS}]
     trl_reward(client(service))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
-    assert service.asked[0].items[0].prompt == "a red circle"
-    assert service.asked[0].items[0].image.data == PIXELS.tobytes()
+    assert service.requests[0].items[0].prompt == "a red circle"
+    assert service.requests[0].items[0].image.data == PIXELS.tobytes()
 
 
-def test_trl_judging_what_was_written_of_an_image() -> None:
-    """A captioner's completions against its images: the columns are named."""
-    service = ScoringService()
+def test_trl_reward_scores_captions_of_given_images() -> None:
+    """A captioner's completions against its images; both columns are named."""
+    service = FakeScoringService()
     reward = trl_reward(client(service), texts="completions", pictures="images")
     completions = [[{"role": "assistant", "content": [{"type": "text", "text": "a fish"}]}]]
     reward(prompts=["describe"], completions=completions, images=[[PIXELS]])
-    assert service.asked[0].items[0].prompt == "a fish"
+    assert service.requests[0].items[0].prompt == "a fish"
     with pytest.raises(InputError, match="no column 'images', only completions, prompts"):
         reward(prompts=["describe"], completions=completions)
     with pytest.raises(InputError, match="one image, not 2"):
         reward(prompts=["describe"], completions=completions, images=[[PIXELS, PIXELS]])
 
 
-def test_openrlhf(tmp_path: Any) -> None:
-    """Called by position with one pair from a thread; rewards, scores and logs are tensors of one entry."""
+def test_openrlhf_reward(tmp_path: Any) -> None:
+    """Called by position with one pair from a thread; rewards, scores and logs are tensors of length 1."""
     path = tmp_path / "white.png"
     Image.new("RGB", (4, 4), "white").save(path)
-    reward_func = openrlhf_reward(client(ScoringService()), normalization="z")
+    reward_func = openrlhf_reward(client(FakeScoringService()), normalization="z")
     with ThreadPoolExecutor(1) as executor:
-        given = executor.submit(reward_func, [str(path)], ["a red circle"], [None]).result()
-    assert set(given) == {"rewards", "scores", "extra_logs"}
-    torch.testing.assert_close(given["rewards"], torch.tensor([1.12]))
-    torch.testing.assert_close(given["scores"], torch.tensor([(1 + 0.12) / 2]))
-    torch.testing.assert_close(given["extra_logs"]["light"], torch.tensor([2.0]))
-    assert given.get("scores") or given.get("rewards")  # OpenRLHF's own way to choose
+        result = executor.submit(reward_func, [str(path)], ["a red circle"], [None]).result()
+    assert set(result) == {"rewards", "scores", "extra_logs"}
+    torch.testing.assert_close(result["rewards"], torch.tensor([1.12]))
+    torch.testing.assert_close(result["scores"], torch.tensor([(1 + 0.12) / 2]))
+    torch.testing.assert_close(result["extra_logs"]["light"], torch.tensor([2.0]))
+    assert result.get("scores") or result.get("rewards")  # as OpenRLHF selects them
 
 
-def test_openrlhf_judging_responses() -> None:
-    """A text policy: what it wrote after the prompt, against an image in the label."""
-    service, file = ScoringService(), io.BytesIO()
+def test_openrlhf_reward_scores_responses() -> None:
+    """A text policy: the query without the prompt, against an image in the label."""
+    service, file = FakeScoringService(), io.BytesIO()
     Image.fromarray(PIXELS).save(file, "PNG")
     label = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     reward_func = openrlhf_reward(client(service), texts="responses", pictures="labels")
     reward_func(["describe: a fish"], ["describe: "], [label], extra=1)
-    assert service.asked[0].items[0].prompt == "a fish"
-    assert service.asked[0].items[0].image.data == file.getvalue()
+    assert service.requests[0].items[0].prompt == "a fish"
+    assert service.requests[0].items[0].image.data == file.getvalue()
     for broken in ("data:image/png,xxx", "data:image/png;base64,###"):
         with pytest.raises(InputError, match="base64"):
             reward_func(["q"], ["p"], [broken])
 
 
-@pytest.mark.parametrize("handler", [refuse, ScoringService()])
-def test_a_failure_is_raised_never_a_reward(handler: Handler) -> None:
+@pytest.mark.parametrize("handler", [refuse_request, FakeScoringService()])
+def test_failure_raises_instead_of_a_reward(handler: Handler) -> None:
     """The service's refusal, and an image that cannot be sent, reach the trainer as exceptions."""
-    images: Any = TENSOR if handler is refuse else [torch.full((3, 4, 4), 2.0)] * 2
+    images: Any = TENSOR if handler is refuse_request else [torch.full((3, 4, 4), 2.0)] * 2
     service = client(handler)
     for call in (
         lambda: flow_grpo_reward(service)(images, PROMPTS, {}),
@@ -169,18 +171,18 @@ def test_a_failure_is_raised_never_a_reward(handler: Handler) -> None:
         lambda: trl_reward(service)(prompts=PROMPTS, completions=list(images)),
         lambda: openrlhf_reward(service)(list(images), PROMPTS, [None, None]),
     ):
-        with pytest.raises(RejectedError if handler is refuse else InputError):
+        with pytest.raises(RejectedError if handler is refuse_request else InputError):
             call()
 
 
-def test_a_partial_answer_is_no_reward() -> None:
+def test_partial_responses_are_refused() -> None:
     """A null reward would become NaN in an array; the option is refused."""
-    reward_fn: Any = flow_grpo_reward(client(ScoringService()), allow_partial=True)  # type: ignore[call-arg]
+    reward_fn: Any = flow_grpo_reward(client(FakeScoringService()), allow_partial=True)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="needs every score"):
         reward_fn(TENSOR, PROMPTS, {})
 
 
-def test_no_adapter_brings_torch() -> None:
+def test_adapters_do_not_import_torch() -> None:
     """Without torch in the process the arrays are numpy's."""
     code = (
         "import sys, reward_service.adapters.common as a; import reward_service.adapters;"
@@ -191,7 +193,9 @@ def test_no_adapter_brings_torch() -> None:
 
 
 def test_one_client_serves_several_adapters() -> None:
-    """They hold no state of their own."""
-    with RewardClient("http://judge.invalid", transport=httpx.MockTransport(ScoringService())) as service:
+    """Adapters hold no state of their own."""
+    with RewardClient(
+        "http://service.invalid", transport=httpx.MockTransport(FakeScoringService())
+    ) as service:
         assert flow_grpo_reward(service)(TENSOR, PROMPTS)[0]["avg"].shape == (2,)
         assert len(trl_reward(service)(prompts=PROMPTS, completions=list(TENSOR))) == 2

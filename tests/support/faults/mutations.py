@@ -25,10 +25,10 @@ import httpx
 
 from reward_service.config import ServiceConfig, load_config
 from reward_service.engine.loading import build_engine
-from reward_service.protocol import CODES, ProblemError
+from reward_service.protocol import PROBLEM_CODES, ProblemError
 from reward_service.scoring.requests import RequestParser
 from tests.support.faults.mutants import Body, mutants
-from tests.support.service.serving import serving
+from tests.support.service.serving import running_server
 
 EVERY_APPLICATION, EVERY_SOCKET = 20, 100
 #: What fragments of the heap may cost at the end, and what a single request may at any time.
@@ -50,7 +50,7 @@ class Findings:
     def note(self, way: str, status: int, code: str, body: Body) -> None:
         """One answer."""
         self.answers[way, f"{status} {code}".strip()] += 1
-        if status >= SERVER_ERROR or (status != OK and code not in CODES):
+        if status >= SERVER_ERROR or (status != OK and code not in PROBLEM_CODES):
             self.failures.append(f"{way}: {status} {code} for {body[0]} {body[1].hex()[:2000]}")
 
     @property
@@ -120,7 +120,7 @@ async def _posted(client: httpx.AsyncClient, body: Body) -> tuple[int, str]:
 def run(count: int, seed: int) -> Findings:
     """The whole attack on a service of the miniature."""
     config = load_config(overrides=["threads=1"])
-    with serving(config, build_engine(config)) as (server, port):
+    with running_server(config, build_engine(config)) as (server, port):
         application = server.config.app
         return asyncio.run(attack(config, f"http://127.0.0.1:{port}", application, count, seed))
 

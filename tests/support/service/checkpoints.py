@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights in the published layouts: what the loaders see, in milliseconds."""
+"""Small checkpoints with random weights in the published layouts, which load in milliseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = {"aesthetic": (5.0, 1.0), "clip": (0.0, 0.1), "pickscore": (0.0, 5.0), 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where everything lies; `config` names it all."""
+    """Folder of the checkpoints, and the configuration that names them."""
 
     folder: Path
     config: Path
@@ -45,7 +45,7 @@ class Checkpoints:
 
 
 def write_checkpoints(folder: Path) -> Checkpoints:
-    """Write all of them, and a configuration."""
+    """Write all checkpoints and a configuration."""
     torch.manual_seed(7)
     _write_huggingface(folder / "clip", "quick_gelu")
     _write_huggingface(folder / "pickscore", "gelu")
@@ -60,7 +60,7 @@ def write_checkpoints(folder: Path) -> Checkpoints:
 
 
 def service_section() -> dict[str, object]:
-    """The `service:` section over these checkpoints, paths relative to the file."""
+    """Return the `service:` section for these checkpoints, with paths relative to the file."""
     clip = {"layout": "huggingface", "origin": {"folder": "clip"}, "weights": {"file": "model.safetensors"}}
     hps = {"layout": "open_clip", "origin": {"folder": "hps"}, "weights": {"file": "HPS.pt"}}
     head = {"origin": {"folder": "aesthetic"}, "weights": {"file": "head.pth"}}
@@ -90,8 +90,8 @@ def _vocabulary(start: str, end: str) -> dict[str, int]:
     return {word: index for index, word in enumerate(words)}
 
 
-def _roughen(model: nn.Module) -> None:
-    """Weights wide enough that activations, crops and tokens leave their mark on the scores."""
+def _randomize(model: nn.Module) -> None:
+    """Set weights large enough that activations, crops and tokens affect the scores visibly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -118,7 +118,7 @@ def _write_huggingface(folder: Path, activation: str) -> None:
     vision = {**half, "hidden_size": 64, "intermediate_size": 192, "image_size": SIZE_PX, "patch_size": 8}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION)
     model = CLIPModel(config)
-    _roughen(model)
+    _randomize(model)
     with torch.no_grad():
         model.logit_scale.fill_(4.6)
     model.save_pretrained(folder)
@@ -145,7 +145,7 @@ def _write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
 
 
 def hps_model_config() -> dict[str, object]:
-    """The architecture of the HPS stand-in, in open_clip's words."""
+    """Return the architecture of the small HPS model, as open_clip's model configuration."""
     vocabulary = _vocabulary("<start_of_text>", "<end_of_text>")
     vision = {"image_size": SIZE_PX, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
     text = {"context_length": CONTEXT, "vocab_size": len(vocabulary), "width": 96, "heads": 4, "layers": 2}
@@ -156,18 +156,18 @@ def _write_open_clip(folder: Path) -> None:
     folder.mkdir(parents=True)
     model_config = hps_model_config()
     model = open_clip.CLIP(**model_config)
-    _roughen(model)
+    _randomize(model)
     torch.save({"state_dict": model.state_dict()}, folder / "HPS.pt")
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_config, "preprocess_cfg": {}})
     )
     with gzip.open(folder / "bpe.txt.gz", "wb") as file:
-        # No line end after the last merge: it would become one more entry and shift the special tokens.
+        # No newline after the last merge: it would become another entry and shift the special tokens.
         file.write("\n".join(["#version: 0.2", *MERGES]).encode())
 
 
 def head_module() -> nn.Sequential:
-    """LAION's head as it is trained: linear layers with dropout between them."""
+    """Return LAION's head as trained: linear layers with dropout between them."""
     a, b, c, d, e, f = HEAD_SIZES
     return nn.Sequential(
         nn.Linear(a, b),
@@ -184,5 +184,5 @@ def head_module() -> nn.Sequential:
 def _write_head(folder: Path) -> None:
     folder.mkdir(parents=True)
     head = head_module()
-    _roughen(head)
+    _randomize(head)
     torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, folder / "head.pth")
