@@ -19,7 +19,7 @@ WORKERS ?= 2
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo crossval test test-all test-docker kill-test check parity format lock compose-test clean
+.PHONY: help venv demo crossval test test-all test-docker kill-test check docs parity format lock compose-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -58,11 +58,15 @@ compose-test: test-docker  ## the same as test-docker
 kill-test: $(STAMP)  ## kill the trainer 25 times at random moments and compare with the uninterrupted run
 	$(BIN)/python -m tests.support.trainer.kill_driver $(or $(KILL_FOLDER),$(shell mktemp -d)) $(ARGS)
 
-check: $(STAMP)  ## lint, format, types, layers
+check: $(STAMP) docs  ## lint, format, types, layers, links of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The variable silences an advertisement for the theme's successor; --strict refuses every warning of ours.
+docs: $(STAMP)  ## build the documentation into site/; every link has to lead somewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # hpsv2 and OpenAI's clip live in an environment of their own, which sees the locked one.
 $(PARITY_STAMP): $(STAMP) benchmarks/parity/requirements.txt benchmarks/parity/environment.py

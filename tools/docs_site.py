@@ -98,8 +98,13 @@ def _section(prefix: str, model: type[BaseModel], defaults: Mapping[str, Any]) -
         yield from (f"## `{prefix[:-1]}`", "")
     yield from (_docstring(model)[0], "")
     if rows:
-        yield from ("| key | type | default | meaning |", "|---|---|---|---|")
-        yield from (f"| `{row.key}` | {row.kind} | {row.default} | {row.meaning} |" for row in rows)
+        described = any(row.meaning for row in rows)
+        yield from (
+            "| key | type | default |" + described * " meaning |",
+            "|---|---|---|" + described * "---|",
+        )
+        for row in rows:
+            yield f"| `{row.key}` | {row.kind} | {row.default} |" + described * f" {row.meaning} |"
         yield ""
     for key, below, values in inner:
         yield from _section(key, below, values)
