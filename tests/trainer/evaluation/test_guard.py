@@ -1,4 +1,4 @@
-"""The guard: an evaluator that is not trained on, held out by name or in turn."""
+"""Reward-hacking guard: an evaluator that is not trained on, held out by name or in turn."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.coverage import measured
 from trainer.config import ConfigError, EvaluationConfig, TrainerConfig
-from trainer.evaluation.guard import GuardVerdict, check_guard, rotation, with_guard
+from trainer.evaluation.guard import GuardVerdict, check_guard, rotated_guard, with_guard
 from trainer.evaluation.intervals import Floats
 
 NAMES = ("dark", "red")
@@ -26,8 +26,10 @@ def configured(weights: dict[str, float] | None = None, **guard: object) -> Trai
     )
 
 
-def judged(dark: float, red: float, looks: int = 10, spread: float = 0.5, **guard: object) -> GuardVerdict:
-    """24 prompts gain so much on average; "red" is trained on, "dark" the guard."""
+def verdict_of(
+    dark: float, red: float, looks: int = 10, spread: float = 0.5, **guard: object
+) -> GuardVerdict:
+    """Check gains of 24 prompts; "red" is trained on, "dark" is the guard."""
     rng = np.random.default_rng(0)
     base = rng.normal(size=(24, 2, 2))
     noise = rng.normal(0, spread, (24, 1, 2))
@@ -36,9 +38,9 @@ def judged(dark: float, red: float, looks: int = 10, spread: float = 0.5, **guar
     return check_guard(measured(base), measured(gained), NAMES, config, None, looks)
 
 
-def test_a_hack_trips_it_and_is_said() -> None:
-    """What is trained on rises, what is not falls."""
-    verdict = judged(-0.6, 1.0)
+def test_guard_trips_on_reward_hacking() -> None:
+    """The trained evaluator rises and the guard falls: sentence, JSON and level."""
+    verdict = verdict_of(-0.6, 1.0)
     assert verdict.tripped
     assert verdict.sentence.startswith(
         "Guard dark falls significantly (-0.60 deviations) while the composite"
@@ -52,7 +54,7 @@ def test_a_hack_trips_it_and_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dark", "red", "said"),
+    ("dark", "red", "words"),
     [
         (0.6, 1.0, "rises significantly"),
         (0.0, 1.0, "has not fallen clearly"),
@@ -60,38 +62,38 @@ def test_a_hack_trips_it_and_is_said() -> None:
         (-0.6, -1.0, "but the composite does not rise"),
     ],
 )
-def test_it_trips_on_nothing_else(dark: float, red: float, said: str) -> None:
-    """A guard that rises, stays, or falls with everything else stops nobody."""
-    verdict = judged(dark, red)
+def test_guard_does_not_trip_without_hacking(dark: float, red: float, words: str) -> None:
+    """A guard that rises, stays, or falls together with the composite does not trip."""
+    verdict = verdict_of(dark, red)
     assert not verdict.tripped
-    assert said in verdict.sentence
+    assert words in verdict.sentence
 
 
-def test_the_more_often_it_looks_the_surer_it_has_to_be() -> None:
-    """The same small fall counts at a single look, and not at one of fifty."""
-    assert judged(-0.22, 1.0, looks=1).tripped
-    assert not judged(-0.22, 1.0, looks=50).tripped
+def test_guard_needs_more_evidence_with_more_evaluations() -> None:
+    """The same small fall trips at a single evaluation, and not at one of fifty."""
+    assert verdict_of(-0.22, 1.0, looks=1).tripped
+    assert not verdict_of(-0.22, 1.0, looks=50).tripped
 
 
-def test_a_demanding_confidence_trips_later() -> None:
-    """guard.confidence is what an honest run is promised."""
-    assert judged(-0.32, 1.0, looks=5, confidence=0.9).tripped
-    assert not judged(-0.32, 1.0, looks=5, confidence=0.999).tripped
+def test_guard_trips_later_at_higher_confidence() -> None:
+    """guard.confidence bounds the false alarms of an honest run."""
+    assert verdict_of(-0.32, 1.0, looks=5, confidence=0.9).tripped
+    assert not verdict_of(-0.32, 1.0, looks=5, confidence=0.999).tripped
 
 
-def walks(rng: np.random.Generator, looks: int, prompts: int) -> Floats:
-    """Gains of an honest run, (looks, prompts): the guard wanders, prompt by prompt, and falls nowhere."""
+def honest_gains(rng: np.random.Generator, looks: int, prompts: int) -> Floats:
+    """Return guard gains of an honest run, (looks, prompts): random walks without a true fall."""
     return np.cumsum(rng.normal(size=(looks, prompts)), axis=0)
 
 
-def stopped(share: bool, runs: int = 300, looks: int = 8, prompts: int = 24) -> float:
-    """Share of honest runs that are stopped by one of their correlated looks."""
+def stopped_share(share: bool, runs: int = 300, looks: int = 8, prompts: int = 24) -> float:
+    """Return the share of honest runs that one of their correlated evaluations stops."""
     rng = np.random.default_rng(0)
     config = configured(evaluator="dark")
     trips = 0
     for _ in range(runs):
         base = rng.normal(size=(prompts, 2, 2))
-        for wandered in walks(rng, looks, prompts):
+        for wandered in honest_gains(rng, looks, prompts):
             gained = base + np.stack([wandered, np.ones(prompts)], axis=-1)[:, None]
             verdict = check_guard(
                 measured(base), measured(gained), NAMES, config, None, looks if share else 1
@@ -102,12 +104,12 @@ def stopped(share: bool, runs: int = 300, looks: int = 8, prompts: int = 24) -> 
     return trips / runs
 
 
-def test_an_honest_run_is_stopped_in_at_most_5_of_100() -> None:
-    """Over all its evaluations together, correlated as they are; each at the full level would stop more."""
-    assert stopped(share=True) <= 0.05 < stopped(share=False)
+def test_guard_stops_at_most_5_percent_of_honest_runs() -> None:
+    """Over all correlated evaluations together; without sharing the level it would stop more."""
+    assert stopped_share(share=True) <= 0.05 < stopped_share(share=False)
 
 
-def test_near_duplicates_do_not_trip_it_alone() -> None:
+def test_guard_counts_near_duplicates_once() -> None:
     """One group of prompts that falls is one observation."""
     base = np.random.default_rng(0).normal(size=(24, 2, 2))
     fallen = np.where(np.arange(24) < 16, -0.5, 0.0) + np.random.default_rng(1).normal(0, 0.05, 24)
@@ -118,15 +120,15 @@ def test_near_duplicates_do_not_trip_it_alone() -> None:
     assert not check_guard(*both, NAMES, config, [0] * 16 + list(range(1, 9)), 3).tripped
 
 
-def test_a_guard_that_the_service_does_not_have_is_refused_in_one_line() -> None:
-    """The message names the setting and what there is."""
+def test_guard_unknown_to_the_service_raises_config_error() -> None:
+    """The message names the setting and the evaluators of the service."""
     both = measured(np.zeros((3, 2, 2)))
     with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: .* blue; it has dark, red"):
         check_guard(both, both, NAMES, configured(evaluator="blue"), None, 1)
 
 
-def test_one_prompt_trips_nothing() -> None:
-    """A trial run on one prompt is no evidence, and its JSON stays readable."""
+def test_guard_does_not_trip_on_one_prompt() -> None:
+    """A trial run on one prompt is no evidence, and its JSON is valid."""
     base = np.zeros((1, 2, 2))
     verdict = check_guard(
         measured(base), measured(base + np.array([-1.0, 1.0])), NAMES, configured(evaluator="dark"), None, 0
@@ -135,13 +137,13 @@ def test_one_prompt_trips_nothing() -> None:
     json.dumps(verdict.to_dict(), allow_nan=False)
 
 
-def test_rotation_holds_out_each_once_in_a_round() -> None:
-    """Folds or trials from 0."""
-    assert [rotation(("a", "b", "c"), turn) for turn in range(5)] == ["a", "b", "c", "a", "b"]
+def test_rotated_guard_holds_out_each_evaluator_in_turn() -> None:
+    """Turns are folds or trials from 0."""
+    assert [rotated_guard(("a", "b", "c"), turn) for turn in range(5)] == ["a", "b", "c", "a", "b"]
 
 
-def test_rotating_takes_the_guard_out_of_what_is_trained_and_reported() -> None:
-    """Its weights become 0 in both; the others keep theirs, and the configuration stays valid."""
+def test_with_guard_removes_the_guard_from_both_composites() -> None:
+    """Its weights become 0; the others keep theirs, and the configuration stays valid."""
     weights = {"aesthetic": 1.0, "clip": 3.0, "hpsv2": 0.0, "pickscore": 1.0}
     config = configured(weights, evaluator="rotate", confidence=0.9)
     config = config.model_copy(
@@ -156,14 +158,14 @@ def test_rotating_takes_the_guard_out_of_what_is_trained_and_reported() -> None:
         assert TrainerConfig.model_validate(one.model_dump()) == one
 
 
-def test_without_rotation_the_configuration_stays_as_it_is() -> None:
+def test_with_guard_without_rotation_returns_the_configuration() -> None:
     """A named guard, or none, is the same in every fold."""
     for config in (configured(), configured(evaluator="dark")):
         assert with_guard(config, 3) is config
 
 
 @pytest.mark.parametrize("reward_evaluators", [None, {"clip": 1.0}])
-def test_rotation_needs_two_evaluators_to_be_left_with_one(
+def test_with_guard_rotation_needs_two_weighted_evaluators(
     reward_evaluators: dict[str, float] | None,
 ) -> None:
     """Otherwise nothing would be trained on, or reported."""
