@@ -3,9 +3,9 @@
     python -m tests.support.trainer.kill_driver FOLDER [--kills 25] [--seed 0]
 
 Importing torch takes longer than a run of the tiny Karlo: this process imports everything once and forks a
-trainer for each attempt. Two kinds of moments, in turn: a random delay, wherever that falls; and a random one
-among the calls by which files come to the disk (open for writing, fsync, rename, rmdir, ...), half of them
-with the file's content half written. After each kill, no checkpoint may be whole that cannot be gone on from.
+trainer for each attempt. Moments of two kinds alternate: after a random delay, and at a random one of the
+calls that write to the disk (write, fsync, rename, rmdir, ...), half of them with the file's content half
+written. After each kill, every checkpoint must be complete, or absent.
 """
 
 import argparse
@@ -20,20 +20,19 @@ from pathlib import Path
 
 import torch
 
-from tests.support.trainer.resumable import HELD_OUT, essence, short_config, train
+from tests.support.trainer.resumable import HELD_OUT, comparable_content, short_config, train
 from tests.trainer.conftest import build_karlo
 from trainer.config import TrainerConfig
-from trainer.runs import folder as storage
 from trainer.runs.checkpoints import Checkpoints, decode, read_stored
-from trainer.runs.folder import RunFolder, is_finished, resumed_config
+from trainer.runs.folder import CONFIG_FILE, RunFolder, is_finished, resumed_config
 
-LONGEST_RUN_S = 120.0
+LONGEST_RUN_S = 900.0  # some seconds on an idle machine
 DISK_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "truncate")
 
 
 def attempt(config: TrainerConfig, path: Path) -> None:
-    """Begin the run, or go on with it, as the command does."""
-    if (path / storage.CONFIG_FILE).exists():
+    """Begin or resume the run as the command does."""
+    if (path / CONFIG_FILE).exists():
         config = resumed_config(path, None, [])
         run = RunFolder.resume(path)
         run.write_config(config)
@@ -43,8 +42,8 @@ def attempt(config: TrainerConfig, path: Path) -> None:
         train(config, run)
 
 
-def in_child(work: Callable[[], None], prepare: Callable[[], None], log: Path) -> int:
-    """Do the work in a child process; returns its id."""
+def fork(work: Callable[[], None], prepare: Callable[[], None], log: Path) -> int:
+    """Start the work in a child process and return its process number."""
     child = os.fork()
     if child:
         return child
@@ -65,38 +64,37 @@ def in_child(work: Callable[[], None], prepare: Callable[[], None], log: Path) -
 
 
 def die_in_call(number: int, half: bool) -> None:
-    """Have this process killed in the n-th call that changes the disk; `half`: in the middle of a file."""
-    left = number
+    """Kill this process in the n-th call that writes to the disk; with `half`, in the middle of a file."""
+    remaining = number
 
     def counted(call: Callable[..., object]) -> Callable[..., object]:
         def dying(*arguments: object, **keywords: object) -> object:
-            nonlocal left
-            left -= 1
-            if left <= 0:
+            nonlocal remaining
+            remaining -= 1
+            if remaining <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **keywords)
 
         return dying
 
-    def write_half(path: Path, content: bytes) -> None:
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            path.write_bytes(content[: len(content) // 2])
+    def write_half(path: Path, content: bytes) -> int:
+        nonlocal remaining
+        remaining -= 1
+        if remaining <= 0:
+            write_bytes(path, content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        write_whole(path, content)
+        return write_bytes(path, content)
 
-    write_whole = storage.write_synced
+    write_bytes = Path.write_bytes
     if half:
-        for module in [module for module in sys.modules.values() if hasattr(module, "write_synced")]:
-            module.write_synced = write_half  # type: ignore[attr-defined]
+        Path.write_bytes = write_half  # type: ignore[method-assign, assignment]
     else:
         for name in DISK_CALLS:
             setattr(os, name, counted(getattr(os, name)))
 
 
 def wait(child: int, kill_after_s: float | None = None) -> bool:
-    """Whether the child was killed, by itself or after that time; else it has done its work."""
+    """Wait for the child; return whether it was killed, by itself or here after `kill_after_s`."""
     deadline = time.monotonic() + (LONGEST_RUN_S if kill_after_s is None else kill_after_s)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -116,7 +114,7 @@ def wait(child: int, kill_after_s: float | None = None) -> bool:
 
 
 def check_checkpoints(config: TrainerConfig, path: Path, reference: Path) -> int:
-    """What is whole is what the uninterrupted run had at that iteration. Returns how many are not whole."""
+    """Compare the newest checkpoint with the uninterrupted run's; return the number of incomplete ones."""
     broken: list[str] = []
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoints)
     stored = checkpoints.latest(broken.append)
@@ -125,22 +123,22 @@ def check_checkpoints(config: TrainerConfig, path: Path, reference: Path) -> int
         same = Checkpoints(reference / "checkpoints", config.checkpoints)
         expected = {decode(read)[0].done: read for read in map(read_stored, same.paths())}[snapshot.done]
         if stored.tensors != expected.tensors and not _equal(snapshot.tensors, decode(expected)[0].tensors):
-            raise AssertionError(f"iteration {snapshot.done}: another trainer than the uninterrupted run's")
+            raise AssertionError(f"iteration {snapshot.done}: differs from the uninterrupted run")
     return len(broken)
 
 
-def _equal(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
-    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def main() -> None:
-    """Run until so many kills have been survived."""
+    """Kill and resume runs until there were `--kills` kills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
+    rng = random.Random(arguments.seed)
     torch.set_num_threads(1)  # threads do not survive a fork
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +148,9 @@ def main() -> None:
 
     reference = folder / "reference"
     start = time.monotonic()
-    wait(in_child(lambda: attempt(config, reference), lambda: None, log))
+    wait(fork(lambda: attempt(config, reference), lambda: None, log))
     whole_s = time.monotonic() - start
-    expected = essence(reference)
+    expected = comparable_content(reference)
     print(f"uninterrupted: {whole_s:.1f} s, {len(HELD_OUT)} held-out prompts", flush=True)
 
     kills = runs = broken = 0
@@ -161,26 +159,26 @@ def main() -> None:
         while True:
             prepare, delay = (lambda: None), None
             if kills >= arguments.kills:
-                pass  # the last run ends in peace
+                pass  # the last run ends normally
             elif kills % 2:
-                half = chance.random() < 0.5
-                number = chance.randint(1, 20 if half else 80)
+                half = rng.random() < 0.5
+                number = rng.randint(1, 20 if half else 80)
                 prepare = lambda number=number, half=half: die_in_call(number, half)  # noqa: E731
             else:
-                delay = chance.uniform(0.0, 0.6 * whole_s)
-            child = in_child(lambda path=path: attempt(config, path), prepare, log)
+                delay = rng.uniform(0.0, 0.6 * whole_s)
+            child = fork(lambda path=path: attempt(config, path), prepare, log)
             if not wait(child, delay):
                 break
             kills += 1
             broken += check_checkpoints(config, path, reference)
-        if essence(path) != expected:
-            raise AssertionError(f"{path}: not the uninterrupted run")
+        if comparable_content(path) != expected:
+            raise AssertionError(f"{path}: differs from the uninterrupted run")
         shutil.rmtree(path)
         runs += 1
     print(
         f"{kills} kills in {runs} runs, {time.monotonic() - start:.0f} s: every run resumed and ended bitwise"
     )
-    print(f"equal to the uninterrupted one; {broken} checkpoints were found half there")
+    print(f"equal to the uninterrupted one; {broken} checkpoints were incomplete")
     if broken:
         sys.exit(1)
 

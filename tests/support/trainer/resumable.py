@@ -1,4 +1,4 @@
-"""A run of seconds, and everything about it that must not depend on how often it was interrupted."""
+"""Training run of a few seconds, and its content that must not depend on interruptions."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ HELD_OUT = ("a held out one", "another held out one")
 
 
 def short_config(folder: Path, karlo: Path, **changes: Any) -> TrainerConfig:
-    """Four iterations that leave nothing out: average, schedule, weight decay, accumulation."""
+    """Return a configuration of four iterations with average, schedule, weight decay and accumulation."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (("train", PROMPTS), ("validation", HELD_OUT)):
         (folder / f"{name}.txt").write_text("\n".join(lines))
@@ -49,33 +49,33 @@ def short_config(folder: Path, karlo: Path, **changes: Any) -> TrainerConfig:
 
 
 def train(config: TrainerConfig, run: RunFolder, scorer: Scorer | None = None) -> None:
-    """Begin the run, or go on with it."""
+    """Begin or resume a run and train it to its end."""
     console = Console(quiet=True)
     train_run(config, Split(PROMPTS, HELD_OUT, (0, 1)), scorer or FakeScorer(), run, console)
 
 
-def newest(run: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the newest whole checkpoint."""
+def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the newest complete checkpoint."""
     stored = Checkpoints(run / "checkpoints", CheckpointsConfig()).latest()
     assert stored is not None
     return decode(stored)[0].tensors
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without what a clock says."""
+    """Return the records of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
-    return [_timeless(line) for line in lines]
+    return [_without_times(line) for line in lines]
 
 
-def _timeless(line: dict[str, Any]) -> dict[str, Any]:
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _timeless(value) if isinstance(value, dict) else value
+        key: _without_times(value) if isinstance(value, dict) else value
         for key, value in line.items()
-        if not _timing(key)
+        if not _is_time(key)
     }
 
 
-def _timing(key: str) -> bool:
+def _is_time(key: str) -> bool:
     return key in ("seconds", "exposed_wait_share") or key.endswith("_s")
 
 
@@ -83,18 +83,18 @@ def _bytes(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in sorted(tensors.items())}
 
 
-def essence(run: Path) -> dict[str, object]:
-    """Everything that two equal runs have in common, to the bit."""
+def comparable_content(run: Path) -> dict[str, object]:
+    """Return everything that must be equal in two equal runs, to the bit."""
     stored = Checkpoints(run / "checkpoints", CheckpointsConfig()).latest()
     assert stored is not None
     snapshot, _ = decode(stored)
     files = ("lora/README.md", "evaluation.json", "before_after.png")
     return {
         "done": snapshot.done,
-        "learner": snapshot.training,
+        "training": snapshot.training,
         "tensors": _bytes(snapshot.tensors),
         "metrics": metrics(run),
-        # Not its bytes: safetensors writes the metadata in any order.
+        # Tensors, not bytes of the file: safetensors writes the metadata in any order.
         "lora": _bytes(load_file(run / "lora" / LORA_FILE)),
         **{name: (run / name).read_bytes() for name in files},
     }

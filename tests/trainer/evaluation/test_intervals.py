@@ -63,7 +63,7 @@ def test_compare_pooled_covers_over_folds() -> None:
     missed = 0
     for _ in range(500):
         parts = [experiment(rng, EFFECTS[NORMAL], GROUPINGS[CORRELATED], 6) for _ in range(4)]
-        missed += compare_pooled(parts, ("judge",), {"judge": 1.0}, CONFIG).composite.verdict != "unclear"
+        missed += compare_pooled(parts, ("clip",), {"clip": 1.0}, CONFIG).composite.verdict != "unclear"
     assert 0.01 < missed / 500 <= 0.075
 
 
@@ -71,7 +71,7 @@ def test_compare_pooled_keeps_groups_of_folds_apart() -> None:
     """Equal group numbers in two folds are different groups; without groups each prompt is its own."""
     rng = np.random.default_rng(0)
     parts = [experiment(rng, EFFECTS[NORMAL], GROUPINGS[CORRELATED], count) for count in (3, 5)]
-    found = compare_pooled([parts[0], (*parts[1][:2], None)], ("judge",), {"judge": 1.0}, CONFIG)
+    found = compare_pooled([parts[0], (*parts[1][:2], None)], ("clip",), {"clip": 1.0}, CONFIG)
     effects = np.concatenate([(tuned.z - base.z).mean(axis=(1, 2)) for base, tuned, _ in parts])
     assert found.prompts == len(effects)
     assert found.groups == 3 + len(parts[1][2])
@@ -170,8 +170,8 @@ def test_interval_depends_little_on_the_seed() -> None:
         compare(
             base,
             tuned,
-            ("judge",),
-            {"judge": 1},
+            ("clip",),
+            {"clip": 1},
             CONFIG.model_copy(update={"seed": seed, "resamples": 5000}),
             groups,
         ).composite

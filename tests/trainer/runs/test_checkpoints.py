@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and never one that is taken for what it is not."""
+"""Checkpoints: complete or absent, and never mistaken for another one."""
 
 import errno
 import json
@@ -13,7 +13,6 @@ import torch
 
 from trainer.config import CheckpointsConfig
 from trainer.rl.train import TrainingState
-from trainer.runs import folder as storage
 from trainer.runs.checkpoints import Checkpoints, Snapshot, decode
 
 REPOSITORY = Path(__file__).parents[3]
@@ -34,8 +33,8 @@ def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
-def test_what_is_read_is_what_was_written(checkpoints: Checkpoints) -> None:
-    """Tensors to the bit, the other state, and where it comes from."""
+def test_checkpoint_is_read_as_it_was_written(checkpoints: Checkpoints) -> None:
+    """Tensors to the bit, the other state, and its provenance."""
     checkpoints.save(snapshot(3, composite=0.5))
     stored = checkpoints.latest()
     assert stored is not None
@@ -46,7 +45,7 @@ def test_what_is_read_is_what_was_written(checkpoints: Checkpoints) -> None:
     assert "torch" in origin["versions"]
 
 
-def test_the_newest_and_the_best_are_kept(checkpoints: Checkpoints) -> None:
+def test_checkpoints_keep_the_newest_and_the_best(checkpoints: Checkpoints) -> None:
     """However old the best one is."""
     for done, composite in ((1, 0.1), (2, 0.9), (3, None), (4, 0.5), (5, None)):
         checkpoints.save(snapshot(done, composite))
@@ -56,10 +55,10 @@ def test_the_newest_and_the_best_are_kept(checkpoints: Checkpoints) -> None:
 
 @pytest.mark.parametrize("damage", ["manifest.json", "state.json", "tensors.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "short", "other"])
-def test_what_is_not_whole_is_passed_over_and_reported(
+def test_latest_skips_and_reports_incomplete_checkpoints(
     damage: str, how: str, checkpoints: Checkpoints
 ) -> None:
-    """Any file missing, cut short or changed: the one before it counts, and the user hears why."""
+    """Any file missing, truncated or changed: the checkpoint before is read, and the reason reported."""
     checkpoints.save(snapshot(1))
     checkpoints.save(snapshot(2))
     file = checkpoints.folder / "iteration-000002" / damage
@@ -72,11 +71,11 @@ def test_what_is_not_whole_is_passed_over_and_reported(
     assert stored is not None
     assert decode(stored)[0].done == 1
     assert len(reports) == 1
-    assert "iteration-000002: not a whole checkpoint" in reports[0]
+    assert "iteration-000002: not a complete checkpoint" in reports[0]
 
 
-def test_a_broken_one_is_written_again(checkpoints: Checkpoints) -> None:
-    """The name of a broken checkpoint is not lost to the run that comes there again."""
+def test_save_replaces_a_damaged_checkpoint(checkpoints: Checkpoints) -> None:
+    """The name of a damaged checkpoint is free for a run that reaches that iteration again."""
     checkpoints.save(snapshot(1))
     (checkpoints.folder / "iteration-000001" / "manifest.json").write_text("{}")
     assert checkpoints.latest() is None
@@ -85,29 +84,30 @@ def test_a_broken_one_is_written_again(checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("failing", range(3))
-def test_a_full_disk_leaves_the_previous_checkpoint(
+def test_full_disk_leaves_the_previous_checkpoint(
     failing: int, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever file does not fit: the old one is whole, nothing is left beside it, the path is named."""
+    """Whichever file does not fit: the old one is complete, no other file is left, the path is named."""
     checkpoints.save(snapshot(1))
     written = 0
+    write_bytes = Path.write_bytes
 
-    def full(path: Path, content: bytes) -> None:
+    def write_to_full_disk(path: Path, content: bytes) -> None:
         nonlocal written
         if written == failing:
-            path.write_bytes(content[: len(content) // 2])
+            write_bytes(path, content[: len(content) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         written += 1
-        storage.write_synced(path, content)
+        write_bytes(path, content)
 
-    monkeypatch.setattr("trainer.runs.checkpoints.write_synced", full)
+    monkeypatch.setattr(Path, "write_bytes", write_to_full_disk)
     with pytest.raises(OSError, match=r"No space left on device: .*iteration-000002"):
         checkpoints.save(snapshot(2))
     assert names(checkpoints) == ["iteration-000001"]
     assert checkpoints.latest() is not None
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
+def test_file_size_limit_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """The same with a limit that the kernel sets: the second, larger checkpoint does not fit."""
     program = f"""if True:
         from pathlib import Path
@@ -131,8 +131,8 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"state.json", "tensors.safetensors"}
 
 
-def test_nothing_that_changes_is_forgotten() -> None:
-    """A field that is added to the trainer has to be added to its checkpoints."""
+def test_snapshot_covers_every_field_of_the_training_state() -> None:
+    """A new field of TrainingState has to be added to its checkpoints."""
     assert {field.name for field in fields(TrainingState)} - {"policy", "processes"} == {
         "average",
         "optimizer",

@@ -1,8 +1,7 @@
-"""A run's folder: whole files or none, and nothing overwritten."""
+"""Folder of a run: atomic files, and nothing overwritten."""
 
 import json
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,17 +11,16 @@ from PIL import Image
 from trainer.config import ConfigError, TrainerConfig
 from trainer.runs.folder import RunFolder, model_card
 from trainer.runs.grids import before_and_after, grid
-from trainer.runtime.files import write_atomically
 
 
-def test_the_resolved_configuration_is_kept(trainer_config: TrainerConfig) -> None:
-    """The run folder alone says what was run: reading it back gives the same configuration."""
+def test_create_writes_the_resolved_configuration(trainer_config: TrainerConfig) -> None:
+    """Reading config.yaml back gives the same configuration."""
     run = RunFolder.create(trainer_config)
     saved = yaml.safe_load((run.path / "config.yaml").read_text())
     assert TrainerConfig.model_validate(saved["trainer"]) == trainer_config
 
 
-def test_a_second_run_gets_a_folder_of_its_own(trainer_config: TrainerConfig) -> None:
+def test_create_never_reuses_a_folder(trainer_config: TrainerConfig) -> None:
     """Nothing is overwritten, by default or by name."""
     first, second = RunFolder.create(trainer_config), RunFolder.create(trainer_config)
     assert first.path != second.path
@@ -30,39 +28,8 @@ def test_a_second_run_gets_a_folder_of_its_own(trainer_config: TrainerConfig) ->
         RunFolder.create(trainer_config, first.path)
 
 
-def test_two_may_write_the_same_file_at_once(tmp_path: Path) -> None:
-    """As two searches of one experiment do with its report: the one waits for the other."""
-    target = tmp_path / "report.html"
-    second = Thread(target=write_atomically, args=(target, lambda path: path.write_text("second")))
-
-    def slowly(path: Path) -> None:
-        path.write_text("fir")
-        second.start()
-        second.join(0.2)
-        path.write_text("first")
-
-    write_atomically(target, slowly)
-    second.join()
-    assert target.read_text() == "second"
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """Disk full or killed in the middle: the previous content stays, no debris."""
-    target = tmp_path / "evaluation.json"
-    target.write_text("old")
-
-    def fails(path: Path) -> None:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(target, fails)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_metrics_are_one_json_object_a_line_and_finite(trainer_config: TrainerConfig) -> None:
-    """A NaN is an error where it is written, not where it is read a week later."""
+def test_log_writes_one_finite_json_object_per_line(trainer_config: TrainerConfig) -> None:
+    """A NaN is an error when it is written, not when it is read a week later."""
     run = RunFolder.create(trainer_config)
     run.log({"iteration": 0, "composite": 0.5})
     run.log({"iteration": 1, "composite": 0.6})
@@ -73,8 +40,8 @@ def test_metrics_are_one_json_object_a_line_and_finite(trainer_config: TrainerCo
 
 
 @pytest.mark.parametrize("lost", [1, 10, 10_000])
-def test_half_a_line_of_metrics_is_not_gone_on_with(trainer_config: TrainerConfig, lost: int) -> None:
-    """A file that was cut shorter than the checkpoint knows it stays one JSON object a line."""
+def test_cut_metrics_removes_an_incomplete_line(trainer_config: TrainerConfig, lost: int) -> None:
+    """A file that is shorter than its checkpoint says stays one JSON object per line."""
     run = RunFolder.create(trainer_config)
     for iteration in range(3):
         run.log({"iteration": iteration})
@@ -87,8 +54,8 @@ def test_half_a_line_of_metrics_is_not_gone_on_with(trainer_config: TrainerConfi
     assert found in ([0, 1, 3], [3])
 
 
-def test_a_saved_lora_replaces_the_older_one_whole(trainer_config: TrainerConfig) -> None:
-    """The lora folder holds one save, never a mixture of two; others may read it."""
+def test_save_lora_replaces_the_whole_folder(trainer_config: TrainerConfig) -> None:
+    """The folder holds one save, never a mixture of two; others may read it."""
     run = RunFolder.create(trainer_config)
     for content in ("one", "two"):
 
@@ -101,7 +68,7 @@ def test_a_saved_lora_replaces_the_older_one_whole(trainer_config: TrainerConfig
     assert run.lora.stat().st_mode & 0o055 == 0o055
 
 
-def test_the_model_card_says_what_judged_and_what_was_gained(trainer_config: TrainerConfig) -> None:
+def test_model_card_names_evaluators_and_gain(trainer_config: TrainerConfig) -> None:
     """A LoRA that is passed on carries its provenance."""
     card = model_card(trainer_config, 7, {"clip": "abc/def"}, ["The composite rises significantly."])
     assert "trained for 7 iterations" in card
@@ -110,8 +77,8 @@ def test_the_model_card_says_what_judged_and_what_was_gained(trainer_config: Tra
     assert "load_lora_adapter" in card
 
 
-def test_grids_show_every_image_in_place() -> None:
-    """A row a prompt; before on the left, after on the right; pixels enlarged, not blurred."""
+def test_grids_place_every_image() -> None:
+    """A row per prompt; before on the left, after on the right; pixels enlarged, not blurred."""
     before = np.zeros((2, 3, 8, 8, 3), dtype=np.uint8)
     after = np.full((2, 3, 8, 8, 3), 255, dtype=np.uint8)
     after[..., 1:] = 0

@@ -1,4 +1,4 @@
-"""The real command against the real service: signals, and a reward service that is killed in mid-iteration."""
+"""Interruptions of the real command and the real service: signals, and a reward service that is killed."""
 
 import os
 import signal
@@ -7,35 +7,47 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 from reward_service.client import RewardClient
-from tests.support.trainer.resumable import essence, short_config, train
+from tests.support.trainer.resumable import comparable_content, short_config, train
 from trainer.config import ServiceConfig, TrainerConfig
 from trainer.rl.rewards import Images, Scores, ServiceScorer
 from trainer.runs.folder import METRICS_FILE, RunFolder
 
-pytestmark = pytest.mark.slow
+WAIT_S = 600.0  # until an event that takes seconds on an idle machine
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * WAIT_S)]
 
 REPOSITORY = Path(__file__).parents[3]
 MINIATURE = REPOSITORY / "configs" / "miniature.yaml"
 WEIGHTS = {"aesthetic": 1.0, "clip": 1.0, "pickscore": 1.0, "hpsv2": 1.0}
 
 
-class Service:
-    """The miniature's judge as a process of its own on one port, however often it is started."""
+class ServiceProcess:
+    """The miniature's reward service in its own process, on one port across restarts."""
 
     def __init__(self, log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def config(self) -> ServiceConfig:
+        """Connection that outlasts a restart of the service on a slow machine."""
+        return ServiceConfig(
+            url=f"http://127.0.0.1:{self.port}",
+            timeout_s=WAIT_S,
+            retry_budget_s=WAIT_S,
+            ready_timeout_s=WAIT_S,
+            deterministic=True,
+        )
 
     def start(self) -> None:
         command = [sys.executable, "-m", "reward_service", "serve", "--config", str(MINIATURE)]
@@ -43,36 +55,46 @@ class Service:
             self._process = subprocess.Popen(
                 [*command, "--port", str(self.port)], cwd=REPOSITORY, stdout=log, stderr=log
             )
-        with RewardClient(self.url) as client:
-            client.wait_until_ready(120)
+        with RewardClient(self.config.url) as client:
+            client.wait_until_ready(WAIT_S)
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
+    def wait_for_retries(self, count: int) -> None:
+        """Wait, while the service is gone, until a client has tried to connect `count` times."""
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.settimeout(WAIT_S)
+            listener.bind(("127.0.0.1", self.port))
+            listener.listen()
+            for _ in range(count):
+                listener.accept()[0].close()
+
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    started = Service(tmp_path / "service.log")
+def service(tmp_path: Path) -> Iterator[ServiceProcess]:
+    process = ServiceProcess(tmp_path / "service.log")
     try:
-        started.start()
-        yield started
+        process.start()
+        yield process
     finally:
-        started.kill()
+        process.kill()
 
 
-class Killing:
-    """The service's scores; before the n-th request the service is killed, and started again meanwhile."""
+class ServiceKillingScorer:
+    """Scorer that kills the service before the n-th request, and restarts it meanwhile."""
 
-    def __init__(self, scorer: ServiceScorer, service: Service, request: int) -> None:
-        self._scorer, self._service, self._left = scorer, service, request
+    def __init__(self, scorer: ServiceScorer, service: ServiceProcess, request: int) -> None:
+        self._scorer, self._service, self._remaining = scorer, service, request
         self.evaluators, self.identity = scorer.evaluators, scorer.identity
         self._restart = threading.Thread(target=service.start)
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        self._left -= 1
-        if self._left == 0:
+        self._remaining -= 1
+        if self._remaining == 0:
             self._service.kill()
             self._restart.start()
         return self._scorer.score(prompts, images)
@@ -82,76 +104,86 @@ class Killing:
         return True
 
 
-def test_a_judge_that_is_killed_in_mid_iteration_changes_nothing(
-    tmp_path: Path, karlo_folder: Path, service: Service
+def test_killed_service_does_not_change_the_result(
+    tmp_path: Path, karlo_folder: Path, service: ServiceProcess
 ) -> None:
-    """The trainer asks until it is back, and comes to the same result."""
+    """The trainer retries until the service is back, and comes to the same result."""
     config = short_config(
         tmp_path,
         karlo_folder,
         iterations=2,
-        service={"url": service.url, "deterministic": True},
+        service=service.config.model_dump(),
         objective={"weights": WEIGHTS},
         evaluation={"images_per_prompt": 2, "resamples": 100},
     )
     with ServiceScorer.connect(config.service) as scorer:
-        whole, killed = RunFolder.create(config), RunFolder.create(config)
-        train(config, whole, scorer)
-        killing = Killing(scorer, service, request=3)
-        train(config, killed, killing)
+        uninterrupted, interrupted = RunFolder.create(config), RunFolder.create(config)
+        train(config, uninterrupted, scorer)
+        killing = ServiceKillingScorer(scorer, service, request=3)
+        train(config, interrupted, killing)
         assert killing.restarted()
-    assert essence(killed.path) == essence(whole.path)
+    assert comparable_content(interrupted.path) == comparable_content(uninterrupted.path)
 
 
-def begin(arguments: Sequence[str], said: Path) -> "subprocess.Popen[bytes]":
+def start_trainer(arguments: Sequence[str], output: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "trainer", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with said.open("wb") as output:
-        return subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, env=environment)
+    with output.open("wb") as file:
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file, env=environment)
 
 
-def wait_for_iterations(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 90
+def wait_for_iterations(trainer: "subprocess.Popen[bytes]", run: Path, count: int) -> None:
+    """Wait until metrics.jsonl has `count` lines."""
     metrics = run / METRICS_FILE
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "no iteration within 90 s"
+    wait_until(
+        lambda: metrics.exists() and metrics.read_text().count("\n") >= count,
+        f"iteration {count}",
+        lambda: trainer.poll() is None,
+    )
+
+
+def wait_until(condition: Callable[[], bool], event: str, alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert alive(), f"the trainer ended before {event}"
+        assert time.monotonic() < deadline, f"no {event} within {WAIT_S:.0f} s"
         time.sleep(0.05)
 
 
-def last_line(said: Path) -> str:
-    return said.read_text().splitlines()[-1].rpartition("\r")[2]
+def last_line(output: Path) -> str:
+    return output.read_text().splitlines()[-1].rpartition("\r")[2]
 
 
-def test_signals_leave_at_once_and_say_how_to_go_on(
-    tmp_path: Path, karlo_folder: Path, service: Service
+def test_signals_end_the_trainer_with_a_hint_to_resume(
+    tmp_path: Path, karlo_folder: Path, service: ServiceProcess
 ) -> None:
-    """SIGTERM is 143; Ctrl-C, while the service is gone and the client asks again and again, is 130."""
+    """SIGTERM gives exit code 143; Ctrl-C, while the service is gone and the client retries, gives 130."""
     config = short_config(
         tmp_path,
         karlo_folder,
         iterations=1000,
-        service=ServiceConfig(url=service.url).model_dump(),
+        service=service.config.model_dump(),
         objective={"weights": WEIGHTS},
         evaluation={"images_per_prompt": 2},
     )
     assert isinstance(config, TrainerConfig)
-    file, run, said = tmp_path / "config.yaml", tmp_path / "a run", tmp_path / "said.txt"
+    file, run, output = tmp_path / "config.yaml", tmp_path / "a run", tmp_path / "output.txt"
     file.write_text(yaml.safe_dump({"trainer": config.model_dump(mode="json")}))
 
-    trainer = begin(["--config", str(file), "--run", str(run)], said)
-    wait_for_iterations(run, 2)
+    trainer = start_trainer(["--config", str(file), "--run", str(run)], output)
+    wait_for_iterations(trainer, run, 2)
     trainer.send_signal(signal.SIGTERM)
-    assert trainer.wait(20) == 143
-    advice = f"go on with: reward-trainer train --resume --run '{run}'"
-    assert last_line(said) == f"reward-trainer: stopped by SIGTERM; {advice}"
+    assert trainer.wait(WAIT_S) == 143
+    hint = f"resume with: reward-trainer train --resume --run '{run}'"
+    assert last_line(output) == f"reward-trainer: stopped by SIGTERM; {hint}"
     assert list((run / "checkpoints").glob("iteration-*"))
 
     done = (run / METRICS_FILE).read_text().count("\n")
-    trainer = begin(["--resume", str(run)], said)
-    wait_for_iterations(run, done + 2)
+    trainer = start_trainer(["--resume", str(run)], output)
+    wait_for_iterations(trainer, run, done + 2)
     service.kill()
-    time.sleep(1.5)
+    service.wait_for_retries(2)
     trainer.send_signal(signal.SIGINT)
-    assert trainer.wait(20) == 130
-    assert last_line(said) == f"reward-trainer: stopped by SIGINT; {advice}"
-    assert "Traceback" not in said.read_text()
+    assert trainer.wait(WAIT_S) == 130
+    assert last_line(output) == f"reward-trainer: stopped by SIGINT; {hint}"
+    assert "Traceback" not in output.read_text()

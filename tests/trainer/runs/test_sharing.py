@@ -1,4 +1,4 @@
-"""What common random numbers remove from the variance within a prompt, and how well that is known."""
+"""Variance within a prompt that shared random numbers remove, and its interval."""
 
 import json
 
@@ -15,7 +15,7 @@ from trainer.runtime.errors import EvaluationError
 
 
 def groups(prompts: int, images: int, removed: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Within-group variances of a world in which sharing removes this share of the variance."""
+    """Return within-group variances of a world in which sharing removes this share of the variance."""
     rng = np.random.default_rng(seed)
     scale = rng.gamma(4.0, 0.25, (prompts, 1))  # some prompts vary more than others
     own = rng.normal(size=(prompts, images)) * (1 - removed) ** 0.5
@@ -24,32 +24,30 @@ def groups(prompts: int, images: int, removed: float, seed: int) -> tuple[np.nda
 
 
 @pytest.mark.parametrize("removed", [0.0, 0.4, 0.9])
-def test_the_share_is_found_and_its_interval_covers_it(removed: float) -> None:
-    """In worlds with a known share, the estimate is right on average and 95 % means about 95 %."""
+def test_variance_removed_estimates_a_known_share(removed: float) -> None:
+    """The estimate is right on average, and 95 % intervals cover about 95 %."""
     found = [variance_removed(*groups(40, 8, removed, seed)) for seed in range(100)]
-    shares = np.array([it.share for it in found])
+    shares = np.array([result.share for result in found])
     assert abs(shares.mean() - removed) < 4 * max(shares.std(), 1e-9) / 10 + 1e-9
-    covered = np.mean([it.low - 1e-9 <= removed <= it.high + 1e-9 for it in found])
+    covered = np.mean([result.low - 1e-9 <= removed <= result.high + 1e-9 for result in found])
     assert covered >= 0.85
 
 
-def test_an_evaluator_without_variance_has_no_share() -> None:
-    """Nothing divided by nothing is not a number, and not an error either."""
+def test_variance_removed_without_variance_is_nan() -> None:
+    """0/0 is NaN, not an error."""
     assert np.isnan(variance_removed(np.zeros(5), np.zeros(5)).share)
     assert np.isnan(variance_removed(np.ones(1), np.ones(1)).share)
 
 
-def test_a_report_without_variance_can_be_written() -> None:
-    """One prompt, or an evaluator that never varies, is null in sharing.json and no reason to stop a run."""
+def test_sharing_report_without_variance_is_valid_json() -> None:
+    """One prompt, or an evaluator that never varies, is null in sharing.json and does not stop a run."""
     report = SharingReport({"as configured": {"red": variance_removed(np.ones(1), np.ones(1))}}, 1, 4, 0.95)
     written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert written["removed"]["as configured"]["red"] == {"share": None, "low": None, "high": None}
 
 
-def test_sharing_everything_that_is_random_before_the_end_removes_variance(
-    sampler: ImageSampler, trainer_config: TrainerConfig
-) -> None:
-    """Drawn and scored for real: shared randomness lowers the variance, nothing shared leaves it as it is."""
+def test_measure_sharing_of_generated_images(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
+    """Shared randomness lowers the variance; nothing shared leaves it as it is."""
     nothing = with_changes(
         trainer_config,
         rollout__share__prior="image",
@@ -68,8 +66,10 @@ def test_sharing_everything_that_is_random_before_the_end_removes_variance(
     assert sharing_table(report).row_count == 4 * 3
 
 
-def test_a_scorer_that_fails_is_one_line(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
-    """No share is made up from scores that did not come."""
+def test_measure_sharing_raises_if_scoring_fails(
+    sampler: ImageSampler, trainer_config: TrainerConfig
+) -> None:
+    """No share is computed from missing scores."""
 
     class Failing(FakeScorer):
         def score(self, prompts: list[str], images: Images) -> Scores:

@@ -1,4 +1,4 @@
-"""The agreement of scores before and after super-resolution, on answers that are known."""
+"""Agreement of scores before and after super-resolution, on known data."""
 
 import io
 
@@ -24,15 +24,15 @@ RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(24, 8))
 
 
-def test_equal_orders_correlate_perfectly_and_reversed_ones_inversely() -> None:
-    """Any strictly increasing change of the scores keeps a correlation of 1, a decreasing one gives -1."""
+def test_correlation_of_equal_and_reversed_orders() -> None:
+    """A strictly increasing change of the scores keeps a correlation of 1, a decreasing one gives -1."""
     for correlation in (overall_correlation, within_correlation):
         assert correlation(SCORES, np.exp(SCORES), CONFIG) == pytest.approx((1, 1, 1))
         assert correlation(SCORES, -SCORES, CONFIG) == pytest.approx((-1, -1, -1))
 
 
-def test_difficulty_of_prompts_does_not_pass_for_agreement_within_them() -> None:
-    """Prompts that differ make scores correlate over all images though no prompt's order is kept."""
+def test_within_correlation_ignores_prompt_difficulty() -> None:
+    """Prompts that differ make scores correlate over all images without any order within a prompt."""
     difficulty = np.arange(24)[:, None] * 10.0
     before, after = difficulty + SCORES, difficulty + RNG.normal(size=SCORES.shape)
     assert overall_correlation(before, after, CONFIG).value > 0.95
@@ -41,7 +41,7 @@ def test_difficulty_of_prompts_does_not_pass_for_agreement_within_them() -> None
     assert within.low < 0 < within.high
 
 
-def test_intervals_hold_the_truth() -> None:
+def test_correlation_interval_covers_the_true_value() -> None:
     """For Gaussian scores of correlation 0.8, rho is 6/pi arcsin(0.4) = 0.786; the interval has it."""
     after = 0.8 * SCORES + 0.6 * RNG.normal(size=SCORES.shape)
     found = overall_correlation(SCORES, after, CONFIG)
@@ -49,8 +49,8 @@ def test_intervals_hold_the_truth() -> None:
     assert found.high - found.low < 0.2
 
 
-def test_a_prompt_without_an_order_is_left_out() -> None:
-    """Images that all score the same say nothing, and raise nothing."""
+def test_within_correlation_skips_prompts_of_equal_scores() -> None:
+    """Images that all score the same have no order, and raise nothing."""
     flat = SCORES.copy()
     flat[:3] = 1.0
     assert within_correlation(flat, SCORES, CONFIG).value == pytest.approx(1)
@@ -58,10 +58,10 @@ def test_a_prompt_without_an_order_is_left_out() -> None:
     assert np.isnan(overall_correlation(np.ones((3, 4)), np.ones((3, 4)), CONFIG).value)
 
 
-def test_both_stages_of_the_same_images_are_scored(
+def test_compare_stages_scores_the_same_images_twice(
     sampler: ImageSampler, trainer_config: TrainerConfig
 ) -> None:
-    """Every evaluator and the composite get a row that fits 80 columns, and the time saved is said."""
+    """Each evaluator and the composite get a row that fits 80 columns; the time saved is reported."""
     report = compare_stages(sampler, FakeScorer(), PROMPTS, 4, trainer_config)
     assert [row.name for row in report.rows] == ["dark", "red", "composite"]
     assert report.rows[1].within == report.rows[2].within  # the composite is the one weighted evaluator
@@ -71,14 +71,14 @@ def test_both_stages_of_the_same_images_are_scored(
     text = console.file.getvalue()
     assert "4 prompts × 4 images" in text
     assert "…" not in text
-    assert f"({report.saved:.0%} of drawing)" in stage_sentences(report, 16)[1]
+    assert f"({report.saved:.0%} of sampling)" in stage_sentences(report, 16)[1]
 
 
-def test_a_missing_score_ends_the_comparison(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
-    """No correlation is made of what was left."""
+def test_compare_stages_raises_if_scoring_fails(sampler: ImageSampler, trainer_config: TrainerConfig) -> None:
+    """No correlation is computed from incomplete scores."""
 
     def fault(_: object) -> None:
-        raise ScoringError("no answer", retryable=False)
+        raise ScoringError("no response", retryable=False)
 
-    with pytest.raises(EvaluationError, match="no answer"):
+    with pytest.raises(EvaluationError, match="no response"):
         compare_stages(sampler, FakeScorer(fault), PROMPTS, 2, trainer_config)

@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on, and to whom."""
+"""Metric loggers: metrics.jsonl, TensorBoard and Weights & Biases, and progress bars."""
 
 import io
 import json
@@ -17,9 +17,9 @@ from tests.trainer.rl.test_train import with_changes
 from trainer.config import ConfigError, TrainerConfig
 from trainer.data.splits import Split
 from trainer.rl.rewards import ScoringError
-from trainer.runs import trackers as journal_module
+from trainer.runs import trackers
 from trainer.runs.folder import RunFolder
-from trainer.runs.trackers import Journal, flat_numbers
+from trainer.runs.trackers import RunLogger, flat_numbers
 from trainer.runs.train import train_run
 from trainer.runtime import progress as progress_module
 from trainer.runtime.errors import EvaluationError
@@ -34,8 +34,8 @@ def events(run: RunFolder) -> EventAccumulator:
     return accumulator
 
 
-def told(config: TrainerConfig, iterations: int = 4, **changes: Any) -> RunFolder:
-    """A whole run, with what it tells."""
+def logged_run(config: TrainerConfig, iterations: int = 4, **changes: Any) -> RunFolder:
+    """Run a whole training with its logs."""
     config = with_changes(config, iterations=iterations, evaluation__images_per_prompt=2, **changes)
     run = RunFolder.create(config)
     train_run(config, Split(PROMPTS, ("held out", "other", "third"), (0, 1, 2)), FakeScorer(), run, _silent())
@@ -49,15 +49,15 @@ def _silent() -> Any:
     return Console(file=io.StringIO())
 
 
-def test_numbers_of_nested_records_get_joined_names() -> None:
-    """Words, nulls and truth values are no curves."""
+def test_flat_numbers_joins_nested_names() -> None:
+    """Strings, nulls and booleans are not curves."""
     record = {"a": 1, "b": {"c": 2.5, "d": {"e": 3}}, "verdict": "rises", "low": None, "flag": True}
     assert dict(flat_numbers(record)) == {"a": 1.0, "b/c": 2.5, "b/d/e": 3.0}
 
 
-def test_a_run_is_told_with_its_evaluations_in_between(trainer_config: TrainerConfig) -> None:
-    """Every second iteration's record has an evaluation, TensorBoard its curves, the run folder its grid."""
-    run = told(trainer_config, evaluation__every=2)
+def test_run_logs_its_evaluations(trainer_config: TrainerConfig) -> None:
+    """Every second record has an evaluation, TensorBoard its curves, the run folder its grid."""
+    run = logged_run(trainer_config, evaluation__every=2)
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert ["evaluation" in record for record in records] == [False, True, False, True]
     grids = sorted(path.name for path in (run.path / "grids").iterdir())
@@ -74,9 +74,9 @@ def test_a_run_is_told_with_its_evaluations_in_between(trainer_config: TrainerCo
         assert record["exposed_wait_s"] + record["hidden_wait_s"] == pytest.approx(record["score_s"])
 
 
-def test_the_last_evaluation_in_between_is_the_final_one(trainer_config: TrainerConfig) -> None:
-    """The average is what is evaluated, in between as in the end; and it is not measured twice."""
-    run = told(trainer_config, iterations=2, evaluation__every=2)
+def test_last_evaluation_of_training_is_the_final_one(trainer_config: TrainerConfig) -> None:
+    """The moving average is evaluated during training as at the end, and not measured twice."""
+    run = logged_run(trainer_config, iterations=2, evaluation__every=2)
     record = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
     final = json.loads((run.path / "evaluation.json").read_text())
     assert {**record["evaluation"], "seconds": 0} == {**final["rows"], "seconds": 0}
@@ -85,24 +85,24 @@ def test_the_last_evaluation_in_between_is_the_final_one(trainer_config: Trainer
     assert best == {"iteration": 2, "composite": final["rows"]["composite"]["after"]}
 
 
-def test_evaluations_in_between_may_take_fewer_prompts(trainer_config: TrainerConfig) -> None:
+def test_evaluations_during_training_may_take_fewer_prompts(trainer_config: TrainerConfig) -> None:
     """They compare with the base on the same prompts; the final one takes all."""
-    run = told(trainer_config, iterations=2, evaluation__every=2, evaluation__every_limit=2)
+    run = logged_run(trainer_config, iterations=2, evaluation__every=2, evaluation__every_limit=2)
     record = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
     final = json.loads((run.path / "evaluation.json").read_text())
     assert final["prompts"] == 3
     assert record["evaluation"]["red"]["before"] != final["rows"]["red"]["before"]
 
 
-def test_a_failed_evaluation_ends_the_run_and_keeps_what_was_learned(trainer_config: TrainerConfig) -> None:
-    """The checkpoint of the iteration before is there to go on from."""
+def test_failed_evaluation_ends_the_run_with_a_checkpoint(trainer_config: TrainerConfig) -> None:
+    """The checkpoint of the iteration before is there to resume from."""
     config = with_changes(trainer_config, iterations=2, evaluation__every=2)
     run = RunFolder.create(config)
-    left = [3]  # the base's request, and those of two iterations
+    remaining = [3]  # the base's request, and those of two iterations
 
     def fault(_: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise ScoringError("gone", retryable=False)
 
     with pytest.raises(EvaluationError, match="gone"):
@@ -110,44 +110,44 @@ def test_a_failed_evaluation_ends_the_run_and_keeps_what_was_learned(trainer_con
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["iteration-000001"]
 
 
-def test_what_a_lost_iteration_said_is_void_after_a_resume(trainer_config: TrainerConfig) -> None:
-    """Two processes' events make one curve without a step that was told twice."""
+def test_tensorboard_discards_lost_iterations_after_a_resume(trainer_config: TrainerConfig) -> None:
+    """The events of two processes make one curve, without a step that is logged twice."""
     run = RunFolder.create(trainer_config)
     for done, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0))):
-        with Journal.open(trainer_config, run, done) as journal:
+        with RunLogger.open(trainer_config, run, done) as logger:
             for step, value in enumerate(values, done + 1):
-                journal.scalars({"x": value}, step)
+                logger.log_scalars({"x": value}, step)
     assert [(e.step, e.value) for e in events(run).Scalars("x")] == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
 
-def test_tensorboard_can_be_left_out(trainer_config: TrainerConfig) -> None:
-    """metrics.jsonl and the grids are always there."""
+def test_tensorboard_can_be_disabled(trainer_config: TrainerConfig) -> None:
+    """metrics.jsonl and the grids are always written."""
     config = with_changes(trainer_config, logging__tensorboard=False)
     run = RunFolder.create(config)
-    with Journal.open(config, run, 0) as journal:
-        journal.record({"iteration": 0, "composite": 0.5})
-        journal.grid(IMAGE, 1)
+    with RunLogger.open(config, run, 0) as logger:
+        logger.log_iteration({"iteration": 0, "composite": 0.5})
+        logger.log_grid(IMAGE, 1)
     assert json.loads((run.path / "metrics.jsonl").read_text()) == {"iteration": 0, "composite": 0.5}
     assert (run.path / "grids" / "iteration-000001.png").exists()
     assert not (run.path / "tensorboard").exists()
 
 
 class FakeWandb(ModuleType):
-    """Remembers what it was told."""
+    """Keeps what is logged."""
 
     class Error(Exception):
         """As the real one's."""
 
-    Image = staticmethod(lambda image: ("picture", image.size))
+    Image = staticmethod(lambda image: ("image", image.size))
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.began: list[dict[str, Any]] = []
+        self.started: list[dict[str, Any]] = []
         self.logged: list[dict[str, Any]] = []
         self.finished = 0
 
     def init(self, **options: Any) -> Any:
-        self.began.append(options)
+        self.started.append(options)
         return SimpleNamespace(
             log=self.logged.append, define_metric=lambda *_, **__: None, finish=self._finish
         )
@@ -156,71 +156,73 @@ class FakeWandb(ModuleType):
         self.finished += 1
 
 
-def test_weights_and_biases_hears_the_same_where_it_is_asked_for(
+def test_weights_and_biases_logs_the_same(
     trainer_config: TrainerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline as well; a run that goes on is the same run there, and its steps may go back."""
+    """Also offline; a resumed run is the same run there, and its steps may decrease."""
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = with_changes(trainer_config, logging__wandb=True, logging__wandb_mode="offline")
     run = RunFolder.create(config)
     for done in (0, 1):
-        with Journal.open(config, run, done) as journal:
-            journal.record({"iteration": done, "z": {"red": 0.5}})
-            journal.grid(IMAGE, done + 1)
+        with RunLogger.open(config, run, done) as logger:
+            logger.log_iteration({"iteration": done, "z": {"red": 0.5}})
+            logger.log_grid(IMAGE, done + 1)
     assert fake.finished == 2
-    first, second = fake.began
+    first, second = fake.started
     assert first["mode"] == "offline"
     assert first["id"] == second["id"]
     assert Path(first["dir"]) == run.path
     assert first["config"]["objective"]["weights"] == {"red": 1.0}
     assert {"training/iteration": 0.0, "training/z/red": 0.5, "step": 1} in fake.logged
-    assert {"grids": ("picture", (9, 6)), "step": 2} in fake.logged
+    assert {"grids": ("image", (9, 6)), "step": 2} in fake.logged
 
 
-@pytest.mark.parametrize("broken", ["missing", "refuses"])
-def test_without_weights_and_biases_the_wish_for_it_is_one_line(
+@pytest.mark.parametrize("broken", ["missing", "fails"])
+def test_missing_weights_and_biases_is_a_one_line_error(
     broken: str, trainer_config: TrainerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not installed, or not logged in: the field, the cause and the remedy."""
     fake = FakeWandb()
 
-    def refuse(**_: Any) -> None:
+    def fail(**_: Any) -> None:
         raise fake.Error("api_key not configured")
 
-    fake.init = refuse  # type: ignore[method-assign]
+    fake.init = fail  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "wandb", None if broken == "missing" else fake)
     config = with_changes(trainer_config, logging__wandb=True)
     with pytest.raises(ConfigError, match=r"trainer\.logging\.wandb: .*(pip install|offline)"):
-        Journal.open(config, RunFolder.create(config), 0)
+        RunLogger.open(config, RunFolder.create(config), 0)
 
 
-def test_a_full_disk_is_named(trainer_config: TrainerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's own error would not say which file it could not write."""
+def test_full_disk_error_names_the_tensorboard_folder(
+    trainer_config: TrainerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of TensorBoard itself does not name the file."""
     run = RunFolder.create(trainer_config)
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space remaining on device")
 
-    monkeypatch.setattr(journal_module.SummaryWriter, "add_scalar", full)
-    with Journal.open(trainer_config, run, 0) as journal, pytest.raises(OSError, match="No space") as caught:
-        journal.scalars({"x": 1.0}, 1)
+    monkeypatch.setattr(trackers.SummaryWriter, "add_scalar", full)
+    with RunLogger.open(trainer_config, run, 0) as logger, pytest.raises(OSError, match="No space") as caught:
+        logger.log_scalars({"x": 1.0}, 1)
     assert caught.value.filename == str(run.path / "tensorboard")
 
 
-def test_bars_are_lines_where_there_is_no_terminal(
+def test_progress_prints_lines_without_a_terminal(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A log gets whole lines, now and then, and nothing that rewrites itself."""
+    """A log gets whole lines, now and then, that do not overwrite each other."""
     monkeypatch.setattr(progress_module, "LOG_EVERY_S", 0.0)
     with progress(3, "training", "iteration", done=1) as bar:
         bar.set_postfix_str("composite +0.10", refresh=False)
         bar.update(2)
-    said = capfd.readouterr().err
-    assert "\r" not in said
-    assert said.endswith("\n")
-    assert "training: 3 of 3 iterations" in said
-    assert "composite +0.10" in said
+    output = capfd.readouterr().err
+    assert "\r" not in output
+    assert output.endswith("\n")
+    assert "training: 3 of 3 iterations" in output
+    assert "composite +0.10" in output
     monkeypatch.undo()
     assert list(track("abc", "update", "batch")) == ["a", "b", "c"]
     assert capfd.readouterr().err == ""  # over before the first half minute
