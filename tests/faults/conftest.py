@@ -1,4 +1,4 @@
-"""A service of the miniature's models in this process, on a device that can be broken, and its bystanders."""
+"""Fixtures: a service with the miniature's models on a faulty device, and a client that must not notice."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from reward_service.config import Limits, ServiceConfig, Watch, load_config
 from reward_service.engine.loading import build_engine
 from reward_service.scheduler.batching import BatchSize
 from reward_service.scoring.service import ScoringService
-from tests.support.faults.bystander import Bystander, Truth, known_pairs, undisturbed
+from tests.support.faults.bystander import Bystander, ExpectedScores, known_pairs, undisturbed
 from tests.support.faults.device import FaultyDevice
-from tests.support.service.serving import serving, wait_until
+from tests.support.service.serving import running_server, wait_until
 
 Undisturbed = Callable[..., AbstractContextManager[Bystander]]
 LIMITS = Limits(max_body_bytes=2**21, header_timeout_s=1.5, body_timeout_s=0.8)
@@ -24,26 +24,26 @@ WATCH = Watch(breaker_pause_s=0.2, breaker_longest_pause_s=0.4, canary_every_s=3
 
 
 @dataclass(frozen=True)
-class Service:
-    """A running service: where it listens, its device and its service."""
+class RunningService:
+    """Server of a scoring service on a faulty device."""
 
     url: str
     device: FaultyDevice
     service: ScoringService
 
-    def nothing_left(self) -> bool:
-        """Whether nobody's work, pairs or bytes are held any more; waits for it."""
-        wait_until(lambda: not any(self.service.admission.used.values()), "an end of everything under way")
+    def all_released(self) -> bool:
+        """Wait until no request holds pairs or bytes any more; return True."""
+        wait_until(lambda: not any(self.service.admission.used.values()), "the end of all requests")
         return True
 
-    def forget_memory(self) -> None:
-        """Try batches of the full size again: a test before may have made it learn a smaller one."""
+    def reset_batch_size(self) -> None:
+        """Use batches of the full size again: an earlier test may have reduced the size."""
         assert self.service._backend is not None
         self.service._backend.queue._sizes = BatchSize(self.service.config.batch_pairs)
 
     @property
-    def queued(self) -> int:
-        """Pairs that wait for the device."""
+    def queued_pairs(self) -> int:
+        """Number of pairs in the queue."""
         assert self.service._backend is not None
         return self.service._backend.queue.queued_pairs
 
@@ -55,39 +55,39 @@ def config() -> ServiceConfig:
 
 
 @pytest.fixture(scope="session")
-def truth(config: ServiceConfig) -> Truth:
-    """By an engine of its own."""
-    return Truth.of(build_engine(config), known_pairs())
+def expected_scores(config: ServiceConfig) -> ExpectedScores:
+    """Scores of the known pairs, by another engine."""
+    return ExpectedScores.of(build_engine(config), known_pairs())
 
 
 @pytest.fixture(scope="module")
-def running(config: ServiceConfig) -> Iterator[Service]:
+def running(config: ServiceConfig) -> Iterator[RunningService]:
     device = FaultyDevice(build_engine(config))
-    with serving(config, device.engine) as (server, port):
+    with running_server(config, device.engine) as (server, port):
         service = server.config.app.state.service  # type: ignore[union-attr]
-        yield Service(f"http://127.0.0.1:{port}", device, service)
+        yield RunningService(f"http://127.0.0.1:{port}", device, service)
 
 
 @pytest.fixture
-def service(running: Service) -> Iterator[Service]:
-    """The same one for all tests of a module: each leaves it as it was."""
+def service(running: RunningService) -> Iterator[RunningService]:
+    """The service of a module's tests, which each test leaves as it was."""
     running.device.seen.clear()
     yield running
-    running.device.mend()
+    running.device.reset()
     running.device.free.set()
-    running.forget_memory()
-    assert running.nothing_left()
+    running.reset_batch_size()
+    assert running.all_released()
     assert running.service.health.status == "ready"
 
 
 @pytest.fixture
-def others(service: Service, truth: Truth) -> Undisturbed:
-    """A context in which another caller's answers are right before, during and after."""
-    return partial(undisturbed, service.url, truth)
+def others(service: RunningService, expected_scores: ExpectedScores) -> Undisturbed:
+    """Context manager that checks another client's scores before, during and after its block."""
+    return partial(undisturbed, service.url, expected_scores)
 
 
 @pytest.fixture
 def bystander(others: Undisturbed) -> Iterator[Any]:
-    """Another caller all through the test."""
+    """Another client, whose scores are checked during the whole test."""
     with others() as one:
         yield one

@@ -1,4 +1,4 @@
-"""Bodies that are no request: each has its documented status, echoes nothing, and disturbs nobody."""
+"""Invalid bodies and headers: documented status, no echo, no effect on other clients."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import httpx
 import msgspec
 import pytest
 
-from tests.faults.conftest import Service
+from tests.faults.conftest import RunningService
 from tests.support.faults.bystander import Bystander, undisturbed
-from tests.support.faults.calling import OK, Told, post, request_of, sample_image, told
+from tests.support.faults.requests import OK, Outcome, outcome, post, request_of, sample_image
 
 JSON, MSGPACK, FORM = "application/json", "application/msgpack", "multipart/form-data; boundary=b"
 SYNTAX, SCHEMA, MEDIA = (400, "malformed_body"), (422, "invalid_request"), (415, "unsupported_media_type")
 MANY = (422, "too_many_pairs")
 SECRET = "do not echo me"
-Case = tuple[str, Callable[[], bytes], Told]
+Case = tuple[str, Callable[[], bytes], Outcome]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bystander(running: Service, truth: Any) -> Iterator[Bystander]:
-    """One for all of them: they take milliseconds each."""
-    with undisturbed(running.url, truth) as one:
+def bystander(running: RunningService, expected_scores: Any) -> Iterator[Bystander]:
+    """One client for all tests, which take milliseconds each."""
+    with undisturbed(running.url, expected_scores) as one:
         yield one
 
 
@@ -35,7 +35,7 @@ def items(count: int) -> bytes:
 
 
 def field(name: str, value: str) -> bytes:
-    """A request with one more field, as written."""
+    """Return a request with one more field, whose value is inserted unchanged."""
     return request_of("x")[:-1] + f',"{name}":{value}}}'.encode()
 
 
@@ -100,7 +100,8 @@ CASES: dict[str, Case] = {
     "msgpack that promises 4 GiB": (MSGPACK, lambda: b"\x81\xdb\xff\xff\xff\xffitems", SYNTAX),
     "deep msgpack": (MSGPACK, lambda: b"\x91" * 100_000, SCHEMA),
     "msgpack of an odd type": (MSGPACK, lambda: b"\xc1" * 100, SYNTAX),
-    "a form without an end": (FORM, lambda: form(("prompt", b"x"), ("image", sample_image()), end=b""), SYNTAX),
+    "a form without an end": (
+        FORM, lambda: form(("prompt", b"x"), ("image", sample_image()), end=b""), SYNTAX),
     "a form of another boundary": (FORM, lambda: form(("prompt", b"x")).replace(b"--b", b"--c"), SYNTAX),
     "a form of 100,000 fields": (FORM, lambda: form(*[("image", b"")] * 30_000), MANY),
     "a form without images": (FORM, lambda: form(("prompt", b"x")), (422, "empty_batch")),
@@ -114,45 +115,45 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_body_that_is_no_request(service: Service, name: str) -> None:
-    """It is told what is wrong, without its own words, and nothing of it is kept."""
+def test_invalid_body(service: RunningService, name: str) -> None:
+    """The problem names the mistake without echoing the body, and everything is released."""
     kind, body, expected = CASES[name]
-    answer = post(service.url, body(), kind)
-    assert told(answer) == expected
-    assert SECRET not in answer.text
-    assert service.nothing_left()
+    response = post(service.url, body(), kind)
+    assert outcome(response) == expected
+    assert SECRET not in response.text
+    assert service.all_released()
 
 
-def test_a_compressed_body(service: Service) -> None:
-    """Refused by its header: a few bytes might become gigabytes."""
+def test_compressed_body(service: RunningService) -> None:
+    """It is rejected by its header: a few bytes might become gigabytes."""
     bomb = gzip.compress(bytes(2**26), 9)
     for coding in ("gzip", "deflate", "br", "gzip, identity"):
-        answer = post(service.url, bomb, Content_Encoding=coding)
-        assert told(answer) == MEDIA
-        assert answer.headers["accept-encoding"] == "identity"
-    assert told(post(service.url, request_of("x"), Content_Encoding="identity")) == OK
+        response = post(service.url, bomb, Content_Encoding=coding)
+        assert outcome(response) == MEDIA
+        assert response.headers["accept-encoding"] == "identity"
+    assert outcome(post(service.url, request_of("x"), Content_Encoding="identity")) == OK
 
 
 HEADERS = {
     "X-Deadline-Ms": ["", "0", "99", "-1", "1.5", "1e3", "٣", "soon", "9" * 9, "100, 200"],
     "X-Client-Id": ["a b", "x" * 65, "ä", "a/b"],
 }
-NONSENSE = [(name, value) for name, values in HEADERS.items() for value in values]
+INVALID_HEADERS = [(name, value) for name, values in HEADERS.items() for value in values]
 
 
-@pytest.mark.parametrize(("name", "value"), NONSENSE)
-def test_nonsense_in_a_header(service: Service, name: str, value: str) -> None:
-    """Refused in words, never read as some other number or name."""
+@pytest.mark.parametrize(("name", "value"), INVALID_HEADERS)
+def test_invalid_header(service: RunningService, name: str, value: str) -> None:
+    """It is rejected, never read as some other number or name."""
     headers = {"Content-Type": JSON, name: value.encode()}
-    answer = httpx.post(f"{service.url}/v1/score", content=request_of("x"), headers=headers)  # type: ignore[arg-type]
-    assert told(answer) == SCHEMA
+    response = httpx.post(f"{service.url}/v1/score", content=request_of("x"), headers=headers)  # type: ignore[arg-type]
+    assert outcome(response) == SCHEMA
 
 
-def test_a_deadline_that_has_passed(service: Service, bystander: Bystander) -> None:
-    """504 at the deadline; a request of the same moment without one is answered."""
+def test_expired_deadline(service: RunningService, bystander: Bystander) -> None:
+    """A 504 at the deadline; a simultaneous request without a deadline is scored."""
     service.device.free.clear()
     late = post(service.url, request_of("x"), X_Deadline_Ms="100")
-    assert told(late) == (504, "deadline_exceeded")
+    assert outcome(late) == (504, "deadline_exceeded")
     service.device.free.set()
-    assert told(post(service.url, request_of("x"))) == OK
-    bystander.again()
+    assert outcome(post(service.url, request_of("x"))) == OK
+    bystander.wait_for_scores()

@@ -1,4 +1,4 @@
-"""Faults of device and models: their documented status, right answers for everybody else, and on it goes."""
+"""Faults of device and models: documented status, correct scores for other clients, and recovery."""
 
 from __future__ import annotations
 
@@ -10,148 +10,152 @@ import httpx
 import pytest
 
 from reward_service.config import ServiceConfig
-from tests.faults.conftest import Service
-from tests.support.faults.bystander import Bystander, Truth, undisturbed
-from tests.support.faults.calling import OK, encoded, post, request_of, sample_image, told
+from tests.faults.conftest import RunningService
+from tests.support.faults.bystander import Bystander, ExpectedScores, undisturbed
 from tests.support.faults.device import faulty_engine
-from tests.support.service.serving import serving, wait_until
+from tests.support.faults.requests import OK, encoded, outcome, post, request_of, sample_image
+from tests.support.service.serving import running_server, wait_until
 
 pytestmark = pytest.mark.usefixtures("bystander")
 EVALUATORS = {"aesthetic", "clip", "pickscore", "hpsv2"}
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 15])
-def test_memory_for_n_pairs(service: Service, pairs: int) -> None:
-    """Nobody notices: a batch that does not fit is halved, down to a single pair."""
+def test_batch_out_of_memory(service: RunningService, pairs: int) -> None:
+    """A batch that does not fit is halved, down to a single pair; no client notices."""
     service.device.memory_pairs, before = pairs, service.service.metrics.oom_retries._value.get()
-    answer = post(service.url, request_of(*(f"pair {index}" for index in range(16))))
-    assert told(answer) == OK
-    assert len(answer.json()["results"]) == 16
+    response = post(service.url, request_of(*(f"pair {index}" for index in range(16))))
+    assert outcome(response) == OK
+    assert len(response.json()["results"]) == 16
     assert service.service.metrics.oom_retries._value.get() > before
 
 
 @pytest.mark.parametrize("prompt", ["poison", "nan"])
 @pytest.mark.parametrize("place", [0, 7, 15])
-def test_an_item_that_cannot_be_scored(service: Service, prompt: str, place: int) -> None:
-    """Its request is told which item it is, never given a number for it."""
+def test_unscorable_item(service: RunningService, prompt: str, place: int) -> None:
+    """The problem names the item; the item never gets a score."""
     prompts = [f"pair {index}" for index in range(16)]
     prompts[place] = prompt
-    answer = post(service.url, request_of(*prompts))
-    assert told(answer) == (500, "scoring_failed")
-    assert [error["index"] for error in answer.json()["errors"]] == [place]
-    assert answer.json()["retryable"] is False
+    response = post(service.url, request_of(*prompts))
+    assert outcome(response) == (500, "scoring_failed")
+    assert [error["index"] for error in response.json()["errors"]] == [place]
+    assert response.json()["retryable"] is False
 
 
-def test_poison_of_many_at_once(service: Service) -> None:
-    """Requests with and without it, all at once: each gets its own answer."""
-    answers: dict[int, Any] = {}
+def test_unscorable_items_of_many_requests(service: RunningService) -> None:
+    """Simultaneous requests with and without such an item each get their own response."""
+    outcomes: dict[int, Any] = {}
 
-    def ask(index: int) -> None:
+    def send(index: int) -> None:
         prompts = ["fine", "poison" if index % 2 else "fine too"]
-        answers[index] = told(post(service.url, request_of(*prompts)))
+        outcomes[index] = outcome(post(service.url, request_of(*prompts)))
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(12)]
+    threads = [threading.Thread(target=send, args=(index,)) for index in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     expected = {index: (500, "scoring_failed") if index % 2 else OK for index in range(12)}
-    assert answers == expected
+    assert outcomes == expected
 
 
-def test_a_batch_held_up(service: Service, bystander: Bystander) -> None:
-    """A device that stalls for less than the watchdog's time costs time only."""
+def test_stalled_device(service: RunningService, bystander: Bystander) -> None:
+    """A stall shorter than the watchdog's timeout costs time only."""
     service.device.free.clear()
     time.sleep(0.5)
     service.device.free.set()
-    bystander.again()
+    bystander.wait_for_scores()
 
 
 @pytest.fixture
-def down(service: Service) -> str:
-    """One evaluator that fails on everything."""
+def down(service: RunningService) -> str:
+    """Name of an evaluator that fails on every batch."""
     service.device.broken = {"hpsv2"}
     return "hpsv2"
 
 
 class TestOneEvaluatorDown:
-    """Its own callers are told; whoever does not ask for it never notices."""
+    """Requests for the evaluator get a problem; other requests are not affected."""
 
     @pytest.fixture
     def bystander(self) -> Any:
-        """Those who ask for all four would notice: the others are looked at below."""
+        """None: a client that requests all four evaluators would notice."""
 
-    def test_strict_callers_are_told(self, service: Service, down: str) -> None:
-        """503 with a time to come back at; partial answers are marked; it returns once it works."""
-        answer = post(service.url, request_of("x"))
-        assert told(answer) == (503, "evaluator_down")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["retryable"] is True
+    def test_evaluator_down(self, service: RunningService, down: str) -> None:
+        """A 503 with Retry-After, or a marked partial response; the evaluator recovers once it works."""
+        response = post(service.url, request_of("x"))
+        assert outcome(response) == (503, "evaluator_down")
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["retryable"] is True
         partial = post(service.url, request_of("x", allow_partial=True)).json()
         assert partial["failed"] == {down: "evaluator_down"}
         assert (set(partial["results"][0]["scores"]), partial["results"][0]["reward"]) == (
             EVALUATORS - {down},
             None,
         )
-        service.device.mend()
-        wait_until(lambda: told(post(service.url, request_of("x"))) == OK, "its return")
+        service.device.reset()
+        wait_until(lambda: outcome(post(service.url, request_of("x"))) == OK, "its return")
 
-    def test_who_does_not_ask_for_it(self, service: Service, down: str, truth: Truth) -> None:
-        """Right scores of the rest all the while, in the same seconds and batches."""
+    def test_other_evaluators_while_one_is_down(
+        self, service: RunningService, down: str, expected_scores: ExpectedScores
+    ) -> None:
+        """Requests for the other evaluators get correct scores all the time, in the same batches."""
         rest = sorted(EVALUATORS - {down})
-        with_rest = Truth(truth.pairs, [{name: raw[name] for name in rest} for raw in truth.raw])
-        caller = _Choosy(service.url, with_rest, rest)
-        caller.start()
-        caller.again()
-        assert told(post(service.url, request_of("x"))) == (503, "evaluator_down")
-        caller.again()
-        caller.stop()
-        assert not caller.wrong
-        service.device.mend()
-        wait_until(lambda: told(post(service.url, request_of("x"))) == OK, "its return")
+        with_rest = ExpectedScores(
+            expected_scores.pairs, [{name: raw[name] for name in rest} for raw in expected_scores.raw]
+        )
+        client = _SelectiveBystander(service.url, with_rest, rest)
+        client.start()
+        client.wait_for_scores()
+        assert outcome(post(service.url, request_of("x"))) == (503, "evaluator_down")
+        client.wait_for_scores()
+        client.stop()
+        assert not client.mistakes
+        service.device.reset()
+        wait_until(lambda: outcome(post(service.url, request_of("x"))) == OK, "its return")
 
 
-class _Choosy(Bystander):
-    """A bystander who asks for some evaluators only."""
+class _SelectiveBystander(Bystander):
+    """Bystander that requests some evaluators only."""
 
-    def __init__(self, url: str, truth: Truth, names: list[str]) -> None:
-        super().__init__(url, truth)
-        score = self._judge.score
-        self._judge.score = lambda *pairs: score(*pairs, evaluators=names)  # type: ignore[method-assign]
+    def __init__(self, url: str, expected_scores: ExpectedScores, names: list[str]) -> None:
+        super().__init__(url, expected_scores)
+        score = self._client.score
+        self._client.score = lambda *pairs: score(*pairs, evaluators=names)  # type: ignore[method-assign]
 
 
 class TestADeviceThatBreaksForGood:
-    """The one fault that everybody notices: a new start is the cure."""
+    """A fault that every client notices and only a restart fixes."""
 
     @pytest.fixture
     def bystander(self) -> Any:
-        """Theirs is looked at below."""
+        """None: every client notices."""
 
-    def test_a_fatal_error(self, config: ServiceConfig, truth: Truth) -> None:
-        """Everybody is told to come back and nobody gets a number; a new start serves."""
-        with serving(config, faulty_engine(config)) as (server, port):
+    def test_fatal_device_error(self, config: ServiceConfig, expected_scores: ExpectedScores) -> None:
+        """Every request gets a retryable 503 and no score; a restarted service works."""
+        with running_server(config, faulty_engine(config)) as (server, port):
             url = f"http://127.0.0.1:{port}"
             service = server.config.app.state.service  # type: ignore[union-attr]
-            other = Bystander(url, truth)
+            other = Bystander(url, expected_scores)
             other.start()
-            other.again()
-            assert told(post(url, request_of("fine", "fatal"))) == (503, "not_ready")
-            assert told(post(url, request_of("x"))) == (503, "not_ready")
+            other.wait_for_scores()
+            assert outcome(post(url, request_of("fine", "fatal"))) == (503, "not_ready")
+            assert outcome(post(url, request_of("x"))) == (503, "not_ready")
             other.stop()
-            assert all("503 not_ready" in line for line in other.wrong)
+            assert all("503 not_ready" in line for line in other.mistakes)
             assert service.health.status == "failed"
             assert httpx.get(f"{url}/health/ready").status_code == 503
             assert httpx.get(f"{url}/health/live").status_code == 200
-        with serving(config, faulty_engine(config)) as (_, port):
+        with running_server(config, faulty_engine(config)) as (_, port):
             restarted = f"http://127.0.0.1:{port}"
-            with undisturbed(restarted, truth):
-                assert told(post(restarted, request_of("x"))) == OK
+            with undisturbed(restarted, expected_scores):
+                assert outcome(post(restarted, request_of("x"))) == OK
 
 
-def test_the_clock_goes_backwards(
-    service: Service, bystander: Bystander, monkeypatch: pytest.MonkeyPatch
+def test_clock_goes_backwards(
+    service: RunningService, bystander: Bystander, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waits, deadlines and watchdogs go by a clock that cannot; only time stamps show it."""
+    """Timeouts, deadlines and watchdogs use a monotonic clock; only time stamps are affected."""
     real, real_ns, begun = time.time, time.time_ns, time.monotonic()
 
     def jump() -> float:
@@ -160,5 +164,5 @@ def test_the_clock_goes_backwards(
     monkeypatch.setattr(time, "time", lambda: real() - jump())
     monkeypatch.setattr(time, "time_ns", lambda: real_ns() - round(jump() * 1e9))
     body = request_of("x", image=encoded(sample_image("JPEG")))
-    assert told(post(service.url, body, X_Deadline_Ms="20000")) == OK
-    bystander.again()
+    assert outcome(post(service.url, body, X_Deadline_Ms="20000")) == OK
+    bystander.wait_for_scores()

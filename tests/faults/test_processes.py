@@ -1,4 +1,4 @@
-"""Whole services in processes of their own: broken devices and restarts, signals under load, full disks."""
+"""Services in processes of their own: device faults and restarts, signals under load, full disks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ import pytest
 
 from reward_service.client import RewardClient
 from reward_service.scoring.auth import new_key
-from tests.support.faults.bystander import Bystander, Truth, undisturbed
-from tests.support.faults.calling import OK, post, request_of, told
+from tests.support.faults.bystander import Bystander, ExpectedScores, undisturbed
+from tests.support.faults.requests import OK, outcome, post, request_of
 
 pytestmark = pytest.mark.slow
-READY_S, END_S = 90.0, 60.0
+READY_S, END_S = 300.0, 240.0
 NOT_READY = (503, "not_ready")
+ProcessAndUrl = tuple[subprocess.Popen[bytes], str]
 
 
 def free_port() -> int:
@@ -35,10 +36,10 @@ def free_port() -> int:
 
 @contextmanager
 def process(port: int, *settings: str, redirect: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """A ready service on a device that breaks by the prompt.
+    """Run a ready service on a device whose faults are selected by the prompt.
 
     Args:
-        redirect: for the shell: where its output goes
+        redirect: redirection of its output, in the shell's syntax
     """
     options = [part for it in ("threads=1", *settings) for part in ("--set", it)]
     command = [sys.executable, "-m", "tests.support.faults.program", "serve", "--port", str(port), *options]
@@ -70,8 +71,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def crowded(keys: tuple[Path, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """With keys, and stdout and stderr on a full disk."""
+def full_disk_service(keys: tuple[Path, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Service with keys, and with stdout and stderr on a full disk."""
     port = free_port()
     with process(
         port, f"auth.keys={keys[0]}", "watch.stuck_s=3", redirect=">/dev/full 2>/dev/full"
@@ -79,24 +80,28 @@ def crowded(keys: tuple[Path, str]) -> Iterator[tuple[subprocess.Popen[bytes], s
         yield running, f"http://127.0.0.1:{port}"
 
 
-def test_a_full_disk_for_the_log(
-    crowded: tuple[subprocess.Popen[bytes], str], keys: tuple[Path, str], truth: Truth
+def test_full_disk_of_the_log(
+    full_disk_service: ProcessAndUrl,
+    keys: tuple[Path, str],
+    expected_scores: ExpectedScores,
 ) -> None:
-    """Lines are lost and counted, and nothing else is."""
-    _, url = crowded
-    with undisturbed(url, truth, api_key=keys[1]):
-        assert told(post(url, b"no request", Authorization=f"Bearer {keys[1]}")) == (400, "malformed_body")
+    """Log lines are lost and counted; nothing else is affected."""
+    _, url = full_disk_service
+    with undisturbed(url, expected_scores, api_key=keys[1]):
+        assert outcome(post(url, b"no request", Authorization=f"Bearer {keys[1]}")) == (400, "malformed_body")
     assert _metric(url, "reward_lost_log_lines", Authorization=f"Bearer {keys[1]}") >= 7
 
 
 def test_keys_change_under_load(
-    crowded: tuple[subprocess.Popen[bytes], str], keys: tuple[Path, str], truth: Truth
+    full_disk_service: ProcessAndUrl,
+    keys: tuple[Path, str],
+    expected_scores: ExpectedScores,
 ) -> None:
-    """New keys work at once and old ones end with a SIGHUP; whoever kept his notices nothing."""
-    running, url = crowded
+    """New keys work at once, removed keys end with a SIGHUP, and other keys are not affected."""
+    running, url = full_disk_service
     path, kept = keys
     before = path.read_text()
-    with undisturbed(url, truth, api_key=kept):
+    with undisturbed(url, expected_scores, api_key=kept):
         for name in ("first", "second"):
             assert _status(url, "rk_nobody") == 401
             key = new_key(path, name)[0]
@@ -106,32 +111,35 @@ def test_keys_change_under_load(
             _wait_for(url, key, 401)
 
 
-def become_a_folder(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-BROKEN: dict[str, Callable[[Path], Any]] = {
+CORRUPTIONS: dict[str, Callable[[Path], Any]] = {
     "garbage": lambda path: path.write_text("{{{"),
     "empty": lambda path: path.write_text(""),
     "half written": lambda path: path.write_text(path.read_text()[:-20]),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
     "gone": lambda path: path.unlink(),
     "open to everybody": lambda path: path.chmod(0o666),
-    "a folder": become_a_folder,
+    "a folder": replace_by_folder,
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_of_keys(
-    crowded: tuple[subprocess.Popen[bytes], str], keys: tuple[Path, str], truth: Truth, name: str
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corrupt_keys_file(
+    full_disk_service: ProcessAndUrl,
+    keys: tuple[Path, str],
+    expected_scores: ExpectedScores,
+    name: str,
 ) -> None:
-    """The keys stay as they were: nobody is locked out, and nobody let in."""
-    running, url = crowded
+    """The keys stay as they were: no client is locked out, and no other is let in."""
+    running, url = full_disk_service
     path, kept = keys
     before = path.read_text()
-    with undisturbed(url, truth, api_key=kept):
-        BROKEN[name](path)
+    with undisturbed(url, expected_scores, api_key=kept):
+        CORRUPTIONS[name](path)
         running.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         assert _status(url, kept) == 200
@@ -154,57 +162,61 @@ def _wait_for(url: str, key: str, status: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_hang_a_restart_and_an_end_under_load(
-    crowded: tuple[subprocess.Popen[bytes], str], keys: tuple[Path, str], truth: Truth
+def test_hang_restart_and_shutdown_under_load(
+    full_disk_service: ProcessAndUrl,
+    keys: tuple[Path, str],
+    expected_scores: ExpectedScores,
 ) -> None:
-    """Callers of a device that hangs are told to come back; the process ends with a status that has it
-    restarted, and a client that retries sees right scores only. Then, with stderr closed, SIGTERM under
-    load: what was admitted is answered, what comes later is refused, and the end has status 0.
+    """Requests to a hung device get a retryable 503; the process exits with a status that has it restarted,
+    and a client that retries gets correct scores only. Then, with stderr closed, SIGTERM under load: admitted
+    requests are scored, later ones are rejected, and the exit status is 0.
     """
-    hanging, url = crowded
-    bystander = Bystander(url, truth, api_key=keys[1], retry_budget_s=READY_S)
+    hanging, url = full_disk_service
+    bystander = Bystander(url, expected_scores, api_key=keys[1], retry_budget_s=READY_S)
     bystander.start()
-    bystander.again()
-    answer = post(url, request_of("hang"), Authorization=f"Bearer {keys[1]}")
-    assert told(answer) == NOT_READY
-    assert answer.json()["retryable"] is True
+    bystander.wait_for_scores()
+    response = post(url, request_of("hang"), Authorization=f"Bearer {keys[1]}")
+    assert outcome(response) == NOT_READY
+    assert response.json()["retryable"] is True
     assert hanging.wait(END_S) in (1, 2)
     with process(int(url.rpartition(":")[2]), redirect="2>&-") as running:
-        bystander.again()
+        bystander.wait_for_scores()
         bystander.stop()
-        assert not bystander.wrong
-        _end_under_load(running, url, truth)
+        assert not bystander.mistakes
+        _shut_down_under_load(running, url, expected_scores)
 
 
-def _end_under_load(running: subprocess.Popen[bytes], url: str, truth: Truth) -> None:
-    rows = [index % len(truth.pairs) for index in range(300)]
+def _shut_down_under_load(
+    running: subprocess.Popen[bytes], url: str, expected_scores: ExpectedScores
+) -> None:
+    rows = [index % len(expected_scores.pairs) for index in range(300)]
     mistakes: list[Any] = []
 
-    def ask() -> None:
+    def send() -> None:
         with RewardClient(url, retry_budget_s=0, chunk_pairs=300) as service:
             try:
-                pairs = [truth.pairs[row] for row in rows]
-                answer = service.score([it.prompt for it in pairs], [it.image for it in pairs])
-                mistakes.append(truth.mistakes(rows, answer))
-            except Exception as error:  # noqa: BLE001 - told below
+                pairs = [expected_scores.pairs[row] for row in rows]
+                response = service.score([it.prompt for it in pairs], [it.image for it in pairs])
+                mistakes.append(expected_scores.mistakes(rows, response))
+            except Exception as error:  # noqa: BLE001 - reported below
                 mistakes.append([repr(error)])
 
-    callers = [threading.Thread(target=ask) for _ in range(5)]
-    for caller in callers:
-        caller.start()
+    clients = [threading.Thread(target=send) for _ in range(5)]
+    for client in clients:
+        client.start()
     until = time.monotonic() + END_S
     while _metric(url, "reward_queued_pairs") < 900:
         assert time.monotonic() < until
     running.send_signal(signal.SIGTERM)
-    later = set()
+    late_outcomes = set()
     with suppress(httpx.TransportError):
         while running.poll() is None:
-            later.add(told(post(url, request_of("too late"))))
-    for caller in callers:
-        caller.join(END_S)
+            late_outcomes.add(outcome(post(url, request_of("too late"))))
+    for client in clients:
+        client.join(END_S)
     assert mistakes == [[]] * 5
-    assert NOT_READY in later
-    assert later <= {NOT_READY, OK}  # one may have come before the signal
+    assert NOT_READY in late_outcomes
+    assert late_outcomes <= {NOT_READY, OK}  # one may have come before the signal
     assert running.wait(END_S) == 0
 
 

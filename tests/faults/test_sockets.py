@@ -1,4 +1,4 @@
-"""Callers who leave, lie, dawdle or speak another tongue, on real sockets beside one who does not."""
+"""Misbehaving clients on real sockets: disconnects, wrong lengths, slow data, other protocols."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.conftest import LIMITS, Service
+from tests.faults.conftest import LIMITS, RunningService
 from tests.support.faults.bystander import Bystander, undisturbed
-from tests.support.faults.calling import OK, Told, closed, connect, head, heard, request_of
+from tests.support.faults.requests import OK, Outcome, connect, head, is_closed, receive_outcome, request_of
 from tests.support.service.serving import wait_until
 
 BODY = request_of("x")
@@ -31,13 +31,13 @@ LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bystander(running: Service, truth: Any) -> Iterator[Bystander]:
-    """One for all of them."""
-    with undisturbed(running.url, truth) as one:
+def bystander(running: RunningService, expected_scores: Any) -> Iterator[Bystander]:
+    """One client for all tests."""
+    with undisturbed(running.url, expected_scores) as one:
         yield one
 
 
-LIES: dict[str, tuple[bytes, Told]] = {
+WRONG_LENGTHS: dict[str, tuple[bytes, Outcome]] = {
     "too long": (head(SIZE + 1) + BODY, LATE),
     "too short": (head(10) + BODY, NO_BODY),
     "negative": (head(-1) + BODY, NO_REQUEST),
@@ -58,129 +58,129 @@ LIES: dict[str, tuple[bytes, Told]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_length_that_lies(service: Service, name: str) -> None:
-    """Refused or given up in time, never read as some other number; what it held is free again."""
-    sent, expected = LIES[name]
-    with closing(connect(service.url)) as caller:
-        caller.sendall(sent)
-        assert heard(caller) == expected
-    assert service.nothing_left()
+@pytest.mark.parametrize("name", WRONG_LENGTHS)
+def test_wrong_content_length(service: RunningService, name: str) -> None:
+    """It is rejected or times out, is never read as some other number, and everything is released."""
+    sent, expected = WRONG_LENGTHS[name]
+    with closing(connect(service.url)) as client:
+        client.sendall(sent)
+        assert receive_outcome(client) == expected
+    assert service.all_released()
 
 
-def test_two_lengths_at_once(service: Service) -> None:
-    """Chunked counts, and the connection ends: what follows may be another caller's, smuggled in."""
-    with closing(connect(service.url)) as caller:
-        caller.sendall(head(3, CHUNKED) + CHUNKS + LIVE)
-        assert heard(caller) == OK
-        assert closed(caller)
+def test_content_length_beside_chunks(service: RunningService) -> None:
+    """The chunks count, and the connection is is_closed: what follows may be another client's request."""
+    with closing(connect(service.url)) as client:
+        client.sendall(head(3, CHUNKED) + CHUNKS + LIVE)
+        assert receive_outcome(client) == OK
+        assert is_closed(client)
 
 
-def abort(caller: socket.socket) -> None:
-    """Leave with a reset, as a process that was killed does."""
-    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    caller.close()
+def reset_connection(client: socket.socket) -> None:
+    """Close with a reset, as a killed process does."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, abort])
+@pytest.mark.parametrize("disconnect", [socket.socket.close, reset_connection])
 @pytest.mark.parametrize("part", [0, 1, SIZE // 2, SIZE - 1])
-def test_half_a_body_and_gone(service: Service, leave: Any, part: int) -> None:
-    """What it held is free at once."""
-    caller = connect(service.url)
-    caller.sendall(head(SIZE) + BODY[:part])
+def test_disconnect_in_the_body(service: RunningService, disconnect: Any, part: int) -> None:
+    """The resources of the request are released at once."""
+    client = connect(service.url)
+    client.sendall(head(SIZE) + BODY[:part])
     time.sleep(0.02)
-    leave(caller)
-    assert service.nothing_left()
+    disconnect(client)
+    assert service.all_released()
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, abort])
-def test_gone_before_its_turn(service: Service, leave: Any) -> None:
-    """Never scored; who waits behind it is."""
+@pytest.mark.parametrize("disconnect", [socket.socket.close, reset_connection])
+def test_disconnect_while_queued(service: RunningService, disconnect: Any) -> None:
+    """The request is never scored; the one behind it is."""
     service.device.free.clear()
-    wait_until(lambda: service.queued or service.device.seen, "a batch under way")
+    wait_until(lambda: service.queued_pairs or service.device.seen, "a batch under way")
     gone, stays = connect(service.url), connect(service.url)
-    for caller, prompt in ((gone, "gone"), (stays, "stays")):
+    for client, prompt in ((gone, "gone"), (stays, "stays")):
         sent = request_of(prompt, prompt)
-        caller.sendall(head(len(sent)) + sent)
+        client.sendall(head(len(sent)) + sent)
     with closing(stays):
-        wait_until(lambda: service.queued >= 4, "both in the queue")
-        before = service.queued
-        leave(gone)
-        wait_until(lambda: service.queued <= before - 2, "its leaving")
+        wait_until(lambda: service.queued_pairs >= 4, "both in the queue")
+        before = service.queued_pairs
+        disconnect(gone)
+        wait_until(lambda: service.queued_pairs <= before - 2, "its removal")
         service.device.free.set()
-        assert heard(stays) == OK
+        assert receive_outcome(stays) == OK
     assert "gone" not in service.device.seen
     assert "stays" in service.device.seen
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, abort])
-def test_gone_while_it_is_scored(service: Service, leave: Any) -> None:
-    """Its batch is finished for the others."""
+@pytest.mark.parametrize("disconnect", [socket.socket.close, reset_connection])
+def test_disconnect_while_scored(service: RunningService, disconnect: Any) -> None:
+    """The batch is finished for the other requests."""
     service.device.free.clear()
-    caller = connect(service.url)
+    client = connect(service.url)
     sent = request_of("under way")
-    caller.sendall(head(len(sent)) + sent)
+    client.sendall(head(len(sent)) + sent)
     # Held before the device, the batch that has it may be the next: let single ones pass until it is seen.
     while "under way" not in service.device.seen:
         service.device.free.set()
         time.sleep(0.001)
         service.device.free.clear()
-    leave(caller)
+    disconnect(client)
     service.device.free.set()
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, abort])
-def test_gone_after_it_was_scored(service: Service, leave: Any) -> None:
-    """An answer that nobody reads holds up nobody."""
+@pytest.mark.parametrize("disconnect", [socket.socket.close, reset_connection])
+def test_disconnect_after_scoring(service: RunningService, disconnect: Any) -> None:
+    """A response that nobody receives blocks nothing."""
     for _ in range(5):
-        caller = connect(service.url)
-        caller.sendall(head(SIZE) + BODY)
+        client = connect(service.url)
+        client.sendall(head(SIZE) + BODY)
         wait_until(lambda: "x" in service.device.seen, "its batch")
-        leave(caller)
+        disconnect(client)
 
 
-def test_a_slow_body(service: Service) -> None:
-    """A byte at a time: 408 when its time is over, however lively it is."""
+def test_slow_body(service: RunningService) -> None:
+    """A body of a byte at a time gets a 408 when its time is over."""
     with ExitStack() as stack:
-        callers = [stack.enter_context(closing(connect(service.url))) for _ in range(20)]
-        for caller in callers:
-            caller.sendall(head(SIZE))
+        clients = [stack.enter_context(closing(connect(service.url))) for _ in range(20)]
+        for client in clients:
+            client.sendall(head(SIZE))
         for place in range(4):
             time.sleep(0.1)
-            for caller in callers:
-                caller.sendall(BODY[place : place + 1])
-        assert [heard(caller) for caller in callers] == [LATE] * 20
-    assert service.nothing_left()
+            for client in clients:
+                client.sendall(BODY[place : place + 1])
+        assert [receive_outcome(client) for client in clients] == [LATE] * 20
+    assert service.all_released()
 
 
-def test_a_slow_head(service: Service) -> None:
-    """Closed when its time is over."""
-    with closing(connect(service.url)) as caller:
+def test_slow_headers(service: RunningService) -> None:
+    """The connection is is_closed when the time for the headers is over."""
+    with closing(connect(service.url)) as client:
         for place in range(10):
-            caller.sendall(head(SIZE)[place : place + 1])
+            client.sendall(head(SIZE)[place : place + 1])
             time.sleep(0.05)
-        assert closed(caller)
+        assert is_closed(client)
 
 
-def test_answers_that_nobody_reads(service: Service) -> None:
-    """A caller who pipelines and never reads fills his own buffers and nobody's memory."""
-    caller = connect(service.url)
-    caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    caller.setblocking(False)
-    ask = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+def test_unread_responses(service: RunningService) -> None:
+    """A client that pipelines and never reads fills its own buffers, not the service's memory."""
+    client = connect(service.url)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    requests = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100
     sent, until = 0, time.monotonic() + 1.0
     while time.monotonic() < until:
         try:
-            sent += caller.send(ask)
+            sent += client.send(requests)
         except BlockingIOError:
             time.sleep(0.01)
         except OSError:
             break
-    caller.close()
+    client.close()
     assert sent < 2**25
 
 
-SPOKEN: dict[str, tuple[bytes, Told, bool]] = {
+PROTOCOLS: dict[str, tuple[bytes, Outcome, bool]] = {
     "HTTP/1.0": (head(SIZE, version="1.0") + BODY, OK, True),
     "HTTP/2 from the start": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (404, "not_found"), True),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600), NO_REQUEST, True),
@@ -207,41 +207,41 @@ SPOKEN: dict[str, tuple[bytes, Told, bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPOKEN)
-def test_another_tongue(service: Service, name: str) -> None:
-    """A documented answer, and the connection ends where nothing sensible can follow."""
-    sent, expected, ends = SPOKEN[name]
-    with closing(connect(service.url)) as caller:
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_other_protocol(service: RunningService, name: str) -> None:
+    """A documented response, and the connection is is_closed if no valid request can follow."""
+    sent, expected, closes = PROTOCOLS[name]
+    with closing(connect(service.url)) as client:
         try:
-            caller.sendall(sent)
+            client.sendall(sent)
         except OSError:  # refused before all of it was sent
-            assert ends
-        assert heard(caller) == expected
-        if ends:
-            assert closed(caller)
+            assert closes
+        assert receive_outcome(client) == expected
+        if closes:
+            assert is_closed(client)
         else:
-            caller.sendall(LIVE)
-            assert heard(caller, "GET") == OK
+            client.sendall(LIVE)
+            assert receive_outcome(client, "GET") == OK
 
 
-def test_head_has_no_body(service: Service) -> None:
-    """As GET's answer, without its body; where GET is not, it is not either."""
+def test_head_has_no_body(service: RunningService) -> None:
+    """The response is GET's without its body; where GET is not allowed, HEAD is not either."""
     for path, status in (("/health/live", 200), ("/v1/score", 405)):
-        answer = httpx.head(f"{service.url}{path}")
-        assert (answer.status_code, answer.content) == (status, b"")
-        assert int(answer.headers["content-length"]) > 0
+        response = httpx.head(f"{service.url}{path}")
+        assert (response.status_code, response.content) == (status, b"")
+        assert int(response.headers["content-length"]) > 0
 
 
-def test_pipelining(service: Service) -> None:
-    """Requests sent without waiting are answered one by one, in their order; the bad one spoils no other."""
-    with closing(connect(service.url)) as caller:
+def test_pipelining(service: RunningService) -> None:
+    """Pipelined requests get their responses in order; an invalid one affects no other."""
+    with closing(connect(service.url)) as client:
         bodies = [BODY, b"[]", BODY]
-        caller.sendall(
+        client.sendall(
             b"".join(head(len(it)) + it for it in bodies)
             + LIVE.replace(b"x\r\n", b"x\r\nConnection: close\r\n", 1)
         )
         received = b""
-        while piece := caller.recv(65536):
+        while piece := client.recv(65536):
             received += piece
     statuses = [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [200, 422, 200, 200]
@@ -249,15 +249,15 @@ def test_pipelining(service: Service) -> None:
 
 IDLE = """
 import socket, sys
-callers = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60) for _ in range(2000)]
+clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60) for _ in range(2000)]
 print("connected", flush=True)
 sys.stdin.readline()
 """
 
 
 @pytest.mark.slow
-def test_two_thousand_idle_connections(service: Service, bystander: Bystander) -> None:
-    """They are held or let go, and nobody who asks notices; from a process of their own."""
+def test_two_thousand_idle_connections(service: RunningService, bystander: Bystander) -> None:
+    """They are kept or is_closed, and no active client notices; from a process of their own."""
     needed, (_, hard) = 2500, resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         pytest.skip(f"at most {hard} open files are allowed here; this needs {needed}")
@@ -273,10 +273,10 @@ def test_two_thousand_idle_connections(service: Service, bystander: Bystander) -
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == b"connected\n"
-        bystander.again(10)
+        bystander.wait_for_scores(10)
         assert httpx.post(
             f"{service.url}/score", content=BODY, headers={"Content-Type": "application/json"}, timeout=30
         ).is_success
     finally:
         process.communicate(b"\n", timeout=30)
-    bystander.again(5)
+    bystander.wait_for_scores(5)

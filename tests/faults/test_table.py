@@ -1,4 +1,4 @@
-"""docs/faults.md says what the tests show."""
+"""Agreement of docs/faults.md with the fault tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows() -> list[re.Match[str]]:
 
 
 def test_each_fault_has_a_documented_status_and_a_test() -> None:
-    """The code's own status, and a test of that name; and no fault test is missing from the table."""
+    """Each row has the code's own status and an existing test, and no fault test is missing."""
     sources = "\n".join(path.read_text() for path in HERE.glob("test_*.py"))
     named = set()
     for row in rows():
@@ -27,7 +27,9 @@ def test_each_fault_has_a_documented_status_and_a_test() -> None:
             assert row["status"] in ("200", "")
         named |= set(re.findall(r"`(test_\w+)`", row["tests"]))
     assert all(f"def {name}(" in sources for name in named)
-    files = ("device", "bodies", "pictures", "sockets", "processes")
-    told = re.findall(r"def (test_\w+)", "\n".join((HERE / f"test_{name}.py").read_text() for name in files))
-    assert set(told) - named == {"test_one_bad_picture_of_many"}
+    files = ("device", "bodies", "images", "sockets", "processes")
+    defined = re.findall(
+        r"def (test_\w+)", "\n".join((HERE / f"test_{name}.py").read_text() for name in files)
+    )
+    assert set(defined) - named == {"test_invalid_images_of_many"}
     assert len(rows()) >= 20

@@ -28,8 +28,8 @@ CHECKS = (
 )
 
 
-# 503 and 504 are documented: on a slow machine, the X-Deadline-Ms of 100 that schemathesis sends passes before
-# the scores are there. The other checks verify that such a response is as documented.
+# 503 and 504 are documented: on a slow machine, the X-Deadline-Ms of 100 that schemathesis sends passes
+# before the scores are there. The other checks verify that such a response is as documented.
 CONFIG = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503, 504]

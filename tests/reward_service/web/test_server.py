@@ -26,7 +26,7 @@ from reward_service.images import Pixels
 from reward_service.scoring.admission import Admission
 from reward_service.scoring.auth import new_key
 from reward_service.web.server import Server
-from tests.support.faults.calling import closed
+from tests.support.faults.requests import is_closed
 from tests.support.service.checkpoints import Checkpoints
 from tests.support.service.serving import png, running_server, wait_until
 
@@ -110,13 +110,13 @@ def test_slow_body_times_out(running: Running, body: bytes) -> None:
 
 
 def test_slow_headers_time_out(running: Running, body: bytes) -> None:
-    """A connection without a request or with partial headers is closed, also after a valid request."""
+    """A connection without a request or with partial headers is is_closed, also after a valid request."""
     with closing(connect(running)) as silent, closing(connect(running)) as half:
         half.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert receive(half)[0] == 200
         half.sendall(b"POST /score HTT")
-        assert closed(silent)
-        assert closed(half)
+        assert is_closed(silent)
+        assert is_closed(half)
     assert still_serves(running, body)
 
 
@@ -130,7 +130,7 @@ def test_idle_connection_can_be_reused(running: Running) -> None:
 
 
 def test_incomplete_body_releases_everything(running: Running, body: bytes) -> None:
-    """A connection closed in the middle of a body leaves nothing admitted."""
+    """A connection is_closed in the middle of a body leaves nothing admitted."""
     for rest in (b"", body[:10], body[:-1]):
         with closing(connect(running)) as client:
             client.sendall(head(len(body)) + rest)
@@ -143,7 +143,7 @@ def test_bytes_beyond_content_length_are_not_a_request(running: Running, body: b
     with closing(connect(running)) as client:
         client.sendall(head(10) + body)
         assert code_of(client) == (400, "malformed_body")
-        assert closed(client)
+        assert is_closed(client)
     assert still_serves(running, body)
 
 
@@ -201,14 +201,14 @@ def test_invalid_http_is_a_problem(running: Running, name: str) -> None:
     with closing(connect(running)) as client:
         client.sendall(NOT_HTTP[name])
         assert code_of(client) == (400, "malformed_request")
-        assert closed(client)
+        assert is_closed(client)
 
 
 def test_idle_connections_make_room(running: Running, body: bytes) -> None:
-    """If too many clients are connected, the longest idle connection is closed and no request is refused."""
+    """If too many clients are connected, the longest idle connection is is_closed and no request is refused."""
     idle = [connect(running) for _ in range(3 * LIMITS.max_connections)]
     assert still_serves(running, body)
-    assert closed(idle[0])
+    assert is_closed(idle[0])
     for client in idle:
         client.close()
 

@@ -1,4 +1,4 @@
-"""A device whose faults can be switched on, beneath a real engine: torch's errors, as torch raises them."""
+"""Faulty device beneath a real engine; its faults are torch's own errors and can be switched on."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores, ScoringError
 
-HELD_S = 30.0
+HOLD_TIMEOUT_S = 240.0
 
 
 class FaultyDevice:
-    """Scores as the engine does, except for what is switched on and for the prompts below.
+    """Engine's device with faults that are switched on by attributes or selected by the prompt.
 
-    `poison` raises, `nan` gives no number, `hang` never returns, `fatal` breaks the device.
-    `memory_pairs`: more at a time do not fit. `broken`: evaluators that fail whatever they are given.
+    The prompt `poison` raises an error, `nan` gets NaN as a score, `hang` never returns, and `fatal` makes
+    the device fail permanently.
+
+    Attributes:
+        memory_pairs: largest batch that fits into memory
+        broken: evaluators that fail on every batch
+        seen: prompts of the batches so far
+        free: batches wait until it is set
     """
 
     def __init__(self, engine: RewardEngine) -> None:
         self.engine = engine
         self._batch, self._check_finite = engine.score_batch, engine.check_finite
-        engine.score_batch, engine.check_finite = self._run, self._spoil  # type: ignore[method-assign]
-        self.mend()
+        engine.score_batch, engine.check_finite = self._run, self._insert_nan  # type: ignore[method-assign]
+        self.reset()
         self.seen: list[str] = []
         self.free = threading.Event()
         self.free.set()
 
-    def mend(self) -> None:
-        """Switch everything off."""
+    def reset(self) -> None:
+        """Switch all faults off."""
         self.memory_pairs, self.broken = 10**9, set[str]()
 
     def _run(self, pairs: Sequence[Pair], chosen: Sequence[Any], deterministic: bool) -> list[PairScores]:
         prompts = [pair.prompt for pair in pairs]
         self.seen += prompts
-        assert self.free.wait(HELD_S)
+        assert self.free.wait(HOLD_TIMEOUT_S)
         if "hang" in prompts:
             threading.Event().wait()
         if "fatal" in prompts:
@@ -52,15 +58,15 @@ class FaultyDevice:
         for evaluator in chosen:
             if evaluator.name in self.broken:
                 raise ScoringError(f"evaluator {evaluator.name} failed", evaluator.name)
-        self._without = [row for row, prompt in enumerate(prompts) if prompt == "nan"]
+        self._nan_rows = [row for row, prompt in enumerate(prompts) if prompt == "nan"]
         return self._batch(pairs, chosen, deterministic)
 
-    def _spoil(self, raw: Mapping[str, Any]) -> None:
-        for row in self._without:
+    def _insert_nan(self, raw: Mapping[str, Any]) -> None:
+        for row in self._nan_rows:
             raw["clip"][row] = math.nan
         self._check_finite(raw)
 
 
 def faulty_engine(config: ServiceConfig) -> RewardEngine:
-    """The engine of a configuration on such a device."""
+    """Return the engine of a configuration on a faulty device."""
     return FaultyDevice(build_engine(config)).engine

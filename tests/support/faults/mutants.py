@@ -1,4 +1,4 @@
-"""Valid bodies and images, and what a bit of damage makes of them. Deterministic for a seed."""
+"""Corrupted requests, made from valid bodies and images. Deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from reward_service.protocol import JSON, MSGPACK
-from tests.support.faults.calling import sample_image
+from tests.support.faults.requests import sample_image
 
 FORM = "multipart/form-data; boundary=frontier"
 _INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, ord('"'), ord("["), ord("{"), ord(","), ord("\\"), ord("-"))
@@ -28,12 +28,12 @@ Body = tuple[str, bytes]
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with one to four wounds."""
-    wounded = bytearray(data)
+    """Return the bytes with one to four corruptions."""
+    corrupted = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        if wounded:
-            rng.choice(_WOUNDS)(wounded, rng)
-    return bytes(wounded)
+        if corrupted:
+            rng.choice(_CORRUPTIONS)(corrupted, rng)
+    return bytes(corrupted)
 
 
 def _flip(data: bytearray, rng: random.Random) -> None:
@@ -45,7 +45,7 @@ def _set(data: bytearray, rng: random.Random) -> None:
 
 
 def _number(data: bytearray, rng: random.Random) -> None:
-    """A length or a size of the file's, most likely in its first bytes."""
+    """Overwrite what may be a length or a size, most likely in the first bytes."""
     form = rng.choice((">I", "<I", ">H", "<H"))
     at = rng.randrange(min(len(data), rng.choice((64, 4096))))
     number = rng.choice(_NUMBERS) & (0xFFFF if form[1] == "H" else 0xFFFFFFFF)
@@ -77,11 +77,11 @@ def _shuffle(data: bytearray, rng: random.Random) -> None:
     data[a], data[b] = data[b], data[a]
 
 
-_WOUNDS = (_flip, _flip, _set, _number, _cut, _remove, _double, _insert, _shuffle)
+_CORRUPTIONS = (_flip, _flip, _set, _number, _cut, _remove, _double, _insert, _shuffle)
 
 
 def images() -> list[bytes]:
-    """One or more of every format and kind, small."""
+    """Return small image files of every format and colour mode."""
     grey = np.random.default_rng(5).integers(0, 256, (9, 14), np.uint8)
     kept = [sample_image("PNG"), sample_image("JPEG"), sample_image("JPEG", progressive=True, quality=95)]
     kept += [sample_image("WEBP"), sample_image("WEBP", lossless=True), sample_image("PNG", compress_level=0)]
@@ -103,7 +103,7 @@ def _of_other_modes(grey: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> li
 
 
 def bodies(files: Sequence[bytes]) -> list[Body]:
-    """Valid requests of each content type, with these images and with raw ones."""
+    """Return valid requests of each content type, with these images and with raw ones."""
     rng = np.random.default_rng(6)
     raw = rng.integers(0, 256, (4, 5, 3), np.uint8).tobytes()
     options = {"normalization": "z", "weights": {"clip": 1.0, "hpsv2": 0.5}, "evaluators": ["clip", "hpsv2"]}
@@ -127,7 +127,7 @@ def _form(file: bytes) -> bytes:
 
 
 def request_with(file: bytes, kind: str) -> Body:
-    """A whole request around an image that is wounded itself: what a wounded body seldom lets through."""
+    """Return a valid request with a corrupted image, which a corrupted body seldom reaches."""
     if kind == MSGPACK:
         return kind, msgspec.msgpack.encode({"items": [{"prompt": "x", "image": {"data": file}}]})
     if kind == JSON:
@@ -137,7 +137,7 @@ def request_with(file: bytes, kind: str) -> Body:
 
 
 def mutants(seed: int) -> Callable[[], Body]:
-    """Makes one damaged request after another: half with a wounded body, half with a wounded image."""
+    """Return a generator function of corrupted requests, half in the body and half in the image."""
     rng = random.Random(seed)
     files = images()
     valid = bodies(files)

@@ -1,10 +1,10 @@
-"""Damaged requests by the hundred thousand: no crash, no 5xx, and the memory back at its level.
+"""Test of the service with hundreds of thousands of corrupted requests: no crash, no 5xx, no memory growth.
 
     python -m tests.support.faults.mutations --count 200000 --seed 0 [--out benchmarks/results/mutations.md]
 
-Most go to the intake, which is where bytes are parsed and decoded; one in twenty goes through the whole
-application and one in a hundred through a socket as well, where an image that still decodes is scored by the
-miniature's engine. Exit status 1 if anything failed.
+All requests are parsed and decoded; one in twenty also goes through the whole application, and one in a
+hundred through a socket, where images that can still be decoded are scored by the miniature's engine. The
+exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.faults.mutants import Body, mutants
 from tests.support.service.serving import running_server
 
 EVERY_APPLICATION, EVERY_SOCKET = 20, 100
-#: What fragments of the heap may cost at the end, and what a single request may at any time.
+#: Growth that fragments of the heap may cause.
 LEVEL_MB = 24.0
 _WARM_UP = 0.2
 OK, SERVER_ERROR = 200, 500
@@ -39,36 +39,38 @@ OK, SERVER_ERROR = 200, 500
 
 @dataclass
 class Findings:
-    """What the requests were answered with, by way in; what must not be, and memory in MB."""
+    """Outcomes of the requests by entry point, failures, and memory in MB."""
 
-    answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     warm_mb: float = 0.0
     end_mb: float = 0.0
     seconds: float = 0.0
 
-    def note(self, way: str, status: int, code: str, body: Body) -> None:
-        """One answer."""
-        self.answers[way, f"{status} {code}".strip()] += 1
+    def record(self, entry: str, status: int, code: str, body: Body) -> None:
+        """Record an outcome."""
+        self.outcomes[entry, f"{status} {code}".strip()] += 1
         if status >= SERVER_ERROR or (status != OK and code not in PROBLEM_CODES):
-            self.failures.append(f"{way}: {status} {code} for {body[0]} {body[1].hex()[:2000]}")
+            self.failures.append(f"{entry}: {status} {code} for {body[0]} {body[1].hex()[:2000]}")
 
     @property
-    def in_order(self) -> bool:
-        """Nothing failed, and the memory is back."""
+    def passed(self) -> bool:
+        """True if nothing failed and the memory did not grow."""
         return not self.failures and self.end_mb - self.warm_mb < LEVEL_MB
 
 
 def resident_mb() -> float:
-    """Resident memory once what is free has been given back."""
+    """Return the resident memory after free memory is returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
 
-async def attack(config: ServiceConfig, url: str, application: object, count: int, seed: int) -> Findings:
-    """Send so many mutants."""
+async def send_mutants(
+    config: ServiceConfig, url: str, application: object, count: int, seed: int
+) -> Findings:
+    """Send `count` corrupted requests; return their outcomes."""
     found, make, parser = Findings(), mutants(seed), RequestParser(config)
     begun = time.monotonic()
     inside = httpx.ASGITransport(app=application, raise_app_exceptions=False)  # type: ignore[arg-type]
@@ -76,77 +78,77 @@ async def attack(config: ServiceConfig, url: str, application: object, count: in
         httpx.AsyncClient(transport=inside, base_url="http://inside") as in_process,
         httpx.AsyncClient(base_url=url, timeout=60) as outside,
     ):
-        ways = {
-            "application": lambda body: _posted(in_process, body),
-            "socket": lambda body: _posted(outside, body),
+        entries = {
+            "application": lambda body: _post(in_process, body),
+            "socket": lambda body: _post(outside, body),
         }
         for number in range(count):
             if number == int(_WARM_UP * count):
                 found.warm_mb = resident_mb()
             body = make()
-            found.note("intake", *_taken_in(parser, body), body)
-            for way, every in (("application", EVERY_APPLICATION), ("socket", EVERY_SOCKET)):
+            found.record("parser", *_parse(parser, body), body)
+            for entry, every in (("application", EVERY_APPLICATION), ("socket", EVERY_SOCKET)):
                 if number % every == 0:
-                    await _ask(found, way, ways[way], body)
+                    await _send(found, entry, entries[entry], body)
     found.end_mb, found.seconds = resident_mb(), time.monotonic() - begun
     return found
 
 
-async def _ask(
-    found: Findings, way: str, post: Callable[[Body], Awaitable[tuple[int, str]]], body: Body
+async def _send(
+    found: Findings, entry: str, post: Callable[[Body], Awaitable[tuple[int, str]]], body: Body
 ) -> None:
     try:
         status, code = await post(body)
     except httpx.HTTPError as error:
         status, code = 599, repr(error)
-    found.note(way, status, code, body)
+    found.record(entry, status, code, body)
 
 
-def _taken_in(parser: RequestParser, body: Body) -> tuple[int, str]:
+def _parse(parser: RequestParser, body: Body) -> tuple[int, str]:
     try:
         parser(body[1], body[0])
     except ProblemError as error:
         return int(error.status), error.code
-    except Exception as error:  # noqa: BLE001 - it is what is looked for
+    except Exception as error:  # noqa: BLE001 - this is what the test looks for
         return 599, repr(error)[:300]
     return 200, ""
 
 
-async def _posted(client: httpx.AsyncClient, body: Body) -> tuple[int, str]:
-    answer = await client.post("/score", content=body[1], headers={"Content-Type": body[0]})
-    return answer.status_code, "" if answer.is_success else str(answer.json().get("code"))
+async def _post(client: httpx.AsyncClient, body: Body) -> tuple[int, str]:
+    response = await client.post("/score", content=body[1], headers={"Content-Type": body[0]})
+    return response.status_code, "" if response.is_success else str(response.json().get("code"))
 
 
 def run(count: int, seed: int) -> Findings:
-    """The whole attack on a service of the miniature."""
+    """Send corrupted requests to a service of the miniature; return their outcomes."""
     config = load_config(overrides=["threads=1"])
     with running_server(config, build_engine(config)) as (server, port):
         application = server.config.app
-        return asyncio.run(attack(config, f"http://127.0.0.1:{port}", application, count, seed))
+        return asyncio.run(send_mutants(config, f"http://127.0.0.1:{port}", application, count, seed))
 
 
 def report(found: Findings, count: int, seed: int) -> str:
-    """As Markdown."""
-    ways = ("intake", "application", "socket")
-    statuses = sorted({status for _, status in found.answers})
+    """Return the findings as Markdown."""
+    entries = ("parser", "application", "socket")
+    statuses = sorted({status for _, status in found.outcomes})
     rows = [
-        f"| {status} | " + " | ".join(f"{found.answers[way, status]:,}" for way in ways) + " |"
+        f"| {status} | " + " | ".join(f"{found.outcomes[entry, status]:,}" for entry in entries) + " |"
         for status in statuses
     ]
-    verdict = "in order" if found.in_order else f"NOT in order: {len(found.failures)} failures"
+    verdict = "passed" if found.passed else f"FAILED: {len(found.failures)} failures"
     command = f"python -m tests.support.faults.mutations --count {count} --seed {seed}"
     lines = [
-        "# Damaged requests",
+        "# Corrupted requests",
         "",
         f"`{command}`: {count:,} mutations of valid JSON, msgpack and multipart",
-        "bodies and of PNG, JPEG, WebP and raw images in them, to the intake; some of them to the whole",
+        "bodies and of PNG, JPEG, WebP and raw images in them, to the parser; some of them to the whole",
         f"application and through a socket too. Python {platform.python_version()}, {found.seconds:.0f} s.",
         "",
         f"Verdict: {verdict}; no crash. Resident memory: {found.warm_mb:.1f} MB after the first fifth,",
         f"{found.end_mb:.1f} MB at the end.",
         "",
-        "| answer | " + " | ".join(ways) + " |",
-        "|---|" + "---:|" * len(ways),
+        "| outcome | " + " | ".join(entries) + " |",
+        "|---|" + "---:|" * len(entries),
         *rows,
         "",
     ]
@@ -154,7 +156,7 @@ def report(found: Findings, count: int, seed: int) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -166,7 +168,7 @@ def main() -> None:
     print("\n".join(found.failures[:20]), file=sys.stderr)
     if options.out:
         options.out.write_text(text)
-    sys.exit(0 if found.in_order else 1)
+    sys.exit(0 if found.passed else 1)
 
 
 if __name__ == "__main__":

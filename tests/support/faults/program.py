@@ -1,4 +1,4 @@
-"""`reward-service` on a device that breaks by the prompt.
+"""`reward-service` on a device whose faults are selected by the prompt.
 
 Run it as `python -m tests.support.faults.program serve …`.
 """

@@ -1,12 +1,13 @@
-"""A long run under mixed load: memory, throughput, and every score held against the engine's own.
+"""Long run under mixed load: memory, throughput, and a comparison of every score with the engine's own.
 
     python -m tests.support.faults.soak --minutes 20 --load 0.8 [--out benchmarks/results/soak-cpu.json]
 
 The miniature's service runs in a process of its own. Its capacity for this mix is measured first, by eight
-callers who ask again as soon as they are answered; then requests come at random (Poisson) at the given share
-of it, whether or not earlier ones are answered. The engine of this process scores every pair once, and every
-answer is compared with that within docs/numerics.md's tolerance. Callers and service share the machine.
-Exit status 1 if an answer was wrong, missing or not 200.
+clients that send the next request as soon as they receive a response; then requests arrive as a Poisson
+process at the given fraction of the capacity, whether or not earlier ones are finished. The engine of this
+process scores every pair once, and the scores of every response are compared with its own, within the
+tolerances of docs/numerics.md. Clients and service share the machine. The exit status is 1 if a response was
+wrong, missing or not a 200.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair
 from reward_service.images import decode
 from reward_service.protocol import JSON, MSGPACK, decode_response
-from tests.support.faults.bystander import Truth
-from tests.support.faults.calling import sample_image
+from tests.support.faults.bystander import ExpectedScores
 from tests.support.faults.mutants import FORM
+from tests.support.faults.requests import sample_image
 
-CALLERS, CAPACITY_S, LATEST = 8, 5.0, 2000
+CLIENTS, CAPACITY_S, MAX_OPEN = 8, 5.0, 2000
 OK = 200
 _PARTS = 20
 _SIDES = ((64, 64), (96, 64), (128, 128), (40, 90))
 
 
 @dataclass(frozen=True)
-class Errand:
-    """One request ready to be sent, and which of the known pairs it asks for."""
+class PreparedRequest:
+    """Request ready to be sent, and the rows of its pairs among the known pairs."""
 
     client: str
     kind: str
@@ -59,7 +60,7 @@ class Errand:
 
 @dataclass
 class Findings:
-    """What a run showed. `windows`: seconds since the start, resident MB, pairs/s, p50 and p99 in ms."""
+    """Results of a run. `windows`: seconds since the start, resident MB, pairs/s, p50 and p99 in ms."""
 
     minutes: float
     load: float
@@ -73,33 +74,33 @@ class Findings:
 
     @property
     def slope_mb_h(self) -> float:
-        """Growth of the resident memory: a straight line through all but the first tenth."""
+        """Growth of the resident memory in MB/h, by a line fitted to all but the first tenth."""
         kept = np.array(self.windows[len(self.windows) // 10 :])
         return float(np.polyfit(kept[:, 0], kept[:, 1], 1)[0]) * 3600
 
     @property
     def drift_percent(self) -> float:
-        """Change of the throughput from start to end by a straight line, of its mean."""
+        """Change of the throughput over the run by a fitted line, in percent of its mean."""
         kept = np.array(self.windows)
         slope = float(np.polyfit(kept[:, 0], kept[:, 2], 1)[0])
         return 100 * slope * float(kept[-1, 0] - kept[0, 0]) / float(kept[:, 2].mean())
 
     @property
-    def in_order(self) -> bool:
-        """Every request was answered, and rightly."""
+    def passed(self) -> bool:
+        """True if every request got a 200 with correct scores."""
         return not self.wrong and set(self.answers) == {"200"}
 
 
-def known() -> tuple[list[Pair], list[Errand]]:
-    """The pairs of all errands, and the errands: a trainer's, a curator's, a notebook's and a form's."""
+def known() -> tuple[list[Pair], list[PreparedRequest]]:
+    """Return the known pairs and the requests for them, as of a trainer, a curator, a notebook and a form."""
     rng = np.random.default_rng(8)
     pairs: list[Pair] = []
-    errands: list[Errand] = []
+    requests: list[PreparedRequest] = []
 
     def add(client: str, kind: str, made: Sequence[tuple[Pair, bytes | None]]) -> None:
         rows = tuple(range(len(pairs), len(pairs) + len(made)))
         pairs.extend(pair for pair, _ in made)
-        errands.append(Errand(client, kind, _body(kind, made), rows))
+        requests.append(PreparedRequest(client, kind, _body(kind, made), rows))
 
     for number in range(24):
         noise = [
@@ -113,7 +114,7 @@ def known() -> tuple[list[Pair], list[Errand]]:
         ):  # fmt: skip
             files = [sample_image(form, (32 + 3 * place, 48 + number)) for place in range(count)]
             add(client, kind, [(Pair(f"{form} {number}", decode(file).rgb), file) for file in files])
-    return pairs, errands
+    return pairs, requests
 
 
 def _body(kind: str, made: Sequence[tuple[Pair, bytes | None]]) -> bytes:
@@ -134,59 +135,61 @@ def _body(kind: str, made: Sequence[tuple[Pair, bytes | None]]) -> bytes:
 
 
 class Soak:
-    """Sends errands and looks at every answer."""
+    """Sender of requests; checks every response."""
 
-    def __init__(self, client: httpx.AsyncClient, truth: Truth, errands: Sequence[Errand]) -> None:
-        self._client, self._truth, self.errands = client, truth, errands
+    def __init__(
+        self, client: httpx.AsyncClient, expected: ExpectedScores, requests: Sequence[PreparedRequest]
+    ) -> None:
+        self._client, self._expected, self.requests = client, expected, requests
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.pairs = 0
         self.times_ms: list[float] = []
 
-    async def ask(self, errand: Errand) -> None:
-        """One request, from its sending to the comparison of its scores."""
-        headers = {"Content-Type": errand.kind, "X-Client-Id": errand.client}
+    async def send(self, request: PreparedRequest) -> None:
+        """Send a request and compare the scores of its response."""
+        headers = {"Content-Type": request.kind, "X-Client-Id": request.client}
         begun = time.perf_counter()
         try:
-            answer = await self._client.post("/v1/score", content=errand.body, headers=headers)
+            response = await self._client.post("/v1/score", content=request.body, headers=headers)
         except httpx.HTTPError as error:
             self.statuses[type(error).__name__] += 1
             return
         self.times_ms.append(1000 * (time.perf_counter() - begun))
-        self.statuses[str(answer.status_code)] += 1
-        if answer.status_code == OK:
-            self.wrong += self._truth.mistakes(errand.rows, decode_response(answer.content, JSON))
-            self.pairs += len(errand.rows)
+        self.statuses[str(response.status_code)] += 1
+        if response.status_code == OK:
+            self.wrong += self._expected.mistakes(request.rows, decode_response(response.content, JSON))
+            self.pairs += len(request.rows)
 
     async def capacity(self) -> float:
-        """Pairs a second that callers get who never pause."""
-        mix, until = itertools.cycle(self.errands), time.monotonic() + CAPACITY_S
+        """Measure the pairs per second of clients that never pause."""
+        mix, until = itertools.cycle(self.requests), time.monotonic() + CAPACITY_S
 
-        async def caller() -> None:
+        async def client() -> None:
             while time.monotonic() < until:
-                await self.ask(next(mix))
+                await self.send(next(mix))
 
         begun, before = time.monotonic(), self.pairs
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
         return (self.pairs - before) / (time.monotonic() - begun)
 
     async def arrivals(self, pairs_s: float, seconds: float) -> None:
-        """Requests at random moments, so many pairs a second on average, whatever becomes of them."""
+        """Send requests at random times, on average `pairs_s` pairs per second, without waiting."""
         rng, open_ = random.Random(9), set[asyncio.Task[None]]()
-        mean = sum(len(errand.rows) for errand in self.errands) / len(self.errands)
+        mean = sum(len(request.rows) for request in self.requests) / len(self.requests)
         begun = due = time.monotonic()
         while (due := due + rng.expovariate(pairs_s / mean)) < begun + seconds:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            if len(open_) >= LATEST:
+            if len(open_) >= MAX_OPEN:
                 self.statuses["not sent: too many open"] += 1
                 continue
-            task = asyncio.create_task(self.ask(rng.choice(self.errands)))
+            task = asyncio.create_task(self.send(rng.choice(self.requests)))
             open_.add(task)
             task.add_done_callback(open_.discard)
         await asyncio.gather(*open_)
 
     async def watch(self, pid: int, found: Findings, every_s: float) -> None:
-        """Note memory, throughput and latency of each stretch until cancelled."""
+        """Record memory, throughput and latency of each window until cancelled."""
         begun = last = time.monotonic()
         while True:
             before = self.pairs
@@ -201,7 +204,7 @@ class Soak:
 
 
 def resident_mb(pid: int) -> float:
-    """A process's resident memory."""
+    """Return the resident memory of a process."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) / 1000
@@ -209,7 +212,7 @@ def resident_mb(pid: int) -> float:
 
 @contextlib.contextmanager
 def service() -> Iterator[tuple[int, str]]:
-    """The miniature's, ready; its process id and address."""
+    """Run a ready service of the miniature; yields its process ID and address."""
     command = [sys.executable, "-m", "reward_service", "serve", "--port", "0", "--set", "threads=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
@@ -228,18 +231,20 @@ def service() -> Iterator[tuple[int, str]]:
         running.communicate()
 
 
-async def soak(minutes: float, load: float, seed_truth: Truth, errands: Sequence[Errand]) -> Findings:
-    """A whole run."""
+async def soak(
+    minutes: float, load: float, expected: ExpectedScores, requests: Sequence[PreparedRequest]
+) -> Findings:
+    """Run the whole test."""
     found = Findings(minutes, load, f"{platform.machine()}, {os.cpu_count()} cores")
     with service() as (pid, url):
-        limits = httpx.Limits(max_connections=LATEST, max_keepalive_connections=64)
+        limits = httpx.Limits(max_connections=MAX_OPEN, max_keepalive_connections=64)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-            run = Soak(client, seed_truth, errands)
+            run = Soak(client, expected, requests)
             await run.capacity()  # warms caches, allocators and connections
             found.capacity_pairs_s = await run.capacity()
             found.offered_pairs_s = load * found.capacity_pairs_s
             before, run.statuses = run.pairs, Counter()
-            # Stretches of a minute in a long run, twenty in a short one.
+            # Windows of a minute in a long run, twenty windows in a short one.
             watch = asyncio.create_task(run.watch(pid, found, min(60.0, 60 * minutes / _PARTS)))
             await run.arrivals(found.offered_pairs_s, 60 * minutes)
             watch.cancel()
@@ -249,7 +254,7 @@ async def soak(minutes: float, load: float, seed_truth: Truth, errands: Sequence
 
 
 def report(found: Findings) -> str:
-    """As Markdown."""
+    """Return the findings as Markdown."""
     thin = found.windows[:: max(1, len(found.windows) // _PARTS)]
     rows = [
         f"| {at:.0f} | {mb:.1f} | {speed:.0f} | {p50:.1f} | {p99:.1f} |" for at, mb, speed, p50, p99 in thin
@@ -258,14 +263,14 @@ def report(found: Findings) -> str:
         "# Soak",
         "",
         f"`python -m tests.support.faults.soak --minutes {found.minutes:g} --load {found.load:g}`",
-        f"on {found.machine}, callers and service together; the miniature, mixed requests of 1 to 32 pairs.",
+        f"on {found.machine}, clients and service together; the miniature, mixed requests of 1 to 32 pairs.",
         "",
         "| | |",
         "|---|---|",
-        f"| verdict | {'in order' if found.in_order else 'NOT in order'} |",
+        f"| verdict | {'passed' if found.passed else 'FAILED'} |",
         f"| capacity, pairs/s | {found.capacity_pairs_s:.0f} |",
         f"| offered, pairs/s | {found.offered_pairs_s:.0f} |",
-        f"| answers by status | {', '.join(f'{key}: {count:,}' for key, count in found.answers.items())} |",
+        f"| responses by status | {', '.join(f'{key}: {count:,}' for key, count in found.answers.items())} |",
         f"| pairs compared with the engine's own scores | {found.pairs:,} |",
         f"| of them wrong | {len(found.wrong)} |",
         f"| memory slope, MB/h | {found.slope_mb_h:+.1f} |",
@@ -280,22 +285,22 @@ def report(found: Findings) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--out", type=Path, help="a .json file; the report goes beside it as .md")
     options = parser.parse_args()
-    pairs, errands = known()
-    truth = Truth.of(build_engine(load_config(overrides=["threads=1"])), pairs)
-    found = asyncio.run(soak(options.minutes, options.load, truth, errands))
+    pairs, requests = known()
+    expected = ExpectedScores.of(build_engine(load_config(overrides=["threads=1"])), pairs)
+    found = asyncio.run(soak(options.minutes, options.load, expected, requests))
     print(report(found))
     print("\n".join(found.wrong[:20]), file=sys.stderr)
     if options.out:
         numbers = asdict(found) | {"slope_mb_h": found.slope_mb_h, "drift_percent": found.drift_percent}
         options.out.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
         options.out.with_suffix(".md").write_text(report(found))
-    sys.exit(0 if found.in_order else 1)
+    sys.exit(0 if found.passed else 1)
 
 
 if __name__ == "__main__":

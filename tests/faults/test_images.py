@@ -1,4 +1,4 @@
-"""Images that are none, or far too much of one: 422 with the item's index, in little memory."""
+"""Invalid and oversized images: 422 with the item's index, in little memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.conftest import Service
+from tests.faults.conftest import RunningService
 from tests.support.faults.bystander import Bystander, undisturbed
-from tests.support.faults.calling import OK, Told, encoded, post, request_of, sample_image, told
+from tests.support.faults.requests import OK, Outcome, encoded, outcome, post, request_of, sample_image
 
 NOT_ONE, LARGE = (422, "not_an_image"), (422, "image_too_large")
 LONG, SHAPE, SCHEMA = (422, "image_too_long"), (422, "bad_shape"), (422, "invalid_request")
 FORMATS = ("PNG", "JPEG", "WEBP")
-#: What refusing an image may cost, whatever it would become.
+#: Memory that rejecting an image may take, whatever its decoded size.
 MEMORY_BYTES = 64 * 2**20
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bystander(running: Service, truth: Any) -> Iterator[Bystander]:
-    """One for all of them: they take milliseconds each."""
-    with undisturbed(running.url, truth) as one:
+def bystander(running: RunningService, expected_scores: Any) -> Iterator[Bystander]:
+    """One client for all tests, which take milliseconds each."""
+    with undisturbed(running.url, expected_scores) as one:
         yield one
 
 
@@ -43,12 +43,12 @@ def png(width: int, height: int, rows: bytes, depth: int = 1, more: bytes = b"")
 
 
 def square_png(side: int) -> bytes:
-    """One bit a pixel, all black: a small file."""
+    """Return a black PNG with one bit a pixel, which is a small file."""
     return png(side, side, bytes(side * (1 + (side + 7) // 8)))
 
 
 def jpeg_of(width: int, height: int) -> bytes:
-    """A small JPEG whose header tells another size."""
+    """Return a small JPEG whose header states another size."""
     data = bytearray(sample_image("JPEG"))
     at = re.search(rb"\xff\xc0..\x08", data, re.DOTALL)
     assert at
@@ -79,7 +79,7 @@ def exif(orientation: int) -> bytes:
     return sample_image("JPEG", exif=found.tobytes())
 
 
-BOMBS: dict[str, tuple[Callable[[], bytes], Told]] = {
+BOMBS: dict[str, tuple[Callable[[], bytes], Outcome]] = {
     "a PNG of 169 megapixels": (lambda: square_png(13_000), LARGE),
     "a PNG of 2 gigapixels": (lambda: png(2**31 - 1, 1, b"\0"), LARGE),
     "a PNG of 2^62 pixels": (lambda: png(2**31 - 1, 2**31 - 1, b"\0"), LARGE),
@@ -106,25 +106,25 @@ BOMBS: dict[str, tuple[Callable[[], bytes], Told]] = {
 
 
 def peak_bytes() -> int:
-    """The process's largest resident memory since it was last forgotten."""
+    """Return the largest resident memory of this process since the last reset."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_decoder_bomb(service: Service, name: str) -> None:
-    """Refused by its header, or decoded as far as is needed; never blown up."""
+def test_decoder_bomb(service: RunningService, name: str) -> None:
+    """It is rejected by its header, or decoded as far as needed; never expanded."""
     make, expected = BOMBS[name]
     body = request_of("x", image=encoded(make()))
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
-    answer = post(service.url, body)
-    assert told(answer) == expected
+    response = post(service.url, body)
+    assert outcome(response) == expected
     assert peak_bytes() - before < MEMORY_BYTES
 
 
-ODD: dict[str, tuple[bytes, Told]] = {
+ODD: dict[str, tuple[bytes, Outcome]] = {
     "nothing": (b"", NOT_ONE),
     "text": (b"hello", NOT_ONE),
     "GIF": (sample_image("GIF"), NOT_ONE),
@@ -143,28 +143,28 @@ ODD: dict[str, tuple[bytes, Told]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_no_image(service: Service, name: str) -> None:
-    """Told apart by its first bytes, whatever it is called."""
+def test_unsupported_image_format(service: RunningService, name: str) -> None:
+    """The format is detected by the first bytes, whatever the name says."""
     data, expected = ODD[name]
-    assert told(post(service.url, request_of("x", image=encoded(data)))) == expected
+    assert outcome(post(service.url, request_of("x", image=encoded(data)))) == expected
     if expected == OK and name.startswith("a JPEG called"):
         called = encoded(data) | {"format": "png"}
-        assert told(post(service.url, request_of("x", image=called))) == NOT_ONE
+        assert outcome(post(service.url, request_of("x", image=called))) == NOT_ONE
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_truncated_image(service: Service, form: str) -> None:
-    """Cut anywhere, it is refused whole: half an image has no score."""
+def test_truncated_image(service: RunningService, form: str) -> None:
+    """Cut anywhere, it is rejected: half an image has no score."""
     data = sample_image(form)
     for cut in sorted({1, 4, 11, 20, len(data) // 3, len(data) // 2, len(data) - 20, len(data) - 3}):
-        answer = post(service.url, request_of("x", image=encoded(data[:cut])))
-        assert (cut, told(answer)) == (cut, NOT_ONE)
-        assert answer.json()["errors"][0]["index"] == 0
+        response = post(service.url, request_of("x", image=encoded(data[:cut])))
+        assert (cut, outcome(response)) == (cut, NOT_ONE)
+        assert response.json()["errors"][0]["index"] == 0
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_corrupted_image(service: Service, form: str) -> None:
-    """Refused or decoded, if it still can be; never a fault of ours."""
+def test_corrupted_image(service: RunningService, form: str) -> None:
+    """It is rejected, or decoded if that is possible; never a server error."""
     rng = np.random.default_rng(2)
     data = sample_image(form)
     statuses = set()
@@ -177,7 +177,7 @@ def test_a_corrupted_image(service: Service, form: str) -> None:
     assert 422 in statuses
 
 
-RAW: dict[str, tuple[list[Any] | None, Told]] = {
+RAW: dict[str, tuple[list[Any] | None, Outcome]] = {
     "right": ([1, 1, 3], OK),
     "no shape": (None, SHAPE),
     "more than came": ([2, 1, 3], SHAPE),
@@ -197,17 +197,17 @@ RAW: dict[str, tuple[list[Any] | None, Told]] = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_raw_pixels_of_odd_shapes(service: Service, name: str) -> None:
-    """A shape is checked before anything is allocated for it."""
+def test_raw_pixels_of_invalid_shape(service: RunningService, name: str) -> None:
+    """The shape is checked before memory is allocated for it."""
     shape, expected = RAW[name]
     image = {"data": "AAAA", "format": "raw", "shape": shape}
-    assert told(post(service.url, request_of("x", image=image))) == expected
+    assert outcome(post(service.url, request_of("x", image=image))) == expected
 
 
-def test_one_bad_image_of_many(service: Service) -> None:
-    """All that are wrong are named, ten at most, and the request is refused whole."""
+def test_invalid_images_of_many(service: RunningService) -> None:
+    """The problem names the invalid items, ten at most, and the whole request is rejected."""
     good, bad = encoded(sample_image()), encoded(b"no image")
     items = [{"prompt": "x", "image": bad if index % 3 == 1 else good} for index in range(40)]
-    answer = post(service.url, json.dumps({"items": items}).encode())
-    assert told(answer) == NOT_ONE
-    assert [error["index"] for error in answer.json()["errors"]] == list(range(1, 30, 3))
+    response = post(service.url, json.dumps({"items": items}).encode())
+    assert outcome(response) == NOT_ONE
+    assert [error["index"] for error in response.json()["errors"]] == list(range(1, 30, 3))
