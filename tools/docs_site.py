@@ -116,8 +116,14 @@ def _setting(prefix: str, name: str, model: type[BaseModel], field: FieldInfo, d
         key=prefix + name,
         kind=_cell(_kind(schema["properties"][name], schema.get("$defs", {}))),
         default="**required**" if field.is_required() else _cell(f"`{_shown(default)}`"),
-        meaning=_cell(field.description or _attributes(model).get(name) or _comments(model).get(name, "")),
+        meaning=_cell(_meaning(name, model, field)),
     )
+
+
+def _meaning(name: str, model: type[BaseModel], field: FieldInfo) -> str:
+    """Return a field's description in the words of a configuration file, which has null for None."""
+    text = field.description or _attributes(model).get(name) or _comments(model).get(name, "")
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import click
 import pytest
 import typer.main
 
@@ -26,6 +25,7 @@ PACKAGES = "reward_service|trainer|miniature|benchmarks|tests|tools"
 FOLDERS = f"{PACKAGES}|configs|deploy|docs|notebooks|prompts|requirements"
 FILE = re.compile(rf"`((?:{FOLDERS})/[\w./+-]*)`")
 DOTTED = re.compile(rf"(?:`|-m |^::: )((?:{PACKAGES})(?:\.\w+)+)", re.MULTILINE)
+MEMBERS = re.compile(r"^::: ([\w.]+)\n(?:    .*\n)*?      members: \[(.*)\]", re.MULTILINE)
 #: Old words for image, reward service and trainer; the wire type, options and captions keep theirs.
 OLD_WORDS = re.compile(r"\b(judges?|learners?|pictures?)\b", re.IGNORECASE)
 KEPT = re.compile(r"--judge|`judge`|name: judge|pictures=|Picture\]|\| a picture of")
@@ -48,7 +48,7 @@ def parse(program: str, arguments: list[str]) -> None:
         click.UsageError: an unknown command or option, or a missing argument
     """
     command, name = PROGRAMS[program], program
-    while isinstance(command, click.Group) or hasattr(command, "commands"):
+    while hasattr(command, "commands"):
         name = arguments.pop(0)
         found = command.commands.get(name)
         assert found is not None, f"{program} has no command {name}"
@@ -99,6 +99,8 @@ def test_files_and_modules_of_the_documentation_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     missing = [name for name in FILE.findall(text) if not (ROOT / name).exists() and "NAME" not in name]
     missing += [name for name in DOTTED.findall(text) if not exists(name)]
+    for module, members in MEMBERS.findall(text):
+        missing += [f"{module}.{name}" for name in members.split(", ") if not exists(f"{module}.{name}")]
     assert not missing
 
 
