@@ -15,7 +15,6 @@ from miniature.build import Build, write_evaluators, write_generator, write_prob
 from reward_service.config import load_config
 from reward_service.engine.types import ModelError
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
-from trainer.cli.main import USAGE_ERROR
 from trainer.config import load_trainer_config
 
 HOME = Path(__file__).parent
@@ -126,8 +125,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except USAGE_ERROR as error:
-        _leave(error.format_message())  # type: ignore[attr-defined]
+    except typer.TyperException as error:
+        _leave(error.format_message())
     except (ConfigError, ModelError) as error:
         _leave(str(error))
     except OSError as error:
