@@ -35,8 +35,9 @@ from reward_service.calibrate.score_log import (
 from reward_service.calibrate.statistics import RESAMPLES
 from reward_service.calibrate.tables import Json, StdKind, build_table
 from reward_service.config import ServiceConfig
+from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
-from reward_service.engine.types import ModelError, Pair, ScoringError
+from reward_service.engine.types import ModelError, Pair, PairScores, ScoringError
 from reward_service.files import write_atomically
 from reward_service.images import ImageError, Pixels, decode
 from reward_service.settings import ConfigError
@@ -233,23 +234,18 @@ def score_images(
         unscored = _unscored(writer, images, folder, pairs_only)
         bar.update(len(images) - len(unscored))
         for batch in _decoded_batches(unscored, read, config.decode_threads, config.batch_pairs):
-            pairs = [Pair(image.prompt, pixels) for image, pixels in batch]
-            try:
-                results = engine.score(pairs, names, deterministic=deterministic)
-            except ScoringError as error:
-                first, last = batch[0][0], batch[-1][0]
-                raise ConfigError(f"{first.image} to {last.image}: {error}; check the weights") from None
+            results = _score_batch(engine, names, batch, deterministic=deterministic)
             writer.append(
                 ScoredImage(
                     image=image.image,
                     prompt=image.prompt,
                     group=image.group,
-                    raw=tuple(scores.raw[name] for name in names),
-                    truncated=scores.truncated_prompt,
+                    raw=tuple(result.raw[name] for name in names),
+                    truncated=result.truncated_prompt,
                     stamp=file_stamp(folder / image.image),
                     pairs_only=image.key in pairs_only,
                 )
-                for (image, _), scores in zip(batch, results, strict=True)
+                for (image, _), result in zip(batch, results, strict=True)
             )
             bar.update(len(batch))
     return writer.scores
@@ -287,6 +283,21 @@ def _decoded_batches(
                 yield [(image, pixels.result()) for image, pixels in batch]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _score_batch(
+    engine: RewardEngine,
+    names: Sequence[str],
+    batch: Sequence[tuple[ListedImage, Pixels]],
+    *,
+    deterministic: bool,
+) -> list[PairScores]:
+    pairs = [Pair(image.prompt, pixels) for image, pixels in batch]
+    try:
+        return engine.score(pairs, names, deterministic=deterministic)
+    except ScoringError as error:
+        first, last = batch[0][0], batch[-1][0]
+        raise ConfigError(f"{first.image} to {last.image}: {error}; check the weights") from None
 
 
 def _read_image(path: Path, config: ServiceConfig, origin: str) -> Pixels:

@@ -128,8 +128,8 @@ def resampled_counts(prompts: int, seed: int, resamples: int, width: int | None 
     chunk = max(1, min(resamples, _CHUNK_ENTRIES // max(prompts, width or 0, 1)))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        drawn = rng.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
-        flat = np.bincount(drawn.ravel(), minlength=size * prompts)
+        sampled = rng.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
+        flat = np.bincount(sampled.ravel(), minlength=size * prompts)
         yield flat.reshape(size, prompts).astype(np.float64)
 
 

@@ -136,7 +136,7 @@ def calibrate(
     scores: Annotated[
         list[Path],
         typer.Option(
-            help="With --images: the score log to continue. Without: score logs to merge; repeatable."
+            help="With --images: the score file to continue. Without: score files to merge; repeatable."
         ),
     ] = [],  # noqa: B006 - typer needs a list, and nothing changes it
     form: Annotated[
@@ -154,7 +154,10 @@ def calibrate(
     config: ConfigOption = DEFAULT_CONFIG,
     settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
 ) -> None:
-    """Make a calibration table from your own images: mean, deviations, intervals, correlations."""
+    """Make a calibration table from your own images.
+
+    It has means, deviations, their intervals and correlations.
+    """
     from reward_service.calibrate.run import CalibrationRequest
     from reward_service.calibrate.run import calibrate as run
     from reward_service.calibrate.tables import print_table
@@ -183,7 +186,10 @@ def evaluators(
     settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """List the configured evaluators with fingerprints; runs no model and downloads no file."""
+    """List the configured evaluators with fingerprints.
+
+    Runs no model and downloads no file.
+    """
     from reward_service.cli.models import list_evaluators, print_evaluators
 
     print_evaluators(list_evaluators(load_config(config, settings), _print_stderr), as_json=as_json)
@@ -195,7 +201,7 @@ def download(
     settings: SetOption = [],  # noqa: B006 - typer needs a list, and nothing changes it
     everything: Annotated[bool, typer.Option("--all", help="Include disabled evaluators.")] = False,
 ) -> None:
-    """Download all files of the configured evaluators ahead of time and verify their hashes."""
+    """Download and verify all files of the configured evaluators."""
     from reward_service.cli.models import download_models
 
     loaded = load_config(config, settings)
@@ -214,7 +220,7 @@ def canary(
         Path | None, typer.Option(help="File to write; by default that of the setting `canary`.")
     ] = None,
 ) -> None:
-    """Score the canary pair and compare the scores with its golden scores, or write new golden scores."""
+    """Compare the canary's scores with its golden scores, or write new ones."""
     from reward_service.cli.models import compare_canary, write_golden_scores
 
     loaded = load_config(config, settings)
@@ -248,7 +254,10 @@ def new(
     ] = None,
     file: Annotated[Path, typer.Option(help="File to append the key's hash to.")] = KEYS_FILE,
 ) -> None:
-    """Create an API key, print it once, and append its hash to a file for the setting `auth.keys`."""
+    """Create an API key.
+
+    It is printed once; its hash is appended to a file for the setting `auth.keys`.
+    """
     from reward_service.scoring.auth import new_key
 
     key, count = new_key(file, name, weight, [permission.value for permission in may] if may else None)
@@ -263,7 +272,10 @@ def remove(
     name: Annotated[str, typer.Argument(help="Name of the client.")],
     file: Annotated[Path, typer.Option(help="File to remove the keys from.")] = KEYS_FILE,
 ) -> None:
-    """Remove all API keys of a client from a file; a running service then rejects them."""
+    """Remove all API keys of a client.
+
+    A running service that uses the file then rejects them.
+    """
     from reward_service.scoring.auth import remove_keys
 
     count = remove_keys(file, name)

@@ -57,7 +57,9 @@ class OfflineReport:
     provenance: str
 
 
-def score_files(config: ServiceConfig, request: OfflineRequest, progress: Callable[[str], None]) -> OfflineReport:
+def score_files(
+    config: ServiceConfig, request: OfflineRequest, progress: Callable[[str], None]
+) -> OfflineReport:
     """Score image files as the service would.
 
     Raises:

@@ -288,7 +288,7 @@ class ClientCore(ABC, Generic[Transport]):
             raise self._protocol_error(str(error)) from None
 
     def _must_wait(self, health: Health, timeout_s: float, end: float) -> bool:
-        """Return whether `wait_until_ready` must go on, until the monotonic time `end`.
+        """Return whether `wait_until_ready` must continue, until the monotonic time `end`.
 
         Raises:
             NotReadyError: the service has failed, or the time is over

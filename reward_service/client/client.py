@@ -159,7 +159,7 @@ class RewardClient(ClientCore[httpx.BaseTransport]):
             return self._parse_scores(self._send(self._score_request(chunk, call.deadline)), chunk, call)
 
         budget_s = self._budget_s(call.deadline)
-        # Waits for the event instead of sleeping: a call that failed elsewhere does not go on here.
+        # Waits for the event instead of sleeping: a call that failed on another thread ends here too.
         sleep: Any = self._sleep or stop.wait
         try:
             return tenacity.Retrying(sleep=sleep, **self._retry_policy(budget_s))(attempt)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from reward_service.client.errors import InputError
-from reward_service.images import Pixels, flatten, sniff
+from reward_service.images import Pixels, detect_format, to_rgb
 from reward_service.protocol import (
     MAX_BODY_BYTES,
     MAX_PROMPT_CHARS,
@@ -333,10 +333,10 @@ def _encode_path(path: Path) -> Picture:
 
 
 def _encode_file(data: bytes, name: str) -> Picture:
-    image_format = sniff(data)
+    image_format = detect_format(data)
     if image_format is None:
         raise InputError(f"{name}: not a PNG, JPEG or WebP image; convert it to one of these")
-    return Picture(data, image_format)  # type: ignore[arg-type]  # sniff names only formats of the protocol
+    return Picture(data, image_format)  # type: ignore[arg-type]  # detect_format names only formats of the protocol
 
 
 def _encode_pixels(pixels: Pixels, encoding: Encoding) -> Picture:
@@ -361,7 +361,7 @@ def _check_size(height: int, width: int, encoding: Encoding) -> None:
 
 def _pillow_pixels(image: Image.Image) -> Pixels:
     try:
-        return flatten(image)
+        return to_rgb(image)
     except (OSError, SyntaxError) as error:  # Pillow reads the pixels of an opened file only now
         raise InputError(f"the image cannot be read ({error}); open a complete file") from None
 

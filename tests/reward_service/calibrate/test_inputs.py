@@ -56,7 +56,7 @@ def test_preferences_may_have_weights(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "columns": ("a.csv", "picture,text\na,x\n", "no column image and prompt"),
+    "columns": ("a.csv", "file,text\na,x\n", "no column image and prompt"),
     "empty file": ("a.csv", "", "no column image"),
     "no rows": ("a.csv", "image,prompt\n", "no rows"),
     "empty prompt": ("a.csv", "image,prompt\na,x\nb,\n", "line 3: prompt is empty"),

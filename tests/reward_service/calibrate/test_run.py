@@ -45,8 +45,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, preferences = [], []
     for k in range(EACH):
         blur, fade, noise = world.sample_quality(PROMPTS, rng)
-        drawn = scenes.replace(blur_px=0.5 * k + 0 * blur, fade=fade, noise=noise)
-        for p, image in enumerate(as_uint8(world.draw(drawn, rng))):
+        varied = scenes.replace(blur_px=0.5 * k + 0 * blur, fade=fade, noise=noise)
+        for p, image in enumerate(as_uint8(world.draw(varied, rng))):
             Image.fromarray(image).save(folder / f"{p}-{k}.png")
             rows.append((f"{p}-{k}.png", captions[p]))
             # One preference in four is reversed, so that a finite scale exists.

@@ -27,14 +27,22 @@ from reward_service.client import (
 )
 from reward_service.images import decode
 from reward_service.protocol import MSGPACK, Health, ScoreRequest, ScoreResponse, decode_request
-from tests.support.service.fake_service import PIXELS, URL, Service, answer, client, problem, response_to
+from tests.support.service.fake_service import (
+    PIXELS,
+    URL,
+    FakeService,
+    encoded_response,
+    make_client,
+    problem_response,
+    score_response,
+)
 
 
 def test_scores_are_returned_in_request_order() -> None:
     """Each pair gets the score of its own image; API key and client ID are sent as headers."""
-    service = Service()
+    service = FakeService()
     images = [PIXELS, PIXELS[:1], PIXELS[:2]]
-    with client(service, api_key="secret", client_id="run-1") as reward_client:
+    with make_client(service, api_key="secret", client_id="run-1") as reward_client:
         response = reward_client.score(["a", "b", "c"], images, evaluators=["clip"], normalization="z")
     assert [r.scores["clip"].raw for r in response.results] == [float(image.sum()) for image in images]
     assert service.headers[0]["authorization"] == "Bearer secret"
@@ -59,8 +67,8 @@ def test_every_image_type_is_sent_unchanged(tmp_path: Path) -> None:
         str(path),
         path.read_bytes(),
     ]
-    service = Service()
-    client(service).score(["x"] * len(kinds), kinds)
+    service = FakeService()
+    make_client(service).score(["x"] * len(kinds), kinds)
     for item in service.requests[0].items:
         sent = decode(item.image.data, item.image.format, item.image.shape)
         np.testing.assert_array_equal(sent.rgb, PIXELS)
@@ -73,10 +81,14 @@ def test_problems_carry_the_index_in_the_whole_batch() -> None:
 
     def reject_the_second(request: httpx.Request) -> httpx.Response:
         body = decode_request(request.content, MSGPACK)
-        return answer(response_to(body)) if len(body.items) > 6 else problem(422, retryable=False)
+        return (
+            encoded_response(score_response(body))
+            if len(body.items) > 6
+            else problem_response(422, retryable=False)
+        )
 
     with pytest.raises(RejectedError, match=r"pair 1027: the reason") as caught:
-        client(reject_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
+        make_client(reject_the_second, chunk_pairs=1024).score(["x"] * len(images), images)
     assert caught.value.problem is not None
     assert caught.value.problem.errors[0].index == 1027
 
@@ -84,17 +96,17 @@ def test_problems_carry_the_index_in_the_whole_batch() -> None:
 @pytest.mark.parametrize("prompt", ["\ud800", object(), None, 3, b"bytes"])
 def test_prompts_that_cannot_be_encoded_raise_an_input_error(prompt: Any) -> None:
     """The codec's own exception is not exposed, and nothing is sent."""
-    service = Service()
+    service = FakeService()
     with pytest.raises(InputError, match="prompt 0 cannot be sent"):
-        client(service).score([prompt], [PIXELS])
+        make_client(service).score([prompt], [PIXELS])
     assert service.requests == []
 
 
 def test_a_batch_may_be_one_array_or_tensor() -> None:
     """N images in one array are split along the first axis."""
-    service = Service()
-    client(service).score(["x"] * 3, np.stack([PIXELS] * 3))
-    client(service).score(["x"] * 2, torch.zeros(2, 3, 4, 5))
+    service = FakeService()
+    make_client(service).score(["x"] * 3, np.stack([PIXELS] * 3))
+    make_client(service).score(["x"] * 2, torch.zeros(2, 3, 4, 5))
     assert [len(request.items) for request in service.requests] == [3, 2]
 
 
@@ -115,9 +127,9 @@ def test_a_batch_may_be_one_array_or_tensor() -> None:
 )
 def test_invalid_images_are_refused(image: Any, message: str) -> None:
     """The error names the index and the cause, and nothing is sent."""
-    service = Service()
+    service = FakeService()
     with pytest.raises(InputError, match=f"image 1: .*{message}"):
-        client(service).score(["a", "b"], [PIXELS, image])
+        make_client(service).score(["a", "b"], [PIXELS, image])
     assert service.requests == []
 
 
@@ -134,13 +146,13 @@ def test_invalid_images_are_refused(image: Any, message: str) -> None:
 def test_invalid_batches_are_refused(prompts: Any, images: Any, message: str) -> None:
     """Mistakes that would score the wrong pairs are reported before anything is sent."""
     with pytest.raises(InputError, match=message):
-        client(Service()).score(prompts, images)
+        make_client(FakeService()).score(prompts, images)
 
 
 def test_large_batches_are_split_and_merged() -> None:
     """Chunks are limited by count and by bytes; results are numbered as in one request."""
-    service = Service()
-    reward_client = client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
+    service = FakeService()
+    reward_client = make_client(service, chunk_pairs=4, chunk_bytes=3 * (PIXELS.nbytes + 68), in_flight=1)
     response = reward_client.score(["x"] * 8, [PIXELS] * 3 + [PIXELS[:1]] * 5)
     assert [len(request.items) for request in service.requests] == [3, 4, 1]
     assert [result.index for result in response.results] == list(range(8))
@@ -152,17 +164,19 @@ def test_evaluators_that_change_between_chunks_raise_an_error() -> None:
     prints = iter("ab")
 
     def handler(request: httpx.Request) -> httpx.Response:
-        return answer(response_to(decode_request(request.content, MSGPACK), next(prints)))
+        return encoded_response(score_response(decode_request(request.content, MSGPACK), next(prints)))
 
     with pytest.raises(IdentityChangedError, match="clip has another fingerprint"):
-        client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
+        make_client(handler, chunk_pairs=1).score(["x", "y"], [PIXELS] * 2)
 
 
 def test_retryable_failures_are_retried() -> None:
     """429, 503, 504 and a refused connection are retried until the scores arrive."""
-    service = Service(problem(429), problem(503), problem(504), httpx.ConnectError("refused"))
+    service = FakeService(
+        problem_response(429), problem_response(503), problem_response(504), httpx.ConnectError("refused")
+    )
     pauses: list[float] = []
-    assert len(client(service, pauses).score(["x"], [PIXELS]).results) == 1
+    assert len(make_client(service, pauses).score(["x"], [PIXELS]).results) == 1
     assert len(service.requests) == 5
     assert len(pauses) == 4
 
@@ -170,8 +184,8 @@ def test_retryable_failures_are_retried() -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_proxy_errors_without_a_problem_are_retried(status: int) -> None:
     """A proxy in front of the service responds without problem details if the service does not respond."""
-    service = Service(httpx.Response(status, text="Internal Server Error"))
-    assert len(client(service, []).score(["x"], [PIXELS]).results) == 1
+    service = FakeService(httpx.Response(status, text="Internal Server Error"))
+    assert len(make_client(service, []).score(["x"], [PIXELS]).results) == 1
     assert len(service.requests) == 2
 
 
@@ -180,7 +194,7 @@ def test_retry_after_is_honoured() -> None:
     found = []
     for _ in range(8):
         pauses: list[float] = []
-        client(Service(problem(503, retry_after="7")), pauses).score(["x"], [PIXELS])
+        make_client(FakeService(problem_response(503, retry_after="7")), pauses).score(["x"], [PIXELS])
         found += pauses
     assert min(found) >= 7.0
     assert len(set(found)) > 1
@@ -188,18 +202,18 @@ def test_retry_after_is_honoured() -> None:
 
 def test_retries_end_when_the_budget_is_spent() -> None:
     """The budget is in seconds, not in attempts; the error repeats the service's problem."""
-    service = Service(*[problem(503, retry_after="40")] * 9)
+    service = FakeService(*[problem_response(503, retry_after="40")] * 9)
     with pytest.raises(OverloadedError, match="503 queue_full: pair 3: the reason"):
-        client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
+        make_client(service, [], retry_budget_s=30.0).score(["x"], [PIXELS])
     assert len(service.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 415, 422, 500])
 def test_other_failures_are_not_retried(status: int) -> None:
     """A rejected request fails at once, and the error holds the problem."""
-    service = Service(problem(status, "some_code", retryable=False))
+    service = FakeService(problem_response(status, "some_code", retryable=False))
     with pytest.raises(RejectedError) as caught:
-        client(service).score(["x"], [PIXELS])
+        make_client(service).score(["x"], [PIXELS])
     assert (caught.value.status, len(service.requests)) == (status, 1)
     assert caught.value.problem is not None
     assert caught.value.problem.errors[0].index == 3
@@ -207,11 +221,11 @@ def test_other_failures_are_not_retried(status: int) -> None:
 
 def test_an_unreachable_service_is_reported_with_a_remedy() -> None:
     """The error gives address, cause and remedy in one line."""
-    service = Service(*[httpx.ConnectError("connection refused")] * 2)
+    service = FakeService(*[httpx.ConnectError("connection refused")] * 2)
     with pytest.raises(
         UnreachableError, match=r"http://judge\.invalid \(connection refused\); start it"
     ) as error:
-        client(service, retry_budget_s=0.0).score(["x"], [PIXELS])
+        make_client(service, retry_budget_s=0.0).score(["x"], [PIXELS])
     assert "\n" not in str(error.value)
 
 
@@ -219,35 +233,35 @@ def test_an_unreachable_service_is_reported_with_a_remedy() -> None:
     "response",
     [
         httpx.Response(200, text="<html>hello</html>"),
-        answer(response_to(ScoreRequest([]))),
-        answer(
-            response_to(
+        encoded_response(score_response(ScoreRequest([]))),
+        encoded_response(
+            score_response(
                 decode_request(b'{"items":[{"prompt":"x","image":{"data":""}}]}', "application/json"),
                 raw=float("nan"),
             )
         ),
-        answer({"id": "x"}),
+        encoded_response({"id": "x"}),
     ],
     ids=["html", "too few", "nan", "other json"],
 )
 def test_malformed_responses_raise_a_protocol_error(response: httpx.Response) -> None:
     """Missing results, numbers that are not finite, or another program's response are never scores."""
     with pytest.raises(ProtocolError, match="is not a reward service"):
-        client(Service(response)).score(["x"], [PIXELS])
+        make_client(FakeService(response)).score(["x"], [PIXELS])
 
 
 def test_a_missing_evaluator_raises_an_error() -> None:
     """A response without a requested score is a protocol error."""
     with pytest.raises(ProtocolError, match="missing"):
-        client(Service()).score(["x"], [PIXELS], evaluators=["clip", "hpsv2"])
+        make_client(FakeService()).score(["x"], [PIXELS], evaluators=["clip", "hpsv2"])
 
 
 def test_wait_until_ready_waits_through_loading() -> None:
     """The client polls through refused connections and loading, and stops early if loading failed."""
     states: list[Any] = [
         httpx.ConnectError("refused"),
-        answer(Health("loading", "models"), 503),
-        answer(Health("ready"), 200),
+        encoded_response(Health("loading", "models"), 503),
+        encoded_response(Health("ready"), 200),
     ]
 
     def handler(_: httpx.Request) -> httpx.Response:
@@ -257,17 +271,20 @@ def test_wait_until_ready_waits_through_loading() -> None:
         assert isinstance(state, httpx.Response)
         return state
 
-    client(handler).wait_until_ready(5.0)
+    make_client(handler).wait_until_ready(5.0)
     assert states == []
-    states += [answer(Health("failed", "no weights"), 503), answer(Health("loading"), 503)]
+    states += [
+        encoded_response(Health("failed", "no weights"), 503),
+        encoded_response(Health("loading"), 503),
+    ]
     with pytest.raises(NotReadyError, match="failed: no weights"):
-        client(handler).wait_until_ready(60.0)
-    assert client(handler).ready() is False
+        make_client(handler).wait_until_ready(60.0)
+    assert make_client(handler).ready() is False
 
 
 def test_the_asynchronous_client_retries_and_scores() -> None:
     """Retries and scores are those of the synchronous client."""
-    service = Service(problem(503))
+    service = FakeService(problem_response(503))
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -297,14 +314,17 @@ def test_a_reward_without_its_scores_is_refused() -> None:
     """A reward is accepted only together with the scores of the evaluators named."""
 
     def bare(request: httpx.Request) -> httpx.Response:
-        full = response_to(decode_request(request.content, MSGPACK))
+        full = score_response(decode_request(request.content, MSGPACK))
         results = [msgspec.structs.replace(result, scores={}) for result in full.results]
-        return answer(msgspec.structs.replace(full, results=results, evaluators={}))
+        return encoded_response(msgspec.structs.replace(full, results=results, evaluators={}))
 
     def other(request: httpx.Request) -> httpx.Response:
-        full = response_to(decode_request(request.content, MSGPACK))
-        return answer(msgspec.structs.replace(full, evaluators={"hpsv2": full.evaluators["clip"]}))
+        full = score_response(decode_request(request.content, MSGPACK))
+        return encoded_response(msgspec.structs.replace(full, evaluators={"hpsv2": full.evaluators["clip"]}))
 
     for handler in (bare, other):
-        with pytest.raises(ProtocolError, match="not the scores"), client(handler) as service:
+        with (
+            pytest.raises(ProtocolError, match="not have exactly the scores"),
+            make_client(handler) as service,
+        ):
             service.score(["x"], [PIXELS])

@@ -36,12 +36,12 @@ from reward_service.protocol import (
 from tests.support.service.fake_service import (
     PIXELS,
     URL,
-    Service,
-    answer,
-    client,
-    listening,
-    problem,
-    response_to,
+    FakeService,
+    encoded_response,
+    http_server,
+    make_client,
+    problem_response,
+    score_response,
 )
 
 PAIR = (["x"], [PIXELS])
@@ -56,7 +56,7 @@ class RecordingService:
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.paths.append(request.url.path)
-        return answer(response_to(decode_request(request.content, MSGPACK)))
+        return encoded_response(score_response(decode_request(request.content, MSGPACK)))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ class RecordingService:
 def test_a_base_url_may_have_a_path(path: str, requested: str) -> None:
     """A path, as behind a proxy, is kept; a slash at its end changes nothing."""
     service = RecordingService()
-    with listening(service) as url, RewardClient(url + path) as reward_client:
+    with http_server(service) as url, RewardClient(url + path) as reward_client:
         reward_client.score(*PAIR)
     assert service.paths == [requested]
 
@@ -109,7 +109,7 @@ def test_loopback_addresses_ignore_the_proxy(monkeypatch: pytest.MonkeyPatch, pr
     monkeypatch.setenv("ALL_PROXY", proxy)
     monkeypatch.setenv("HTTP_PROXY", proxy)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with listening(RecordingService()) as url, RewardClient(url) as service:
+    with http_server(RecordingService()) as url, RewardClient(url) as service:
         assert len(service.score(*PAIR).results) == 1
     if proxy.startswith("socks"):
         with pytest.raises(InputError, match="invalid proxy configuration"):
@@ -119,7 +119,7 @@ def test_loopback_addresses_ignore_the_proxy(monkeypatch: pytest.MonkeyPatch, pr
 def test_a_forked_process_opens_its_own_connections() -> None:
     """The child neither writes to the parent's socket nor waits for its locks; both can score."""
     service = RecordingService()
-    with listening(service) as url, RewardClient(url) as reward_client:
+    with http_server(service) as url, RewardClient(url) as reward_client:
         reward_client.score(*PAIR)
         if (child := os.fork()) == 0:
             os._exit(0 if len(reward_client.score(*PAIR).results) == 1 else 1)
@@ -140,18 +140,18 @@ def test_a_forked_process_opens_its_own_connections() -> None:
 def test_another_program_at_the_address_is_reported(response: httpx.Response, error: Any) -> None:
     """Its pages are neither scores nor readiness; the error says to check the address."""
     with pytest.raises(error, match="check the address"):
-        client(lambda _: response).score(*PAIR)
-    assert client(lambda _: response).ready() is False
+        make_client(lambda _: response).score(*PAIR)
+    assert make_client(lambda _: response).ready() is False
     with pytest.raises(NotReadyError, match="not a reward service"):
-        client(lambda _: response).wait_until_ready(0)
+        make_client(lambda _: response).wait_until_ready(0)
     with pytest.raises(error, match="check the address"):
-        client(lambda _: response).identity()
+        make_client(lambda _: response).identity()
 
 
 def test_retries_keep_the_request_id() -> None:
     """Traces and log lines of one request share its ID; another request has another ID."""
-    service = Service(problem(503), httpx.ReadError("reset"))
-    client(service, chunk_pairs=1, in_flight=1).score(["x", "y"], [PIXELS] * 2)
+    service = FakeService(problem_response(503), httpx.ReadError("reset"))
+    make_client(service, chunk_pairs=1, in_flight=1).score(["x", "y"], [PIXELS] * 2)
     ids = [headers["x-request-id"] for headers in service.headers]
     assert len(ids) == 4
     assert ids[0] == ids[1] == ids[2] != ids[3]
@@ -174,33 +174,39 @@ def test_retry_after_may_be_a_date(date: Any, now: float | None, least: float, m
     if now is not None:
         headers["date"] = formatdate(time.time() + now, usegmt=True)
     pauses: list[float] = []
-    client(Service(httpx.Response(503, headers=headers)), pauses).score(*PAIR)
+    make_client(FakeService(httpx.Response(503, headers=headers)), pauses).score(*PAIR)
     assert least <= pauses[0] <= most
 
 
 def test_retryable_problems_are_retried_with_any_status() -> None:
     """The field `retryable` decides, not the status; a proxy's bare 502 is retried."""
-    service = Service(problem(408, "body_timeout"), problem(500, "odd", retryable=True), httpx.Response(502))
-    assert len(client(service).score(*PAIR).results) == 1
+    service = FakeService(
+        problem_response(408, "body_timeout"),
+        problem_response(500, "odd", retryable=True),
+        httpx.Response(502),
+    )
+    assert len(make_client(service).score(*PAIR).results) == 1
     with pytest.raises(RejectedError):
-        client(Service(problem(503, "odd", retryable=False))).score(*PAIR)
+        make_client(FakeService(problem_response(503, "odd", retryable=False))).score(*PAIR)
 
 
 def test_a_deadline_is_sent_and_kept() -> None:
     """Each attempt sends the remaining time; a wait that would outlast it is not started."""
-    service = Service(problem(503), httpx.Response(503, headers={"retry-after": "30"}))
+    service = FakeService(problem_response(503), httpx.Response(503, headers={"retry-after": "30"}))
     with pytest.raises(DeadlineError, match=r"too late: .*503"):
-        client(service, []).score(*PAIR, deadline_s=20)
+        make_client(service, []).score(*PAIR, deadline_s=20)
     left = [int(headers["x-deadline-ms"]) for headers in service.headers]
     assert 20_000 >= left[0] >= left[1] > 1000
-    client(service).score(*PAIR)
+    make_client(service).score(*PAIR)
     assert "x-deadline-ms" not in service.headers[-1]
 
 
 def test_a_deadline_missed_by_the_service_is_a_deadline_error() -> None:
     """The service's 504 raises the same error, also if the retry budget ended first."""
     with pytest.raises(DeadlineError, match="deadline_exceeded"):
-        client(Service(problem(504, "deadline_exceeded")), retry_budget_s=0).score(*PAIR, deadline_s=60)
+        make_client(FakeService(problem_response(504, "deadline_exceeded")), retry_budget_s=0).score(
+            *PAIR, deadline_s=60
+        )
 
 
 def test_a_deadline_covers_all_requests_of_a_call() -> None:
@@ -208,10 +214,10 @@ def test_a_deadline_covers_all_requests_of_a_call() -> None:
 
     def slow(request: httpx.Request) -> httpx.Response:
         time.sleep(0.15)
-        return answer(response_to(decode_request(request.content, MSGPACK)))
+        return encoded_response(score_response(decode_request(request.content, MSGPACK)))
 
     with pytest.raises(DeadlineError, match=r"within the 0\.4 s"):
-        client(slow, chunk_pairs=1, in_flight=1).score(["x"] * 9, [PIXELS] * 9, deadline_s=0.4)
+        make_client(slow, chunk_pairs=1, in_flight=1).score(["x"] * 9, [PIXELS] * 9, deadline_s=0.4)
 
 
 def respond_with_fingerprints(*prints: str) -> Any:
@@ -221,9 +227,9 @@ def respond_with_fingerprints(*prints: str) -> Any:
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/evaluators":
             it = EvaluatorDescription(left[0], "c", "formula", 0, 1, 1, provisional=False)
-            return answer(EvaluatorList({"clip": it}, "cpu", "float32"))
-        asked = decode_request(request.content, MSGPACK)
-        return answer(response_to(asked, left.pop(0) if len(left) > 1 else left[0]))
+            return encoded_response(EvaluatorList({"clip": it}, "cpu", "float32"))
+        body = decode_request(request.content, MSGPACK)
+        return encoded_response(score_response(body, left.pop(0) if len(left) > 1 else left[0]))
 
     return handler
 
@@ -234,7 +240,7 @@ def respond_with_fingerprints(*prints: str) -> Any:
 )
 def test_pinned_evaluators_that_change_raise_an_error(pin: Any) -> None:
     """A change between calls raises, again at every later call, so that scores are never mixed."""
-    service = client(respond_with_fingerprints("f", "f", "g"), pin=pin)
+    service = make_client(respond_with_fingerprints("f", "f", "g"), pin=pin)
     for _ in range(2):
         service.score(*PAIR)
     for _ in range(2):
@@ -250,8 +256,8 @@ def test_another_calibration_or_evaluator_is_a_change() -> None:
         ({"hpsv2": EvaluatorIdentity("h", "c")}, "clip was not pinned"),
     ):
         with pytest.raises(IdentityChangedError, match=message):
-            client(respond_with_fingerprints("f"), pin=known).score(*PAIR)
-    client(respond_with_fingerprints("f"), pin={**KNOWN, "hpsv2": KNOWN["clip"]}).score(
+            make_client(respond_with_fingerprints("f"), pin=known).score(*PAIR)
+    make_client(respond_with_fingerprints("f"), pin={**KNOWN, "hpsv2": KNOWN["clip"]}).score(
         *PAIR, evaluators=["clip"]
     )
 
@@ -265,9 +271,9 @@ def test_invalid_pins_are_refused(pin: Any) -> None:
 
 def test_an_identity_can_be_pinned() -> None:
     """The result of identity() is a valid pin, in both clients."""
-    identity = client(respond_with_fingerprints("f")).identity()
+    identity = make_client(respond_with_fingerprints("f")).identity()
     assert identity == KNOWN
-    client(respond_with_fingerprints("f"), pin=identity).score(*PAIR)
+    make_client(respond_with_fingerprints("f"), pin=identity).score(*PAIR)
 
     async def run() -> None:
         transport = httpx.MockTransport(respond_with_fingerprints("g"))
@@ -280,27 +286,27 @@ def test_an_identity_can_be_pinned() -> None:
 
 
 def partial(request: httpx.Request) -> httpx.Response:
-    asked = decode_request(request.content, MSGPACK)
-    response = msgspec.structs.replace(response_to(asked), failed={"hpsv2": "evaluator_down"})
-    if asked.items[0].prompt == "whole":
-        return answer(response_to(asked))
+    body = decode_request(request.content, MSGPACK)
+    response = msgspec.structs.replace(score_response(body), failed={"hpsv2": "evaluator_down"})
+    if body.items[0].prompt == "whole":
+        return encoded_response(score_response(body))
     results = [msgspec.structs.replace(result, reward=None) for result in response.results]
-    return answer(msgspec.structs.replace(response, results=results))
+    return encoded_response(msgspec.structs.replace(response, results=results))
 
 
 @pytest.mark.parametrize("evaluators", [None, ["clip", "hpsv2"]])
 def test_partial_responses_need_allow_partial(evaluators: Any) -> None:
     """With it, the response names the failed evaluators and has no reward; without it, it is an error."""
     with pytest.raises(ProtocolError, match="partial"):
-        client(partial).score(*PAIR, evaluators=evaluators)
-    response = client(partial).score(*PAIR, evaluators=evaluators, allow_partial=True)
+        make_client(partial).score(*PAIR, evaluators=evaluators)
+    response = make_client(partial).score(*PAIR, evaluators=evaluators, allow_partial=True)
     assert response.failed == {"hpsv2": "evaluator_down"}
     assert (set(response.results[0].scores), response.results[0].reward) == ({"clip"}, None)
 
 
 def test_a_batch_is_partial_if_one_of_its_requests_is() -> None:
     """The merged response names the evaluators whose scores some pair lacks."""
-    service = client(partial, chunk_pairs=1, in_flight=1, pin="first")
+    service = make_client(partial, chunk_pairs=1, in_flight=1, pin="first")
     response: ScoreResponse = service.score(["whole", "x"], [PIXELS] * 2, allow_partial=True)
     assert response.failed == {"hpsv2": "evaluator_down"}
     assert [result.reward is None for result in response.results] == [False, True]
@@ -310,8 +316,8 @@ def test_the_asynchronous_client_waits_until_ready() -> None:
     """It polls through refused connections and loading, as the synchronous client does."""
     states: list[Any] = [
         httpx.ConnectError("refused"),
-        answer(Health("loading"), 503),
-        answer(Health("ready")),
+        encoded_response(Health("loading"), 503),
+        encoded_response(Health("ready")),
     ]
 
     def handler(_: httpx.Request) -> httpx.Response:
@@ -331,7 +337,7 @@ def test_the_asynchronous_client_waits_until_ready() -> None:
 
 def test_a_refused_connection_is_unreachable() -> None:
     """With a real refused connection the budget is kept, and the error gives address and remedy."""
-    with listening(RecordingService()) as url:
+    with http_server(RecordingService()) as url:
         pass
     with (
         RewardClient(url, retry_budget_s=0.3) as service,
@@ -339,4 +345,4 @@ def test_a_refused_connection_is_unreachable() -> None:
     ):
         service.score(*PAIR)
     with pytest.raises(OverloadedError):
-        client(lambda _: problem(503), retry_budget_s=0).evaluators()
+        make_client(lambda _: problem_response(503), retry_budget_s=0).evaluators()

@@ -17,7 +17,7 @@ from reward_service.client import InputError, RewardClient, payload
 from reward_service.client.payload import Chunking, Encoding, encode_image, parse_options
 from reward_service.images import Pixels, decode
 from reward_service.protocol import MAX_BODY_BYTES, MSGPACK, ScoreRequest, decode_request
-from tests.support.service.fake_service import PIXELS, Service, client
+from tests.support.service.fake_service import PIXELS, FakeService, make_client
 
 BATCH = np.stack([PIXELS, PIXELS[::-1], PIXELS // 2])
 
@@ -131,9 +131,9 @@ def test_too_large_images_are_refused_before_sending(kind: str) -> None:
     """Raw pixels above 64 MiB are refused with the limit and a remedy; as PNG the same image is sent."""
     huge = np.zeros((4800, 4800, 3), np.uint8)
     image = huge if kind == "array" else Image.fromarray(huge)
-    service = Service()
+    service = FakeService()
     with pytest.raises(InputError, match=r"image 0: 4800x4800 .* 66 MiB raw, .* 64 MiB .*encoding='png'"):
-        client(service).score(["x"], [image])
+        make_client(service).score(["x"], [image])
     assert service.requests == []
     assert len(encode_image(image, "png").data) < 1_000_000
     with pytest.raises(InputError, match="the limit of WebP is 16383"):
@@ -182,9 +182,9 @@ def test_prompts_may_be_an_array_of_strings() -> None:
 )
 def test_invalid_arguments_have_specific_messages(prompts: Any, images: Any, message: str) -> None:
     """Invalid arguments raise InputError instead of a TypeError from inside, and nothing is sent."""
-    service = Service()
+    service = FakeService()
     with pytest.raises(InputError, match=message):
-        client(service).score(prompts, images)
+        make_client(service).score(prompts, images)
     assert service.requests == []
 
 
@@ -204,7 +204,7 @@ def test_invalid_arguments_have_specific_messages(prompts: Any, images: Any, mes
 def test_invalid_options_are_refused(options: Any, message: str) -> None:
     """Invalid options are refused, such as a string for the list of evaluators."""
     with pytest.raises(InputError, match=message):
-        client(Service()).score(["x"], [PIXELS], **options)
+        make_client(FakeService()).score(["x"], [PIXELS], **options)
 
 
 def test_weights_may_be_numpy_or_torch_scalars() -> None:

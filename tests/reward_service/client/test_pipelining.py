@@ -22,7 +22,15 @@ from reward_service.client import (
 )
 from reward_service.images import Pixels
 from reward_service.protocol import MSGPACK, PROBLEM, ScoreResponse, decode_request
-from tests.support.service.fake_service import PIXELS, URL, Handler, answer, client, problem, response_to
+from tests.support.service.fake_service import (
+    PIXELS,
+    URL,
+    Handler,
+    encoded_response,
+    make_client,
+    problem_response,
+    score_response,
+)
 
 Score = Callable[..., ScoreResponse]
 
@@ -40,7 +48,7 @@ def score_async(handler: Any, *batch: Any, **options: Any) -> ScoreResponse:
 
 
 def respond(request: httpx.Request) -> httpx.Response:
-    return answer(response_to(decode_request(request.content, MSGPACK)))
+    return encoded_response(score_response(decode_request(request.content, MSGPACK)))
 
 
 def gray_images(levels: range) -> Iterator[Pixels]:
@@ -135,7 +143,7 @@ def test_the_first_error_stops_the_other_requests(score: Score) -> None:
 
     def reject_the_third(request: httpx.Request) -> httpx.Response:
         sent.append(decode_request(request.content, MSGPACK).items[0].image.data[0])
-        return problem(422, retryable=False) if sent[-1] == 2 else busy()
+        return problem_response(422, retryable=False) if sent[-1] == 2 else busy()
 
     started = time.monotonic()
     with pytest.raises(RejectedError):
@@ -180,9 +188,9 @@ def test_a_client_closed_during_a_call_raises() -> None:
 
     def closing(request: httpx.Request) -> httpx.Response:
         service.close()
-        return problem(503)
+        return problem_response(503)
 
-    service = client(closing)
+    service = make_client(closing)
     with pytest.raises(ClientClosedError, match="was closed"):
         service.score(["x"], [PIXELS])
     with pytest.raises(ClientClosedError):
