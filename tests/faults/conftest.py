@@ -19,7 +19,7 @@ from tests.support.faults.device import FaultyDevice
 from tests.support.service.serving import running_server, wait_until
 
 Undisturbed = Callable[..., AbstractContextManager[Bystander]]
-LIMITS = Limits(max_body_bytes=2**21, header_timeout_s=1.5, body_timeout_s=0.8)
+LIMITS = Limits(max_body_bytes=2**21, header_timeout_s=3.0, body_timeout_s=2.0)
 WATCH = Watch(breaker_pause_s=0.2, breaker_longest_pause_s=0.4, canary_every_s=3600.0)
 
 

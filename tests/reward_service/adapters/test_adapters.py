@@ -28,7 +28,13 @@ from reward_service.protocol import (
     ScoreResponse,
     decode_request,
 )
-from tests.support.service.fake_service import PIXELS, Handler, answer, client, problem
+from tests.support.service.fake_service import (
+    PIXELS,
+    Handler,
+    encoded_response,
+    make_client,
+    problem_response,
+)
 
 TENSOR = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
 PROMPTS = ("a red circle", "a blue square")
@@ -49,16 +55,16 @@ class FakeScoringService:
             scores = {"light": EvaluatorScore(1, 2, light), "length": EvaluatorScore(3, 4, length)}
             results.append(ItemResult(index, light + length, scores, False, False))
         identity = dict.fromkeys(("light", "length"), EvaluatorIdentity("f", "c"))
-        return answer(ScoreResponse("id", results, identity, {}))
+        return encoded_response(ScoreResponse("id", results, identity, {}))
 
 
 def refuse_request(_: httpx.Request) -> httpx.Response:
-    return problem(500, "scoring_failed", retryable=False)
+    return problem_response(500, "scoring_failed", retryable=False)
 
 
 def test_flow_grpo_reward() -> None:
     """Called as its trainers do: in a thread pool, with a tensor, tuples, metadata and only_strict."""
-    reward_fn = flow_grpo_reward(client(FakeScoringService()))
+    reward_fn = flow_grpo_reward(make_client(FakeScoringService()))
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(reward_fn, TENSOR, PROMPTS, [{}, {}], only_strict=True)
         rewards, metadata = future.result()
@@ -73,7 +79,7 @@ def test_flow_grpo_reward() -> None:
 def test_flow_grpo_reward_with_another_normalization() -> None:
     """The scores have the same normalization as the reward."""
     service = FakeScoringService()
-    rewards, _ = flow_grpo_reward(client(service), normalization="z", evaluators=["light", "length"])(
+    rewards, _ = flow_grpo_reward(make_client(service), normalization="z", evaluators=["light", "length"])(
         TENSOR, PROMPTS, {}
     )
     assert rewards["length"].tolist() == [4, 4]
@@ -82,7 +88,7 @@ def test_flow_grpo_reward_with_another_normalization() -> None:
 
 def test_ddpo_reward() -> None:
     """One tensor of rewards and a dict, as TRL's DDPO trainer and ddpo-pytorch unpack them."""
-    reward, metadata = ddpo_reward(client(FakeScoringService()))(TENSOR.half(), PROMPTS, ({}, {}))
+    reward, metadata = ddpo_reward(make_client(FakeScoringService()))(TENSOR.half(), PROMPTS, ({}, {}))
     assert isinstance(reward, torch.Tensor)
     torch.testing.assert_close(torch.as_tensor(reward, device="cpu"), torch.tensor([0.12, 1.13]))
     assert metadata["light"].tolist() == [0, 1]
@@ -91,7 +97,7 @@ def test_ddpo_reward() -> None:
 def test_trl_reward() -> None:
     """Called by name, with every column and the trainer's own extras; it returns a list of floats."""
     logged: dict[str, float] = {}
-    reward = trl_reward(client(FakeScoringService()), name="scorer")
+    reward = trl_reward(make_client(FakeScoringService()), name="scorer")
     assert (reward.__name__, inspect.iscoroutinefunction(reward)) == ("scorer", False)
     rewards = reward(
         prompts=list(PROMPTS),
@@ -114,7 +120,7 @@ def test_trl_reward_reads_conversations() -> None:
         [{"role": "system", "content": "generate an image"}, {"role": "user", "content": "a red circle"}]
     ]
     parts = [{"type": "text", "text": "here"}, {"type": "image", "image": PIXELS}]
-    trl_reward(client(service))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
+    trl_reward(make_client(service))(prompts=prompts, completions=[[{"role": "assistant", "content": parts}]])
     assert service.requests[0].items[0].prompt == "a red circle"
     assert service.requests[0].items[0].image.data == PIXELS.tobytes()
 
@@ -122,7 +128,7 @@ def test_trl_reward_reads_conversations() -> None:
 def test_trl_reward_scores_captions_of_given_images() -> None:
     """A captioner's completions against its images; both columns are named."""
     service = FakeScoringService()
-    reward = trl_reward(client(service), texts="completions", pictures="images")
+    reward = trl_reward(make_client(service), texts="completions", pictures="images")
     completions = [[{"role": "assistant", "content": [{"type": "text", "text": "a fish"}]}]]
     reward(prompts=["describe"], completions=completions, images=[[PIXELS]])
     assert service.requests[0].items[0].prompt == "a fish"
@@ -136,7 +142,7 @@ def test_openrlhf_reward(tmp_path: Any) -> None:
     """Called by position with one pair from a thread; rewards, scores and logs are tensors of length 1."""
     path = tmp_path / "white.png"
     Image.new("RGB", (4, 4), "white").save(path)
-    reward_func = openrlhf_reward(client(FakeScoringService()), normalization="z")
+    reward_func = openrlhf_reward(make_client(FakeScoringService()), normalization="z")
     with ThreadPoolExecutor(1) as executor:
         result = executor.submit(reward_func, [str(path)], ["a red circle"], [None]).result()
     assert set(result) == {"rewards", "scores", "extra_logs"}
@@ -151,7 +157,7 @@ def test_openrlhf_reward_scores_responses() -> None:
     service, file = FakeScoringService(), io.BytesIO()
     Image.fromarray(PIXELS).save(file, "PNG")
     label = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    reward_func = openrlhf_reward(client(service), texts="responses", pictures="labels")
+    reward_func = openrlhf_reward(make_client(service), texts="responses", pictures="labels")
     reward_func(["describe: a fish"], ["describe: "], [label], extra=1)
     assert service.requests[0].items[0].prompt == "a fish"
     assert service.requests[0].items[0].image.data == file.getvalue()
@@ -164,7 +170,7 @@ def test_openrlhf_reward_scores_responses() -> None:
 def test_failure_raises_instead_of_a_reward(handler: Handler) -> None:
     """The service's refusal, and an image that cannot be sent, reach the trainer as exceptions."""
     images: Any = TENSOR if handler is refuse_request else [torch.full((3, 4, 4), 2.0)] * 2
-    service = client(handler)
+    service = make_client(handler)
     for call in (
         lambda: flow_grpo_reward(service)(images, PROMPTS, {}),
         lambda: ddpo_reward(service)(images, PROMPTS, {}),
@@ -177,7 +183,7 @@ def test_failure_raises_instead_of_a_reward(handler: Handler) -> None:
 
 def test_partial_responses_are_refused() -> None:
     """A null reward would become NaN in an array; the option is refused."""
-    reward_fn: Any = flow_grpo_reward(client(FakeScoringService()), allow_partial=True)  # type: ignore[call-arg]
+    reward_fn: Any = flow_grpo_reward(make_client(FakeScoringService()), allow_partial=True)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="needs every score"):
         reward_fn(TENSOR, PROMPTS, {})
 

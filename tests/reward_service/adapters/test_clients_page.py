@@ -22,7 +22,7 @@ from reward_service.protocol import (
     ScoreResponse,
     decode_request,
 )
-from tests.support.service.fake_service import answer, listening
+from tests.support.service.fake_service import encoded_response, http_server
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = ("README.md", "docs/scoring.md", "docs/clients.md")
@@ -39,15 +39,15 @@ NAMES = ("aesthetic", "clip")
 
 def service(request: httpx.Request) -> httpx.Response:
     if request.url.path == "/health/ready":
-        return answer(Health("ready"))
+        return encoded_response(Health("ready"))
     if request.url.path == "/v1/evaluators":
         description = EvaluatorDescription("f", "c", "formula", 0, 1, 1, provisional=False)
-        return answer(EvaluatorList(dict.fromkeys(NAMES, description), "cpu", "float32"))
+        return encoded_response(EvaluatorList(dict.fromkeys(NAMES, description), "cpu", "float32"))
     score_request = decode_request(request.content, MSGPACK)
     scores = dict.fromkeys(NAMES, EvaluatorScore(1.0, 0.25, 0.6))
     results = [ItemResult(index, 0.6, scores, False, False) for index in range(len(score_request.items))]
     identity = dict.fromkeys(NAMES, EvaluatorIdentity("f", "c"))
-    return answer(ScoreResponse("id", results, identity, {}))
+    return encoded_response(ScoreResponse("id", results, identity, {}))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -63,7 +63,7 @@ def test_example_runs(
         "prompts": ["a red circle", "a blue square"],
         "metadata": [{}, {}],
     }
-    with listening(service) as url:
+    with http_server(service) as url:
         code = compile(example.replace("http://127.0.0.1:8000", url), "example", "exec")
         exec(code, variables)  # noqa: S102 - our own page
         variables["client"].close()

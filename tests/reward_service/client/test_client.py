@@ -223,7 +223,7 @@ def test_an_unreachable_service_is_reported_with_a_remedy() -> None:
     """The error gives address, cause and remedy in one line."""
     service = FakeService(*[httpx.ConnectError("connection refused")] * 2)
     with pytest.raises(
-        UnreachableError, match=r"http://judge\.invalid \(connection refused\); start it"
+        UnreachableError, match=r"http://service\.invalid \(connection refused\); start it"
     ) as error:
         make_client(service, retry_budget_s=0.0).score(["x"], [PIXELS])
     assert "\n" not in str(error.value)

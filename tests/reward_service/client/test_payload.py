@@ -226,7 +226,7 @@ def test_weights_may_be_numpy_or_torch_scalars() -> None:
 def test_invalid_client_settings_are_refused(options: Any) -> None:
     """Lossy encodings and sizes above the service's limits are refused by the constructor."""
     with pytest.raises(InputError):
-        RewardClient("http://judge.invalid", **options)
+        RewardClient("http://service.invalid", **options)
 
 
 def test_the_largest_raw_image_fits_into_a_request() -> None:

@@ -31,7 +31,7 @@ from tests.support.service.checkpoints import Checkpoints
 from tests.support.service.serving import png, running_server, wait_until
 
 TIMEOUT_S = 120.0
-LIMITS = Limits(max_body_bytes=100_000, header_timeout_s=0.4, body_timeout_s=0.8, max_connections=40)
+LIMITS = Limits(max_body_bytes=100_000, header_timeout_s=1.5, body_timeout_s=2.5, max_connections=40)
 Running = tuple[Server, int]
 
 
