@@ -39,7 +39,7 @@ from benchmarks.common.results import Report, Rows, Say, machine, positive, refu
 from reward_service.settings import DEFAULT_CONFIG
 from trainer.config import Sharing, TrainerConfig, load_trainer_config
 from trainer.data.splits import read_splits
-from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, _wait_for_address, stop
+from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, wait_for_address, stop
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import ServiceScorer
 from trainer.rl.rollout import DropCount, collect_rollout, group_keys
@@ -335,7 +335,7 @@ def service(config: Path, core: int) -> Iterator[str]:
                 env=environment,
             )
         try:
-            yield _wait_for_address(process, log)
+            yield wait_for_address(process, log)
         finally:
             stop(process, SERVICE_STOP_TIMEOUT_S)
 

@@ -102,7 +102,7 @@ class EarlyStoppingConfig(Section):
 
 
 class GuardConfig(Section):
-    """Reward-hacking guard: an evaluator that is not trained on and must not fall while the composite rises."""
+    """Reward-hacking guard: an evaluator, not trained on, that must not fall while the composite rises."""
 
     # Its weight in objective.weights and evaluation.weights must be 0. "rotate": each fold holds out a
     # different one of the evaluators that have a weight.
@@ -497,8 +497,9 @@ def command_overrides(seed: int | None, set_: list[str] | None, overrides: list[
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, by dotted keys."""
+    """Return nested mappings as one with dotted keys; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

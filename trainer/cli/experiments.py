@@ -14,7 +14,7 @@ from trainer.cli.options import ConfigOption, Overrides, SeedOption, SetOption, 
 from trainer.config import (
     ConfigError,
     TrainerConfig,
-    given,
+    command_overrides,
     load_experiment_config,
     load_trainer_config,
     with_values,
@@ -80,7 +80,7 @@ def crossval(
     """Train k folds, fit on all of them, measure the test prompts once. Run again to resume."""
     refuse_several("crossval")
     more = [] if workers is None else [f"crossval.workers={workers}"]
-    settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
+    settings = load_experiment_config(config, [*command_overrides(seed, set_, overrides), *more])
     cross_validate_command(settings, run, config if service else None, search=search, console=Console())
 
 
@@ -101,7 +101,7 @@ def search(
     refuse_several("search")
     counts = {"search.trials": trials, "search.workers": workers}
     more = [f"{key}={count}" for key, count in counts.items() if count is not None]
-    settings = load_experiment_config(config, [*given(seed, set_, overrides), *more])
+    settings = load_experiment_config(config, [*command_overrides(seed, set_, overrides), *more])
     search_command(settings, run, config if service else None, Console())
 
 
@@ -163,7 +163,7 @@ def cross_validate_command(
     """Start or resume a cross-validation; `service` configures a reward service to start for it, if given."""
     experiment = Experiment.open(config, path)
     with ExitStack() as stack:
-        stack.enter_context(experiment.alone("cross-validation"))
+        stack.enter_context(experiment.exclusive("cross-validation"))
         connected = stack.enter_context(with_service(config, service, experiment.path / SERVICE_LOG))
         scorer = stack.enter_context(ServiceScorer.connect(connected.service))
         from trainer.experiments.crossval import cross_validate

@@ -24,7 +24,7 @@ from trainer.cli.jobs import jobs_app
 from trainer.cli.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, refuse_several
 from trainer.cli.prepare import prompts_app
 from trainer.config import ConfigError, TrainerConfig, command_overrides, load_trainer_config
-from trainer.data.prompts import clean
+from trainer.data.prompts import normalize_prompts
 from trainer.data.splits import read_splits
 from trainer.rl.rewards import ServiceScorer
 from trainer.runs.folder import (
@@ -159,7 +159,7 @@ def generate(
     """Generate images with the LoRA of a run."""
     refuse_several("generate")
     settings = _load(config, seed, set_, overrides)
-    prompts = clean(prompt)
+    prompts = normalize_prompts(prompt)
     if not prompts:
         raise ConfigError("--prompt is empty; describe the image")
     if lora is not None and not lora.is_dir():

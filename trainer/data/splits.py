@@ -1,15 +1,15 @@
-"""Who is trained on, who is validated on and who is only tested on; and that nobody is on two sides.
+"""Train, validation and test splits without leakage.
 
-A prompt, its near-duplicates, the other prompts of its user and those of its cluster are one group, and so is
-whatever hangs together by any of these. Groups are never parted: a fold that is left out holds prompts of
-people, and of ideas, that the policy has not seen.
+A prompt, its near-duplicates, the other prompts of its user and those of its cluster are one group, and so
+are prompts that are linked by any chain of these. A split never divides a group: held-out prompts are of
+users, and of ideas, that the policy has not seen.
 """
 
 import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,20 +18,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from trainer.config import ConfigError, PromptsConfig
-from trainer.data.near_duplicates import components, near_duplicates
-from trainer.data.prompts import Prompt, cleaned, read_prompt_set
+from trainer.data.near_duplicates import NearDuplicates, components
+from trainer.data.prompts import Prompt, normalize_text, read_prompt_set
 from trainer.runtime.errors import LeakError, reason
 from trainer.runtime.files import write_atomically
 
-REMEDY = "restore the file, or begin a new experiment"
+REMEDY = "restore the file, or start a new experiment"
 FORMAT = "reward-trainer splits 1"
-LARGEST_SHARE = 2 / 3  # of the prompts in one group: the other folds would be too small to learn from
+LARGEST_SHARE = 2 / 3  # most prompts in one group: the other folds would be too small to train on
 
 Prompts = tuple[Prompt, ...]
 
 
 class Split(NamedTuple):
-    """What is trained on and what it is evaluated on, with the group of each of the latter's prompts.
+    """Training and validation prompts, and the group of each validation prompt.
 
     Prompts of one group are not independent: intervals are bootstrapped over groups.
     """
@@ -43,11 +43,11 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ExperimentSplits:
-    """The folds of cross-validation, and the test prompts that are looked at once."""
+    """The folds of cross-validation, and the test prompts, which are used once."""
 
     folds: tuple[Prompts, ...]
     test: Prompts
-    near_duplicate: float  # prompts are from this similarity on
+    near_duplicates: NearDuplicates = field(compare=False, repr=False)  # among all of these prompts
 
     @property
     def pool(self) -> Prompts:
@@ -55,12 +55,12 @@ class ExperimentSplits:
         return tuple(chain.from_iterable(self.folds))
 
     def fold(self, k: int) -> Split:
-        """Train on all folds but the k-th (from 0), validate on it."""
+        """Return the split that trains on all folds but the k-th (from 0) and validates on that."""
         others = chain.from_iterable(fold for i, fold in enumerate(self.folds) if i != k)
         return self._split(others, self.folds[k])
 
     def final(self) -> Split:
-        """Train on all folds, measure on the test prompts."""
+        """Return the split that trains on all folds and measures on the test prompts."""
         return self._split(self.pool, self.test)
 
     def _split(self, train: Iterable[Prompt], validation: Prompts) -> Split:
@@ -69,27 +69,34 @@ class ExperimentSplits:
 
     @cached_property
     def _groups(self) -> dict[str, int]:
-        return _group_of((*self.pool, *self.test), self.near_duplicate)
+        return _group_numbers((*self.pool, *self.test), self.near_duplicates)
 
     def check_leaks(self) -> None:
-        """Raises LeakError where a prompt, a near-duplicate, a user or a cluster is on two sides.
+        """Check that no group is on two sides. The prompts count, not the group numbers in a file.
 
-        What counts is what the prompts say, not which groups they were once given.
+        Raises:
+            LeakError: A prompt, a near-duplicate, a user or a cluster is on two sides.
         """
         sides = {f"fold {i}": fold for i, fold in enumerate(self.folds)}
-        check_leaks({**sides, "test": self.test}, self.near_duplicate)
+        check_leaks({**sides, "test": self.test}, self.near_duplicates)
 
     def save(self, path: Path) -> None:
-        """Write splits.json, a prompt a line, atomically."""
-        text = _shown(self.folds, self.test, self._groups, self.near_duplicate)
-        write_atomically(path, text.encode())
+        """Write splits.json atomically, one prompt a line."""
+        threshold = self.near_duplicates.threshold
+        write_atomically(path, _to_json(self.folds, self.test, self._groups, threshold).encode())
 
     @classmethod
     def load(cls, path: Path, config: PromptsConfig) -> "ExperimentSplits":
-        """Read and check splits.json. Raises ConfigError where it is none, LeakError where sides overlap."""
-        kept = _read_json(path)
-        folds = tuple(_side(path, f"fold {i}", fold) for i, fold in enumerate(kept["folds"]))
-        splits = cls(folds, _side(path, "test", kept["test"]), config.near_duplicate)
+        """Read and check splits.json.
+
+        Raises:
+            ConfigError: The file is missing or damaged.
+            LeakError: A group is on two sides.
+        """
+        document = _read_json(path)
+        folds = tuple(_read_side(path, f"fold {i}", fold) for i, fold in enumerate(document["folds"]))
+        test = _read_side(path, "test", document["test"])
+        splits = cls(folds, test, _find_near_duplicates(config, *folds, test))
         try:
             splits.check_leaks()
         except LeakError as error:
@@ -97,110 +104,149 @@ class ExperimentSplits:
         return splits
 
 
-# -------------------------------------------------------------------------------------------- making
+# ----------------------------------------------------------------------------------------- splitting
 
 
 def read_splits(config: PromptsConfig, seed: int = 0) -> Split:
-    """Train and validation prompts of a run: two files, or one of whose groups a share is held out.
+    """Read the training and validation prompts of a run.
 
-    Raises LeakError where the files overlap, ConfigError where there is nothing to divide.
+    Without a validation file, a share of the training file's groups is held out.
+
+    Raises:
+        LeakError: The files overlap.
+        ConfigError: There are too few groups to hold some out.
     """
     train = read_prompt_set(config.train, config.train_limit)
     if config.validation is None:
-        train, validation = _held_out(train, config, "validation", seed)
+        near_duplicates = _find_near_duplicates(config, train)
+        train, validation = _hold_out(train, near_duplicates, config, "validation", seed)
     else:
         validation = read_prompt_set(config.validation, config.validation_limit)
-        check_leaks({str(config.train): train, str(config.validation): validation}, config.near_duplicate)
-    groups = _group_of(validation, config.near_duplicate)
+        near_duplicates = _find_near_duplicates(config, train, validation)
+        check_leaks({str(config.train): train, str(config.validation): validation}, near_duplicates)
+    groups = _group_numbers(validation, near_duplicates)
     return Split(_texts(train), _texts(validation), tuple(groups[prompt.text] for prompt in validation))
 
 
 def experiment_splits(config: PromptsConfig, folds: int, seed: int = 0) -> ExperimentSplits:
-    """Test prompts, and so many folds of all others (of the validation file too, if there is one).
+    """Split into test prompts and folds of all other prompts (those of a validation file included).
 
-    The same seed makes the same splits, in whatever order the files list the prompts. Raises LeakError where
-    the test file overlaps with another, ConfigError where there are too few groups.
+    The same seed gives the same splits, whatever the order of the prompts in the files.
+
+    Raises:
+        LeakError: The test file overlaps with another file.
+        ConfigError: There are too few groups.
     """
     train = read_prompt_set(config.train, config.train_limit)
     extra = read_prompt_set(config.validation, config.validation_limit) if config.validation else ()
-    known = set(_texts(train))
-    pool = (*train, *(prompt for prompt in extra if prompt.text not in known))
+    test = read_prompt_set(config.test, config.test_limit) if config.test else ()
+    near_duplicates = _find_near_duplicates(config, train, extra, test)
+    train_texts = set(_texts(train))
+    pool = (*train, *(prompt for prompt in extra if prompt.text not in train_texts))
     if config.test is None:
-        pool, test = _held_out(pool, config, "test", seed)
+        pool, test = _hold_out(pool, near_duplicates, config, "test", seed)
     else:
-        test = read_prompt_set(config.test, config.test_limit)
         for path, prompts in ((config.train, train), (config.validation, extra)):
-            check_leaks({str(path): prompts, str(config.test): test}, config.near_duplicate)
-    return ExperimentSplits(_folds(pool, config, folds, seed), test, config.near_duplicate)
+            check_leaks({str(path): prompts, str(config.test): test}, near_duplicates)
+    return ExperimentSplits(_make_folds(pool, near_duplicates, config, folds, seed), test, near_duplicates)
 
 
-def _held_out(
-    prompts: Prompts, config: PromptsConfig, side: Literal["validation", "test"], seed: int
+def _find_near_duplicates(config: PromptsConfig, *sides: Prompts) -> NearDuplicates:
+    return NearDuplicates(_texts(chain.from_iterable(sides)), config.near_duplicate)
+
+
+def _hold_out(
+    prompts: Prompts,
+    near_duplicates: NearDuplicates,
+    config: PromptsConfig,
+    side: Literal["validation", "test"],
+    seed: int,
 ) -> tuple[Prompts, Prompts]:
-    """The prompts without, and those of, a share of the groups."""
+    """Return the prompts without a share of the groups, and the prompts of that share."""
     from sklearn.model_selection import GroupShuffleSplit
 
     share = config.validation_share if side == "validation" else config.test_share
-    ordered, groups = _ordered(prompts, config, 2, f"to hold out trainer.prompts.{side}_share")
+    purpose = f"to hold out trainer.prompts.{side}_share"
+    ordered, groups = _sorted_groups(prompts, near_duplicates, config, 2, purpose)
     shuffle = GroupShuffleSplit(1, test_size=share, random_state=_random_state(seed, side))
     try:
-        _, held = next(shuffle.split(ordered, groups=groups))
+        _, held_out = next(shuffle.split(ordered, groups=groups))
     except ValueError as error:
         raise ConfigError(
             f"trainer.prompts.{side}_share: {share} of {len(set(groups))} groups of prompts leaves none to "
             f"train on; lower it, or name a file as trainer.prompts.{side}"
         ) from error
-    chosen = {ordered[i].text for i in held}
+    chosen = {ordered[i].text for i in held_out}
     return (
         tuple(prompt for prompt in prompts if prompt.text not in chosen),
         tuple(prompt for prompt in prompts if prompt.text in chosen),
     )
 
 
-def _folds(prompts: Prompts, config: PromptsConfig, folds: int, seed: int) -> tuple[Prompts, ...]:
-    """So many parts, as equal in size as whole groups can be."""
+def _make_folds(
+    prompts: Prompts, near_duplicates: NearDuplicates, config: PromptsConfig, folds: int, seed: int
+) -> tuple[Prompts, ...]:
+    """Return folds of whole groups, as equal in size as possible."""
     from sklearn.model_selection import GroupKFold
 
-    ordered, groups = _ordered(prompts, config, folds, "of crossval.folds")
-    # GroupKFold deals the largest groups first and balances sizes; the seed decides among equals.
-    renamed = np.random.default_rng([seed, 2]).permutation(max(groups) + 1)[groups]
+    ordered, groups = _sorted_groups(prompts, near_duplicates, config, folds, "for crossval.folds")
+    # GroupKFold assigns the largest groups first and balances sizes; the seed decides among equal ones.
+    renumbered = np.random.default_rng([seed, 2]).permutation(max(groups) + 1)[groups]
     fold_of: dict[str, int] = {}
-    for k, (_, held) in enumerate(GroupKFold(folds).split(ordered, groups=renamed)):
-        fold_of |= {ordered[i].text: k for i in held}
+    for k, (_, members) in enumerate(GroupKFold(folds).split(ordered, groups=renumbered)):
+        fold_of |= {ordered[i].text: k for i in members}
     return tuple(tuple(prompt for prompt in prompts if fold_of[prompt.text] == k) for k in range(folds))
 
 
-def _ordered(prompts: Prompts, config: PromptsConfig, least: int, what: str) -> tuple[Prompts, list[int]]:
-    """The prompts in alphabetical order, and their groups. Raises ConfigError where none can be left out."""
+def _random_state(seed: int, side: str) -> np.random.RandomState:
+    stream = {"validation": 0, "test": 1}[side]
+    return np.random.RandomState(np.random.PCG64(np.random.SeedSequence([seed, stream])))
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+
+class Link(NamedTuple):
+    """Two prompts of one group, by their indices, and the reason that they are."""
+
+    first: int
+    second: int
+    reason: str
+
+
+def _sorted_groups(
+    prompts: Prompts, near_duplicates: NearDuplicates, config: PromptsConfig, needed: int, purpose: str
+) -> tuple[Prompts, list[int]]:
+    """Return the prompts in alphabetical order, and the group of each.
+
+    Raises:
+        ConfigError: There are fewer groups than `needed`, or one of them is too large.
+    """
     ordered = tuple(sorted(prompts, key=lambda prompt: prompt.text))
-    links = _links(ordered, config.near_duplicate)
+    links = _links(ordered, near_duplicates)
     groups: list[int] = components(len(ordered), ((link.first, link.second) for link in links)).tolist()
     sizes = np.bincount(groups)
-    if len(sizes) < least or sizes.max() > LARGEST_SHARE * len(ordered):
+    if len(sizes) < needed or sizes.max() > LARGEST_SHARE * len(ordered):
         largest = int(sizes.argmax())
-        tie = Counter(link.tie for link in links if groups[link.first] == largest).most_common(1)
-        ties = f", tied most by {tie[0][0]}" if tie else ""
+        reasons = Counter(link.reason for link in links if groups[link.first] == largest).most_common(1)
+        linked = f", linked most by {reasons[0][0]}" if reasons else ""
         raise ConfigError(
-            f"{config.train}: {len(ordered)} prompts in {len(sizes)} groups are too few or too uneven {what} "
-            f"({least} needed): the largest group holds {sizes.max()}{ties}; add prompts of other users and "
-            "subjects, or ask for fewer folds"
+            f"{config.train}: {len(ordered)} prompts in {len(sizes)} groups are too few or too uneven "
+            f"{purpose} ({needed} groups required): the largest group has {sizes.max()}{linked}; add prompts "
+            "of other users and subjects, or use fewer folds"
         )
     return ordered, groups
 
 
-class Link(NamedTuple):
-    """Two prompts of one group, by their places, and what ties them."""
-
-    first: int
-    second: int
-    tie: str
+def _group_numbers(prompts: Sequence[Prompt], near_duplicates: NearDuplicates) -> dict[str, int]:
+    links = ((link.first, link.second) for link in _links(prompts, near_duplicates))
+    return dict(zip(_texts(prompts), components(len(prompts), links).tolist(), strict=True))
 
 
-def _links(prompts: Sequence[Prompt], threshold: float) -> list[Link]:
-    """Enough of them to tie every group together."""
+def _links(prompts: Sequence[Prompt], near_duplicates: NearDuplicates) -> list[Link]:
+    """Return enough links to connect every group."""
     links = [
-        Link(pair.first, pair.second, "near-duplicates")
-        for pair in near_duplicates(_texts(prompts), threshold)
+        Link(pair.first, pair.second, "near-duplicates") for pair in near_duplicates.among(_texts(prompts))
     ]
     first: dict[str, int] = {}
     for i, prompt in enumerate(prompts):
@@ -209,82 +255,81 @@ def _links(prompts: Sequence[Prompt], threshold: float) -> list[Link]:
 
 
 def _owners(prompt: Prompt) -> list[str]:
-    """The user and the cluster of a prompt, as messages call them."""
+    """Return the user and the cluster of a prompt, as messages name them."""
     named = (("user", prompt.user), ("cluster", prompt.cluster))
     return [f"{kind} {name!r}" for kind, name in named if name is not None]
-
-
-def _group_of(prompts: Sequence[Prompt], threshold: float) -> dict[str, int]:
-    links = ((link.first, link.second) for link in _links(prompts, threshold))
-    return dict(zip(_texts(prompts), components(len(prompts), links).tolist(), strict=True))
-
-
-def _random_state(seed: int, side: str) -> np.random.RandomState:
-    stream = {"validation": 0, "test": 1}[side]
-    return np.random.RandomState(np.random.PCG64(np.random.SeedSequence([seed, stream])))
 
 
 def _texts(prompts: Iterable[Prompt]) -> tuple[str, ...]:
     return tuple(prompt.text for prompt in prompts)
 
 
-# ------------------------------------------------------------------------------------------- leaks
+# -------------------------------------------------------------------------------------------- leaks
 
 
-def check_leaks(sides: Mapping[str, Sequence[Prompt]], threshold: float) -> None:
-    """Raises LeakError where near-duplicates, prompts of one user or of one cluster are on two sides."""
+def check_leaks(sides: Mapping[str, Sequence[Prompt]], near_duplicates: NearDuplicates) -> None:
+    """Check that no group is on two sides.
+
+    Args:
+        sides: Prompts by the names of their sides.
+        near_duplicates: Those among these prompts; may be of more prompts.
+
+    Raises:
+        LeakError: Near-duplicates, or prompts of one user or cluster, are on two sides.
+    """
     prompts = [prompt for side in sides.values() for prompt in side]
     side_of = [name for name, side in sides.items() for _ in side]
     leaks = [
         (-pair.similarity, pair.first, pair.second)
-        for pair in near_duplicates(_texts(prompts), threshold)
+        for pair in near_duplicates.among(_texts(prompts))
         if side_of[pair.first] != side_of[pair.second]
     ]
     if leaks:
         similarity, first, second = min(leaks)
         raise LeakError(
-            f"{_placed(prompts, side_of, first)} and {_placed(prompts, side_of, second)} are "
-            f"{_likeness(-similarity, threshold)}{_more(leaks)}; remove one of them, or put both on one side"
+            f"{_quote(prompts, side_of, first)} and {_quote(prompts, side_of, second)} are "
+            f"{_similarity_text(-similarity, near_duplicates.threshold)}{_more(leaks)}; "
+            "remove one of them, or put both on one side"
         )
-    strays = _strays(prompts, side_of)
-    if strays:
-        owner, first, second = strays[0]
+    divided = _divided_owners(prompts, side_of)
+    if divided:
+        owner, first, second = divided[0]
         raise LeakError(
-            f"{owner} is on two sides: {_placed(prompts, side_of, first)} and "
-            f"{_placed(prompts, side_of, second)}{_more(strays)}; put all of its prompts on one side"
+            f"{owner} is on two sides: {_quote(prompts, side_of, first)} and "
+            f"{_quote(prompts, side_of, second)}{_more(divided)}; put all of its prompts on one side"
         )
 
 
-def _strays(prompts: Sequence[Prompt], side_of: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Owners with prompts on two sides, and the first prompt of each on either."""
+def _divided_owners(prompts: Sequence[Prompt], side_of: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return the owners with prompts on two sides, each with its first prompt on either."""
     first: dict[str, int] = {}
-    found: dict[str, tuple[str, int, int]] = {}
+    divided: dict[str, tuple[str, int, int]] = {}
     for i, prompt in enumerate(prompts):
         for owner in _owners(prompt):
             if side_of[first.setdefault(owner, i)] != side_of[i]:
-                found.setdefault(owner, (owner, first[owner], i))
-    return list(found.values())
+                divided.setdefault(owner, (owner, first[owner], i))
+    return list(divided.values())
 
 
-def _placed(prompts: Sequence[Prompt], side_of: Sequence[str], place: int) -> str:
-    return f"{textwrap.shorten(prompts[place].text, 120, placeholder=' ...')!r} in {side_of[place]}"
+def _quote(prompts: Sequence[Prompt], side_of: Sequence[str], index: int) -> str:
+    return f"{textwrap.shorten(prompts[index].text, 120, placeholder=' ...')!r} in {side_of[index]}"
 
 
-def _likeness(similarity: float, threshold: float) -> str:
+def _similarity_text(similarity: float, threshold: float) -> str:
     if similarity == 1:
         return "the same prompt"
-    return f"near-duplicates (similarity {similarity:.2f}; from prompts.near_duplicate = {threshold:g} on)"
+    return f"near-duplicates (similarity {similarity:.2f}, threshold prompts.near_duplicate = {threshold:g})"
 
 
 def _more(leaks: Sequence[object]) -> str:
     return f" (and {len(leaks) - 1} more such)" if len(leaks) > 1 else ""
 
 
-# ---------------------------------------------------------------------------------------------- file
+# ------------------------------------------------------------------------------------- splits.json
 
 
-def _shown(folds: Sequence[Prompts], test: Prompts, group: Mapping[str, int], threshold: float) -> str:
-    """JSON with a line for each prompt."""
+def _to_json(folds: Sequence[Prompts], test: Prompts, group: Mapping[str, int], threshold: float) -> str:
+    """Return JSON with one line for each prompt."""
 
     def side(prompts: Prompts) -> str:
         lines = (json.dumps(_row(prompt, group[prompt.text]), ensure_ascii=False) for prompt in prompts)
@@ -302,36 +347,36 @@ def _row(prompt: Prompt, group: int) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What splits.json says, its outer parts checked."""
+    """Read splits.json and check its structure down to the sides."""
     try:
-        kept = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; {REMEDY}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({reason(error)}); {REMEDY}") from error
-    if not isinstance(kept, dict) or kept.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigError(f"{path}: its format is not {FORMAT!r}; {REMEDY}")
-    missing = [key for key in ("folds", "test") if not isinstance(kept.get(key), list)]
+    missing = [key for key in ("folds", "test") if not isinstance(document.get(key), list)]
     if missing:
-        raise ConfigError(f"{path}: {missing[0]} is missing or no list; {REMEDY}")
-    if len(kept["folds"]) < 2:
+        raise ConfigError(f"{path}: {missing[0]} is missing or not a list; {REMEDY}")
+    if len(document["folds"]) < 2:
         raise ConfigError(f"{path}: has fewer than two folds; {REMEDY}")
-    return kept
+    return document
 
 
-def _side(path: Path, name: str, rows: Any) -> Prompts:
-    """The prompts of a fold or of the test. Raises ConfigError naming the one that is none."""
+def _read_side(path: Path, name: str, rows: Any) -> Prompts:
+    """Return the prompts of a fold or of the test; raise a ConfigError that names the first invalid one."""
     if not isinstance(rows, list) or not rows:
-        raise ConfigError(f"{path}: {name} holds no prompts; {REMEDY}")
+        raise ConfigError(f"{path}: {name} has no prompts; {REMEDY}")
     prompts: dict[str, Prompt] = {}
     for number, row in enumerate(rows, 1):
         place = f"{path}: prompt {number} of {name}"
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ConfigError(f'{place} is no {{"prompt": "...", "user": ..., "cluster": ...}}; {REMEDY}')
+            raise ConfigError(f'{place} is not {{"prompt": "...", "user": ..., "cluster": ...}}; {REMEDY}')
         if not all(isinstance(row.get(key), str | None) for key in ("user", "cluster")):
-            raise ConfigError(f"{place}: user and cluster are a string or null; {REMEDY}")
-        text = cleaned(row["prompt"])
+            raise ConfigError(f"{place}: user and cluster must be a string or null; {REMEDY}")
+        text = normalize_text(row["prompt"])
         if not text or text in prompts:
-            raise ConfigError(f"{place} is {'there twice' if text else 'empty'}; {REMEDY}")
+            raise ConfigError(f"{place} is {'a repetition' if text else 'empty'}; {REMEDY}")
         prompts[text] = Prompt(text, row.get("user"), row.get("cluster"))
     return tuple(prompts.values())

@@ -1,7 +1,4 @@
-"""How many of Karlo's tokens a prompt takes, counted without torch.
-
-Single files of the Hugging Face hub.
-"""
+"""Token counter for Karlo's prompts without torch, and its vocabulary from a folder, the hub or open_clip."""
 
 import gzip
 from importlib.util import find_spec
@@ -13,55 +10,33 @@ import httpx
 from trainer.config import ConfigError, ModelSource
 from trainer.runtime.errors import reason
 
-
-class Fetched(NamedTuple):
-    """A file in the local cache, and the commit that it is of."""
-
-    path: Path
-    revision: str
-
-
-def fetch(repo: str, name: str, revision: str | None, kind: str = "model", instead: str = "") -> Fetched:
-    """Download one file, or find it in the cache. Raises ConfigError in one line where neither can be done.
-
-    `instead` says what a user can do without the hub.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-        raise ConfigError(
-            f"{repo}: cannot fetch {name} at revision {revision or 'main'} from the hub ({reason(error)}); "
-            f"{instead or 'check name and connection, or name a local folder'}"
-        ) from error
-    # <cache>/<repository>/snapshots/<commit>/<name>
-    return Fetched(path, path.parents[name.count("/")].name)
-
-
-ENDS = 2  # every prompt is put between a start and an end
+SPECIAL_TOKENS = 2  # a start and an end for every prompt
 FILES = ("vocab.json", "merges.txt")
 
-# CLIP's own splitting, as transformers' CLIPTokenizer has it. No piece holds white space.
+# CLIP's word pieces, as transformers' CLIPTokenizer splits them. No piece contains white space.
 PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 END_OF_WORD = "</w>"
 
 
 class TokenCounter:
-    """Counts the tokens of cleaned prompts (NFC, single spaces), start and end included.
+    """Counts the tokens of normalized prompts (NFC, single spaces), start and end included.
 
-    As no token reaches across a space, what stands between spaces is counted once and remembered.
+    No token spans a space, so each word between spaces is tokenized once and its count is cached.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        self.name = name  # for the card
+        """Args: a `tokenizers.Tokenizer`, and its name for data cards."""
+        self.name = name
         self._tokenizer = tokenizer
-        self._known: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
 
     @classmethod
     def read(cls, folder: Path) -> "TokenCounter":
-        """From a folder with vocab.json and merges.txt, or tokenizer.json. Raises ConfigError."""
+        """Read a folder with vocab.json and merges.txt, or with tokenizer.json.
+
+        Raises:
+            ConfigError: The folder has neither.
+        """
         from tokenizers import Tokenizer
         from tokenizers.models import BPE
 
@@ -71,16 +46,20 @@ class TokenCounter:
                 return cls(Tokenizer.from_file(str(whole)), folder.name)
             for file in FILES:
                 (folder / file).open("rb").close()
-            return cls(_clip(*BPE.read_file(*(str(folder / file) for file in FILES))), folder.name)
+            return cls(_clip_tokenizer(*BPE.read_file(*(str(folder / file) for file in FILES))), folder.name)
         except Exception as error:
             raise ConfigError(
-                f"{folder}: no CLIP tokenizer ({reason(error)}); "
+                f"{folder}: not a CLIP tokenizer ({reason(error)}); "
                 "name a folder with vocab.json and merges.txt, such as Karlo's tokenizer/"
             ) from error
 
     @classmethod
     def of_karlo(cls, source: ModelSource) -> "TokenCounter":
-        """Of a configured Karlo, in its folder or on the hub. Raises ConfigError."""
+        """Read the tokenizer of a configured Karlo, from its folder or from the hub.
+
+        Raises:
+            ConfigError: There is none.
+        """
         if source.path is not None:
             return cls.read(source.path / "tokenizer")
         files = [fetch(str(source.repo), f"tokenizer/{name}", source.revision) for name in FILES]
@@ -90,28 +69,28 @@ class TokenCounter:
 
     @classmethod
     def of_open_clip(cls) -> "TokenCounter | None":
-        """CLIP's own vocabulary, which Karlo's is, where open_clip is installed."""
-        found = find_spec("open_clip")
-        folders = found.submodule_search_locations if found and found.submodule_search_locations else []
+        """Read CLIP's vocabulary, which is Karlo's too, from open_clip; None if that is not installed."""
+        spec = find_spec("open_clip")
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
         for folder in folders:
             path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
             if path.is_file():
-                return cls(_clip(*_published(path)), "CLIP's vocabulary, of open_clip")
+                return cls(_clip_tokenizer(*_read_openai_vocabulary(path)), "CLIP's vocabulary, of open_clip")
         return None
 
     def count(self, prompt: str) -> int:
-        """Tokens of a cleaned prompt."""
-        known = self._known
-        total = ENDS
+        """Return the number of tokens of a normalized prompt."""
+        counts = self._counts
+        total = SPECIAL_TOKENS
         for word in prompt.split(" "):
-            tokens = known.get(word)
+            tokens = counts.get(word)
             if tokens is None:
-                tokens = known[word] = len(self._tokenizer.encode(word, add_special_tokens=False))
+                tokens = counts[word] = len(self._tokenizer.encode(word, add_special_tokens=False))
             total += tokens
         return total
 
 
-def _clip(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -132,8 +111,8 @@ def _clip(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     return tokenizer
 
 
-def _published(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of OpenAI's file: 48,894 merges after a line of title; the rest is not used."""
+def _read_openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return vocabulary and merges of OpenAI's file: a title, then 48,894 merges; CLIP ignores the rest."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -142,3 +121,40 @@ def _published(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(letter + END_OF_WORD for letter in letters), *map("".join, merges), "<|endoftext|>"]
     return {word: i for i, word in enumerate(words)}, merges
+
+
+# ---------------------------------------------------------------------------------------------- hub
+
+
+class HubFile(NamedTuple):
+    """A file of a hub repository in the local cache, and its commit."""
+
+    path: Path
+    revision: str
+
+
+def fetch(repo: str, name: str, revision: str | None, kind: str = "model", remedy: str = "") -> HubFile:
+    """Download one file from the Hugging Face hub, or find it in the local cache.
+
+    Args:
+        repo: The repository.
+        name: Path of the file in it.
+        revision: Commit, tag or branch; None: main.
+        kind: Type of the repository: `model` or `dataset`.
+        remedy: Advice in the error message for a user without the hub.
+
+    Raises:
+        ConfigError: The file is neither in the cache nor can it be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        raise ConfigError(
+            f"{repo}: cannot download {name} at revision {revision or 'main'} from the hub "
+            f"({reason(error)}); {remedy or 'check name and connection, or name a local folder'}"
+        ) from error
+    # <cache>/<repository>/snapshots/<commit>/<name>
+    return HubFile(path, path.parents[name.count("/")].name)

@@ -1,13 +1,13 @@
-"""`reward-trainer crossval`: folds, each trained from the base; a final fit on all; one look at the test.
+"""Cross-validation: folds trained from the base, a final fit on all of them, one measurement on the test.
 
     for each fold k:
-        train from the base on the others' prompts, stop early on its own, keep the best checkpoint
+        train from the base on the other folds' prompts, stop early on fold k, keep the best checkpoint
     iterations of the final fit: the median of the folds' best
     train from the base on all folds for so many iterations
-    measure it on the test prompts, which nothing before has looked at
+    measure on the test prompts, which nothing before has used
 
-A fold's gain is that of its best checkpoint on the prompts by which that was chosen, so it flatters; the test
-gain does not.
+A fold's gain is measured on the prompts that chose its best checkpoint, so it is optimistic; the test gain is
+not.
 """
 
 import statistics
@@ -20,31 +20,36 @@ from rich.table import Table
 
 from trainer.config import ConfigError, TrainerConfig, with_values
 from trainer.data.splits import Split
-from trainer.evaluation.comparison import Measurement, pooled
+from trainer.evaluation.comparison import Measurement, compare_pooled
 from trainer.evaluation.guard import ROTATE, with_guard
-from trainer.evaluation.stopping import gamed
+from trainer.evaluation.stopping import reward_hacking_reason
 from trainer.experiments.experiment import Experiment
 from trainer.experiments.workers import Job, run_side_by_side
 from trainer.rl.rewards import Scorer
-from trainer.runs.checkpoints import BASE_FILE, TUNED_FILE
-from trainer.runs.folder import RunFolder, is_finished, pin_prompts
+from trainer.runs.folder import BASE_FILE, TUNED_FILE, RunFolder, is_finished, pin_prompts
 from trainer.runs.train import train_run
 from trainer.runtime.errors import GuardError
 
 CROSSVAL_FILE, TEST_FILE = "crossval.json", "test.json"
-FOLDS, FINAL = "folds", "final"
+FOLDS, FINAL = "folds", "final"  # folders
 
-Row = dict[str, Any]
+Json = dict[str, Any]
 
 
 def cross_validate(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, command: Sequence[str]
 ) -> None:
-    """Train the folds, then the final fit; measure that on the test prompts. Goes on where it was ended.
+    """Train the folds, then the final fit; measure that on the test prompts. Resumes after an interruption.
 
-    `config` is the experiment's, or with a search's winner in it. `command` is how a process of its own
-    trains one fold, where several are trained side by side: it gets the fold's number.
-    Raises GuardError where a guard has tripped; where it was a fold's, there is no final fit.
+    Args:
+        experiment: The experiment.
+        config: Its configuration, or that with the settings of a search's winner.
+        scorer: The reward service.
+        console: Receives progress and the table of folds.
+        command: Command that trains one fold in a process, without the fold's number, which is appended.
+
+    Raises:
+        GuardError: A guard tripped. If it was a fold's, there is no final fit.
     """
     experiment.pin(scorer)
     train_folds(experiment, config, scorer, console, command)
@@ -52,25 +57,28 @@ def cross_validate(
     experiment.folder.write_json(CROSSVAL_FILE, summary)
     console.print(fold_table(summary))
     if config.guard.stop:
-        _refuse_gamed(summary)
-    test = fit(experiment, config, scorer, console, summary["chosen_iterations"])
-    found = gamed(test)
-    if found is not None and config.guard.stop:
-        raise GuardError(f"the final fit is not to be trusted: on the test prompts, {found}")
+        _check_no_fold_hacked(summary)
+    test = final_fit(experiment, config, scorer, console, summary["chosen_iterations"])
+    cause = reward_hacking_reason(test)
+    if cause is not None and config.guard.stop:
+        raise GuardError(f"the final fit is not valid: on the test prompts, {cause}")
+
+
+# -------------------------------------------------------------------------------------------- folds
 
 
 def train_folds(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, command: Sequence[str]
 ) -> None:
-    """Train every fold that is not finished, one after the other or side by side."""
-    waiting = [fold for fold in range(config.crossval.folds) if not _finished(experiment, config, fold)]
+    """Train every unfinished fold, one after the other or in several processes."""
+    unfinished = [fold for fold in range(config.crossval.folds) if not _is_finished(experiment, config, fold)]
     if config.crossval.workers == 1:
-        for fold in waiting:
+        for fold in unfinished:
             train_one_fold(experiment, config, scorer, console, fold)
         return
     jobs = [
         Job(f"fold {fold}", [*command, str(fold)], experiment.path / FOLDS / f"{fold}.log")
-        for fold in waiting
+        for fold in unfinished
     ]
     run_side_by_side(jobs, config.crossval.workers, console)
 
@@ -78,33 +86,41 @@ def train_folds(
 def train_one_fold(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, fold: int
 ) -> None:
-    """Train one fold from the base, in its own run folder."""
+    """Train one fold from the base, in its own run folder.
+
+    Raises:
+        ConfigError: There is no such fold.
+    """
     if not 0 <= fold < config.crossval.folds:
         raise ConfigError(f"fold {fold}: there are {config.crossval.folds}, counted from 0")
-    placed, run = experiment.run(with_guard(config, fold), FOLDS, str(fold))
+    run_config, run = experiment.open_run(with_guard(config, fold), FOLDS, str(fold))
     try:
-        if not is_finished(run, placed.iterations):
+        if not is_finished(run, run_config.iterations):
             console.print(f"Fold {fold + 1} of {config.crossval.folds}")
-            train_run(placed, experiment.splits.fold(fold), scorer, run, console, fold=fold)
+            train_run(run_config, experiment.splits.fold(fold), scorer, run, console, fold=fold)
     finally:
         run.close()
 
 
-def _finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bool:
-    """Raises ConfigError where the fold is there with other prompts, or settings (as without a search)."""
-    placed = experiment.placed(with_guard(config, fold), FOLDS, str(fold))
+def _is_finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bool:
+    """Return whether a fold is finished.
+
+    Raises:
+        ConfigError: It was started with other prompts, or with other settings (as without a search).
+    """
+    run_config = experiment.run_config(with_guard(config, fold), FOLDS, str(fold))
     run = RunFolder(experiment.path / FOLDS / str(fold))
-    finished = is_finished(run, placed.iterations)
+    finished = is_finished(run, run_config.iterations)
     if finished:
         pin_prompts(run, experiment.splits.fold(fold))
     return finished
 
 
-# ----------------------------------------------------------------------------------------- the folds
+# ------------------------------------------------------------------------------------------ summary
 
 
-def summarize(experiment: Experiment, config: TrainerConfig) -> Row:
-    """crossval.json: a row for each fold, all of them together, and how long the final fit is to be."""
+def summarize(experiment: Experiment, config: TrainerConfig) -> Json:
+    """Return the content of crossval.json: each fold, all folds pooled, and the length of the final fit."""
     rows, parts = [], []
     for fold in range(config.crossval.folds):
         split = experiment.splits.fold(fold)
@@ -114,12 +130,12 @@ def summarize(experiment: Experiment, config: TrainerConfig) -> Row:
             Measurement.load(run.path / name, split.validation) for name in (BASE_FILE, TUNED_FILE)
         )
         parts.append((base, tuned, split.groups))
-    together = pooled(parts, experiment.evaluators, config.reward_evaluators, config.evaluation)
+    all_folds = compare_pooled(parts, experiment.evaluators, config.composite_weights, config.evaluation)
     chosen = max(1, round(statistics.median(row["best"] for row in rows)))
-    return {"folds": rows, "pooled": together.to_dict(), "chosen_iterations": chosen}
+    return {"folds": rows, "pooled": all_folds.to_dict(), "chosen_iterations": chosen}
 
 
-def _fold_row(fold: int, split: Split, run: RunFolder) -> Row:
+def _fold_row(fold: int, split: Split, run: RunFolder) -> Json:
     evaluation, finished = run.read_json("evaluation.json"), run.read_json("finished.json")
     return {
         "fold": fold,
@@ -129,37 +145,37 @@ def _fold_row(fold: int, split: Split, run: RunFolder) -> Row:
         "best": finished["done"],
         "stopped": evaluation["ending"],
         "rows": evaluation["rows"],
-        "gamed": gamed(evaluation),
+        "gamed": reward_hacking_reason(evaluation),
         "guard": evaluation["guard"],
         "drift": evaluation["drift"],
     }
 
 
-def _refuse_gamed(summary: Mapping[str, Any]) -> None:
-    found = {row["fold"]: row["gamed"] for row in summary["folds"] if row["gamed"] is not None}
-    if found:
-        which, why = ", ".join(map(str, found)), next(iter(found.values()))
+def _check_no_fold_hacked(summary: Mapping[str, Any]) -> None:
+    causes = {row["fold"]: row["gamed"] for row in summary["folds"] if row["gamed"] is not None}
+    if causes:
+        folds, cause = ", ".join(map(str, causes)), next(iter(causes.values()))
         raise GuardError(
-            f"no final fit: the guard tripped in fold {which}: {why}; give its evaluator a weight and guard "
-            "with another, or lower update.learning_rate"
+            f"no final fit: the guard tripped in fold {folds}: {cause}; give its evaluator a weight and use "
+            "another as the guard, or lower update.learning_rate"
         )
 
 
 def fold_table(summary: Mapping[str, Any]) -> Table:
-    """The folds' composite gains, and that of all of them together."""
-    shown = Table(title="Cross-validation: gain of the composite", box=SIMPLE, padding=(0, 1, 0, 0))
+    """Return a table of the folds' composite gains, and of the pooled one."""
+    table = Table(title="Cross-validation: gain of the composite", box=SIMPLE, padding=(0, 1, 0, 0))
     total = summary["pooled"]
     interval = f"{total['confidence']:.0%} interval"
     for column in ("fold", "prompts", "best of", "gain", interval, "ended by", "guard"):
-        shown.add_column(column, justify="left" if column in ("ended by", "guard") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("ended by", "guard") else "right", no_wrap=True)
     for row in summary["folds"]:
         ended = row["stopped"]["by"] if row["stopped"] else ""
         best = f"{row['best']} of {row['iterations']}"
         gain = _gain_cells(row["rows"]["composite"])
-        shown.add_row(str(row["fold"]), str(row["prompts"]), best, *gain, ended, _guard_cell(row["guard"]))
-    shown.add_section()
-    shown.add_row("all", str(total["prompts"]), "", *_gain_cells(total["rows"]["composite"]), "", "")
-    return shown
+        table.add_row(str(row["fold"]), str(row["prompts"]), best, *gain, ended, _guard_cell(row["guard"]))
+    table.add_section()
+    table.add_row("all", str(total["prompts"]), "", *_gain_cells(total["rows"]["composite"]), "", "")
+    return table
 
 
 def _guard_cell(guard: Mapping[str, Any] | None) -> str:
@@ -169,30 +185,33 @@ def _guard_cell(guard: Mapping[str, Any] | None) -> str:
 
 
 def _gain_cells(row: Mapping[str, Any]) -> tuple[str, str]:
-    ends = ("no interval",) if row["low"] is None else (f"{row['low']:+.3f} {row['high']:+.3f}",)
-    return f"{row['difference']:+.3f}", ends[0]
+    interval = "no interval" if row["low"] is None else f"{row['low']:+.3f} {row['high']:+.3f}"
+    return f"{row['difference']:+.3f}", interval
 
 
-# ------------------------------------------------------------------------------------- the final fit
+# ---------------------------------------------------------------------------------------- final fit
 
 
-def fit(
+def final_fit(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, iterations: int
-) -> Row:
-    """Train on all folds for so many iterations of the schedule; measure on the test prompts, once.
+) -> Json:
+    """Train on all folds for so many iterations of the schedule; measure once on the test prompts.
 
-    Nothing looks at the test prompts on the way: no evaluation, no early stopping.
+    The test prompts are not used during training: no evaluation, no early stopping.
+
+    Returns:
+        The content of evaluation.json, which is written to test.json too.
     """
-    blind = with_values(config, {"early_stopping.patience": 0, "evaluation.every": 0})
-    if config.guard.evaluator == ROTATE:  # each has had its turn; the final fit learns from all
-        blind = with_values(blind, {"guard.evaluator": None})
-    placed, run = experiment.run(blind, FINAL)
+    untested = with_values(config, {"early_stopping.patience": 0, "evaluation.every": 0})
+    if config.guard.evaluator == ROTATE:  # each has been the guard of a fold; the final fit trains on all
+        untested = with_values(untested, {"guard.evaluator": None})
+    run_config, run = experiment.open_run(untested, FINAL)
     try:
-        if not is_finished(run, placed.iterations):
+        if not is_finished(run, run_config.iterations):
             console.print(f"Final fit on all folds, {iterations} iterations; then the test prompts, once")
             last, fold = iterations, config.crossval.folds
-            train_run(placed, experiment.splits.final(), scorer, run, console, fold=fold, last=last)
-        test: Row = run.read_json("evaluation.json")
+            train_run(run_config, experiment.splits.final(), scorer, run, console, fold=fold, last=last)
+        test: Json = run.read_json("evaluation.json")
         experiment.folder.write_json(TEST_FILE, test)
         return test
     finally:

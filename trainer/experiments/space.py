@@ -1,11 +1,7 @@
-"""What a search draws from, and how what is drawn becomes a trial's configuration.
+"""Search space of a hyperparameter search: sampled values, trial configurations, pruners and checks.
 
-Which trials are not worth finishing, by what they and the others have reported.
-
-What a trial tries: drawn by one of Optuna's samplers from (seed, number of the trial, key of the space).
-
-Whatever was killed, and whoever is at it, trial n tries the same settings; more trials than before continue
-the same sequence. Only `tpe` looks at earlier trials as well.
+The values of trial n depend only on the seed, n and the key of the space: after a kill, and with more trials
+than before, the sequence is the same. Only the sampler `tpe` also depends on earlier trials' results.
 """
 
 import json
@@ -24,37 +20,202 @@ from optuna.distributions import (
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial
+from optuna.trial import Trial as OptunaTrial
 
 from trainer.config import ConfigError, SearchConfig, SpaceConfig, TrainerConfig, with_values
 from trainer.evaluation.guard import ROTATE, with_guard
+from trainer.experiments.trial import Settings
 from trainer.rl.rewards import Scorer
 from trainer.runs.setup import check_evaluators
 from trainer.runtime.rng import stream_seed
 
+# Sections that a search may vary. All others decide what is compared, and are the same in all trials.
+SEARCHABLE = ("lora", "rollout", "objective", "update")
+EVALUATIONS = 3  # least number in a trial that may be pruned: with fewer, pruning saves little
+
+Space = Mapping[str, SpaceConfig]
+Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
+Sampled = Mapping[str, Any]  # sampled values by key of the space
+
+
+# ------------------------------------------------------------------------------------------ sampling
+
+
+def sample_values(trial: OptunaTrial, space: Space) -> dict[str, Any]:
+    """Return the values of a trial by key of the space; repeated calls return the same."""
+    encoded = {key: _suggest(trial, key, _distribution(space[key])) for key in sorted(space)}
+    return {key: _decode(space[key], encoded[key]) for key in space}
+
+
+class PerTrialSampler(BaseSampler):
+    """Optuna sampler that starts anew for each trial and key: a kill between two keys changes no value."""
+
+    def __init__(self, kind: str, seed: int, space: Space) -> None:
+        """Args: `kind` is SearchConfig.sampler."""
+        self._kind = kind
+        self._seed = seed
+        self._space = space
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        """Return an empty space: each key is sampled on its own."""
+        return {}
+
+    def sample_relative(self, *_: object) -> dict[str, Any]:
+        """Return nothing; see `infer_relative_search_space`."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return this trial's value for the key `param_name`."""
+        if self._kind == "qmc":
+            return _sobol_point(trial.number, self._seed, self._space)[param_name]
+        seed = stream_seed(self._seed, "search", trial.number, param_name) % 2**32
+        sampler = RandomSampler(seed) if self._kind == "random" else TPESampler(seed=seed)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _sobol_point(number: int, seed: int, space: Space) -> dict[str, Any]:
+    """Return the n-th point of a scrambled Sobol sequence over the numeric keys; choices are random."""
+    distributions: dict[str, BaseDistribution] = {key: _distribution(space[key]) for key in sorted(space)}
+    with warnings.catch_warnings(action="ignore"):  # QMCSampler warns that it is experimental
+        sampler = QMCSampler(
+            scramble=True, seed=seed % 2**32, independent_sampler=RandomSampler(seed % 2**32)
+        )
+        study = optuna.create_study(sampler=sampler)
+        trial = study.ask(distributions)
+        for _ in range(number):
+            study.tell(trial, 0.0)  # the sampler infers the space from the first complete trial
+            trial = study.ask(distributions)
+    return dict(trial.params)
+
+
+def _distribution(spec: SpaceConfig) -> Distribution:
+    if spec.choices is not None:
+        return CategoricalDistribution([_encode(choice) for choice in spec.choices])
+    assert spec.low is not None
+    assert spec.high is not None
+    if spec.integer:
+        return IntDistribution(int(spec.low), int(spec.high), log=spec.log)
+    return FloatDistribution(spec.low, spec.high, log=spec.log)
+
+
+def _suggest(trial: OptunaTrial, key: str, distribution: Distribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(key, distribution.low, distribution.high, log=distribution.log)  # type: ignore[arg-type]
+
+
+def _encode(choice: Any) -> Any:
+    """Return a choice as databases store it: lists and mappings as JSON."""
+    return json.dumps(choice, sort_keys=True) if isinstance(choice, (list, tuple, dict)) else choice
+
+
+def _decode(spec: SpaceConfig, encoded: Any) -> Any:
+    if spec.choices is None:
+        return encoded
+    return next(choice for choice in spec.choices if _encode(choice) == encoded)
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+
+def resolve_settings(config: TrainerConfig, sampled: Sampled) -> Settings:
+    """Return a trial's settings: the sampled values, with `times` and `over` worked out."""
+    absolute = {key: sampled[key] for key in sampled if _reference_key(config.search.space[key]) is None}
+    relative = {key: _resolve(config, key, sampled[key], absolute) for key in sampled if key not in absolute}
+    return {key: (absolute | relative)[key] for key in sampled}
+
+
+def _resolve(config: TrainerConfig, key: str, value: Any, absolute: Settings) -> Any:
+    spec = config.search.space[key]
+    other = str(_reference_key(spec))
+    reference = absolute[other] if other in absolute else setting_value(config, other)
+    result = value * reference if spec.times is not None else value / reference
+    # Sizes are whole numbers: 64 over 8 is 8, not 8.0.
+    whole = isinstance(value, int) and isinstance(reference, int) and result == int(result)
+    return int(result) if whole else result
+
+
+def _reference_key(spec: SpaceConfig) -> str | None:
+    return spec.times if spec.times is not None else spec.over
+
+
+def setting_value(config: TrainerConfig, dotted: str) -> Any:
+    """Return the value of a setting by its dotted key.
+
+    Raises:
+        KeyError: There is no such setting.
+    """
+    value: Any = config.model_dump(mode="json")
+    for key in dotted.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(dotted)
+        value = value[key]
+    return value
+
+
+def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
+    """Return the configuration of a trial: the experiment's with the trial's settings.
+
+    Trials are compared by the experiment's composite, whatever weights a trial trains with. The result does
+    not depend on the number of trials, or on the location of the study.
+
+    Raises:
+        ConfigError: The settings do not fit together.
+    """
+    search, first_fold = config.search, with_guard(config, 0)
+    iterations = search.iterations or config.iterations
+    fixed: Settings = {
+        "iterations": iterations,
+        "evaluation.every": _evaluation_interval(config, iterations),
+        "evaluation.weights": dict(first_fold.composite_weights),
+        "guard.evaluator": first_fold.guard.evaluator,
+        "search": {},
+        "crossval": {},
+    }
+    if config.guard.evaluator == ROTATE:
+        fixed[f"objective.weights.{first_fold.guard.evaluator}"] = 0.0
+    return with_values(config, {**changes, **fixed})
+
+
+def _evaluation_interval(config: TrainerConfig, iterations: int) -> int:
+    """Return the iterations between a trial's evaluations."""
+    every, longest = config.evaluation.every, max(1, iterations // EVALUATIONS)
+    if config.search.pruner == "none":
+        return every
+    return min(every, longest) if every else longest
+
+
+# ------------------------------------------------------------------------------------------- pruners
+
 
 def make_pruner(config: SearchConfig) -> BasePruner:
-    """The configured one. The null trial reports nothing, and is one more complete trial to wait for."""
+    """Return the configured pruner."""
     if config.pruner == "none":
         return NopPruner()
     if config.pruner == "halving":
-        return Halving(config.reduction)
+        return SuccessiveHalving(config.reduction)
+    # The null trial reports no values, but counts as complete.
     return MedianPruner(config.warmup_trials + config.null_trial)
 
 
-class Halving(BasePruner):
+class SuccessiveHalving(BasePruner):
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) as a function of the reports.
 
-    At evaluations 1, r, r², ... a trial goes on if it is among the best r-th of those that came as far;
-    while they are fewer than r, if it is the best of them. Optuna's own keeps marks in the trial: a kill
-    between a mark and a checkpoint would let a trial go on that was to end.
+    At evaluations 1, r, r², ... a trial continues if it is among the best 1/r of those that came as far; if
+    they are fewer than r, if it is the best of them. Optuna's own pruner stores its decisions in the trial: a
+    kill between a decision and a checkpoint would let a trial continue that was to end.
     """
 
     def __init__(self, reduction: int) -> None:
+        """Args: `reduction` is r."""
         self._reduction = reduction
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial is to end after its last report."""
+        """Return whether to end the trial after its last report."""
         step = trial.last_step
         if step is None or not _is_power(len(trial.intermediate_values), self._reduction):
             return False
@@ -70,160 +231,15 @@ def _is_power(number: int, base: int) -> bool:
     return number == 1
 
 
-Space = Mapping[str, SpaceConfig]
-Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
-
-
-def draw(trial: Trial, space: Space) -> dict[str, Any]:
-    """What a trial tries, by key of the space; the same whenever it is asked."""
-    drawn = {key: _suggest(trial, key, _distribution(space[key])) for key in sorted(space)}
-    return {key: _decoded(space[key], drawn[key]) for key in space}
-
-
-class Numbered(BaseSampler):
-    """One of Optuna's samplers, begun anew for each trial and key: what is drawn depends on no history of
-    draws, which a kill would cut."""
-
-    def __init__(self, kind: str, seed: int, space: Space) -> None:
-        self._kind = kind
-        self._seed = seed
-        self._space = space
-
-    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
-        """None: each key is drawn for itself."""
-        return {}
-
-    def sample_relative(self, *_: object) -> dict[str, Any]:
-        """See `infer_relative_search_space`."""
-        return {}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """What this trial tries for the key `param_name`."""
-        if self._kind == "qmc":
-            return _evenly(trial.number, self._seed, self._space)[param_name]
-        seed = stream_seed(self._seed, "search", trial.number, param_name) % 2**32
-        sampler = RandomSampler(seed) if self._kind == "random" else TPESampler(seed=seed)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-
-def _evenly(number: int, seed: int, space: Space) -> dict[str, Any]:
-    """The n-th point of a scrambled Sobol sequence over the numbers of the space; choices at random."""
-    spread: dict[str, BaseDistribution] = {key: _distribution(space[key]) for key in sorted(space)}
-    with warnings.catch_warnings(action="ignore"):  # that it is experimental
-        sampler = QMCSampler(
-            scramble=True, seed=seed % 2**32, independent_sampler=RandomSampler(seed % 2**32)
-        )
-        study = optuna.create_study(sampler=sampler)
-        trial = study.ask(spread)
-        for _ in range(number):
-            study.tell(trial, 0.0)  # it learns the space from the first complete trial
-            trial = study.ask(spread)
-    return dict(trial.params)
-
-
-def _distribution(spread: SpaceConfig) -> Distribution:
-    if spread.choices is not None:
-        return CategoricalDistribution([_encoded(choice) for choice in spread.choices])
-    assert spread.low is not None
-    assert spread.high is not None
-    if spread.integer:
-        return IntDistribution(int(spread.low), int(spread.high), log=spread.log)
-    return FloatDistribution(spread.low, spread.high, log=spread.log)
-
-
-def _suggest(trial: Trial, key: str, spread: Distribution) -> Any:
-    if isinstance(spread, CategoricalDistribution):
-        return trial.suggest_categorical(key, spread.choices)
-    suggest = trial.suggest_int if isinstance(spread, IntDistribution) else trial.suggest_float
-    return suggest(key, spread.low, spread.high, log=spread.log)  # type: ignore[arg-type]
-
-
-def _encoded(choice: Any) -> Any:
-    """A choice as databases keep it: lists and mappings as JSON."""
-    return json.dumps(choice, sort_keys=True) if isinstance(choice, (list, tuple, dict)) else choice
-
-
-def _decoded(spread: SpaceConfig, drawn: Any) -> Any:
-    if spread.choices is None:
-        return drawn
-    return next(choice for choice in spread.choices if _encoded(choice) == drawn)
-
-
-# What decides how it is learned. The rest decides what is compared, and must be the same in all trials.
-SEARCHABLE = ("lora", "rollout", "objective", "update")
-EVALUATIONS = 3  # of a trial that may be pruned, at least: with few, little can be saved
-
-Drawn = Mapping[str, Any]  # what the sampler drew, by key of the space
-Settings = dict[str, Any]  # dotted keys of the configuration to values
-
-
-def settings(config: TrainerConfig, drawn: Drawn) -> Settings:
-    """The settings that follow from what was drawn: multiples and shares of other settings worked out."""
-    own = {key: drawn[key] for key in drawn if _other(config.search.space[key]) is None}
-    related = {key: _related(config, key, drawn[key], own) for key in drawn if key not in own}
-    return {key: (own | related)[key] for key in drawn}
-
-
-def _related(config: TrainerConfig, key: str, value: Any, own: Settings) -> Any:
-    spread = config.search.space[key]
-    other = str(_other(spread))
-    reference = own[other] if other in own else setting(config, other)
-    result = value * reference if spread.times is not None else value / reference
-    # The sizes of things are whole: 64 over 8 is 8, not 8.0.
-    whole = isinstance(value, int) and isinstance(reference, int) and result == int(result)
-    return int(result) if whole else result
-
-
-def _other(spread: SpaceConfig) -> str | None:
-    return spread.times if spread.times is not None else spread.over
-
-
-def setting(config: TrainerConfig, dotted: str) -> Any:
-    """The configuration's value of a dotted key. Raises KeyError."""
-    found: Any = config.model_dump(mode="json")
-    for key in dotted.split("."):
-        if not isinstance(found, Mapping):
-            raise KeyError(dotted)
-        found = found[key]
-    return found
-
-
-def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
-    """A trial's configuration: the experiment's, with the trial's settings. Raises ConfigError.
-
-    Trials are compared by the experiment's composite, whatever weights a trial learns with. What a trial is
-    does not depend on how many others there are, or where the study is kept.
-    """
-    search, first_fold = config.search, with_guard(config, 0)
-    iterations = search.iterations or config.iterations
-    fixed: Settings = {
-        "iterations": iterations,
-        "evaluation.every": _every(config, iterations),
-        "evaluation.weights": dict(first_fold.reward_evaluators),
-        "guard.evaluator": first_fold.guard.evaluator,
-        "search": {},
-        "crossval": {},
-    }
-    if config.guard.evaluator == ROTATE:
-        fixed[f"objective.weights.{first_fold.guard.evaluator}"] = 0.0
-    return with_values(config, {**changes, **fixed})
-
-
-def _every(config: TrainerConfig, iterations: int) -> int:
-    """Iterations between a trial's evaluations."""
-    every, most = config.evaluation.every, max(1, iterations // EVALUATIONS)
-    if config.search.pruner == "none":
-        return every
-    return min(every, most) if every else most
-
-
 # -------------------------------------------------------------------------------------------- checks
 
 
 def check_space(config: TrainerConfig, scorer: Scorer) -> None:
-    """Raises ConfigError naming the first key of the space that cannot be tried, before anything is."""
+    """Check that every value of the space makes a valid trial, before any is trained.
+
+    Raises:
+        ConfigError: There is no space, or a key of it cannot be searched; the message names the first.
+    """
     space = config.search.space
     if not space:
         raise ConfigError(
@@ -233,7 +249,7 @@ def check_space(config: TrainerConfig, scorer: Scorer) -> None:
     for key in space:
         try:
             _check_key(config, key)
-            for changes in _extremes(config, key):
+            for changes in _extreme_settings(config, key):
                 check_evaluators(trial_config(config, changes), scorer)
         except ConfigError as error:
             raise ConfigError(f"trainer.search.space.{key}: {error}{_hint(space[key], error)}") from None
@@ -243,50 +259,50 @@ def _check_key(config: TrainerConfig, key: str) -> None:
     space = config.search.space
     section, _, rest = key.partition(".")
     if section not in SEARCHABLE or not rest:
-        raise ConfigError(f"a search varies settings below {', '.join(SEARCHABLE)}; take it out")
+        raise ConfigError(f"a search varies settings below {', '.join(SEARCHABLE)}; remove this one")
     inner = next((other for other in space if other.startswith(f"{key}.")), None)
     if inner is not None:
-        raise ConfigError(f"{inner} is a part of it; take one of them out")
-    other = _other(space[key])
+        raise ConfigError(f"contains {inner}, which is searched too; remove one of them")
+    other = _reference_key(space[key])
     if other is None:
         return
-    if other in space and _other(space[other]) is not None:
+    if other in space and _reference_key(space[other]) is not None:
         raise ConfigError(f"{other} is itself relative to a setting; relate both to the same one")
     try:
-        references = _ends(space[other]) if other in space else [setting(config, other)]
+        references = _end_values(space[other]) if other in space else [setting_value(config, other)]
     except KeyError:
-        raise ConfigError(f"relative to {other}, which is no setting; name one that is") from None
-    if not all(_is_number(value) for value in [*_ends(space[key]), *references]):
-        raise ConfigError(f"relative to {other}, but not all of these are numbers; give numbers")
+        raise ConfigError(f"relative to {other}, which is not a setting; name an existing one") from None
+    if not all(_is_number(value) for value in [*_end_values(space[key]), *references]):
+        raise ConfigError(f"relative to {other}, but not all values are numbers; give numbers")
     if space[key].over is not None and not all(references):
-        raise ConfigError(f"divided by {other}, which may be 0; leave 0 out")
+        raise ConfigError(f"divided by {other}, which may be 0; exclude 0")
 
 
-def _extremes(config: TrainerConfig, key: str) -> Iterator[Settings]:
-    """The settings at the ends of a range and inside it, or of all choices; with those it is relative to."""
+def _extreme_settings(config: TrainerConfig, key: str) -> Iterator[Settings]:
+    """Yield settings for the ends of a key's range, or for each choice, with those of its reference."""
     space = config.search.space
-    other = _other(space[key])
-    references = [{other: value} for value in _ends(space[other])] if other in space else [{}]
+    other = _reference_key(space[key])
+    references = [{other: value} for value in _end_values(space[other])] if other in space else [{}]
     for reference in references:
-        for value in _ends(space[key]):
-            yield settings(config, {**reference, key: value})
+        for value in _end_values(space[key]):
+            yield resolve_settings(config, {**reference, key: value})
 
 
-def _ends(spread: SpaceConfig) -> Sequence[Any]:
-    if spread.choices is not None:
-        return spread.choices
-    assert spread.low is not None
-    assert spread.high is not None
-    if spread.integer:
-        return [int(spread.low), int(spread.high)]
-    # A number between that no setting of whole numbers takes.
-    return [spread.low, spread.high, spread.low + (spread.high - spread.low) / math.pi]
+def _end_values(spec: SpaceConfig) -> Sequence[Any]:
+    if spec.choices is not None:
+        return spec.choices
+    assert spec.low is not None
+    assert spec.high is not None
+    if spec.integer:
+        return [int(spec.low), int(spec.high)]
+    # The third one is a fraction, which no setting of whole numbers accepts.
+    return [spec.low, spec.high, spec.low + (spec.high - spec.low) / math.pi]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _hint(spread: SpaceConfig, error: ConfigError) -> str:
-    fractional = "valid integer" in str(error) and spread.choices is None and not spread.integer
+def _hint(spec: SpaceConfig, error: ConfigError) -> str:
+    fractional = "valid integer" in str(error) and spec.choices is None and not spec.integer
     return "; add integer: true" if fractional else ""

@@ -1,191 +1,175 @@
-"""One trial of a search: trained in its own run folder, its result told to the study."""
+"""Trials of a search: record of a trial, choice of the winner, summary in words and tables."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from optuna.trial import TrialState
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
 
-from reward_service.client import OverloadedError, UnreachableError
-from trainer.config import ConfigError, SearchConfig, TrainerConfig
-from trainer.evaluation.stopping import Examination, State
-from trainer.experiments.experiment import Experiment
-from trainer.experiments.ranking import GUARD, Row, listed
-from trainer.experiments.space import Settings, settings, trial_config
-from trainer.experiments.study import Taken
-from trainer.rl.rewards import Images, Scorer, Scores, ScoringError
-from trainer.runs.checkpoints import BASE_FILE
-from trainer.runs.folder import METRICS_FILE, RunFolder, is_finished
-from trainer.runs.train import train_run
-from trainer.runtime.errors import DivergenceError, EvaluationError, RolloutError, reason
-from trainer.runtime.files import write_atomically
+State = Literal["complete", "pruned", "failed", "running", "waiting"]
+STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running", "waiting")  # as tables list them
 
-SEARCH, TRIALS = "search", "trials"
+# Composite difference below which the null trial shows rounding only, in standard deviations of the scores.
+ROUNDING = 1e-3
+GUARD = "guard"  # reason of a trial whose reward-hacking guard tripped
+
+Gain = Mapping[str, Any]  # a row of a comparison: difference, low, high, standard_error, verdict, ...
+Settings = dict[str, Any]  # dotted keys of the configuration to values
 
 
-def run_trial(
-    taken: Taken, experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console
-) -> None:
-    """Train a trial, or go on with it, and tell the study what came of it.
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a search. The fields are the keys of its entry in search.json."""
 
-    What is the trial's own fault makes it a failed one. Where the service is gone, the error passes: the trial
-    can be gone on with.
-    """
-    null = config.search.null_trial and taken.number == 0
-    changes = {} if null else settings(config, taken.draw(config.search.space))
-    taken.note_settings(changes)
-    console.print(f"Trial {taken.number}: {'trains nothing' if null else listed(changes)}", soft_wrap=True)
-    service = Listening(scorer)
-    try:
-        placed = _placeable(config, changes)
-        outcome = _trained(taken, placed, config.search, experiment, service, null)
-    except (DivergenceError, torch.OutOfMemoryError, UnsuitableError) as error:
-        return _fail(taken, error, console)
-    except (RolloutError, EvaluationError) as error:
-        if service.outage or not service.answers(experiment.splits.fold(0).train[0]):
-            error.add_note(f"trial {taken.number} goes on from its checkpoint when this command is run again")
-            raise
-        return _fail(taken, error, console)
-    pruned = outcome["ending"] == PrunerStopper.name
-    state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-    taken.tell(state, outcome["gain"]["difference"], outcome)
-    ended = f", ended by the {outcome['ending']}" if outcome["ending"] else ""
-    console.print(f"Trial {taken.number}: gain {outcome['gain']['difference']:+.3f}{ended}", soft_wrap=True)
-    return None
-
-
-class UnsuitableError(Exception):
-    """Settings that do not go together."""
-
-
-def _placeable(config: TrainerConfig, changes: Settings) -> TrainerConfig:
-    try:
-        return trial_config(config, changes)
-    except ConfigError as error:
-        raise UnsuitableError(f"these settings do not go together: {error}") from None
-
-
-def _fail(taken: Taken, error: Exception, console: Console) -> None:
-    why = reason(error)
-    taken.tell(TrialState.FAIL, None, {"reason": why, "ending": None, "gain": None})
-    console.print(f"Trial {taken.number} failed: {why}", soft_wrap=True)
-
-
-def _trained(
-    taken: Taken,
-    config: TrainerConfig,
-    rules: SearchConfig,
-    experiment: Experiment,
-    scorer: Scorer,
-    null: bool,
-) -> Row:
-    """What came of the trial, trained now or before."""
-    split = experiment.splits.fold(0)
-    placed, run = experiment.run(config, SEARCH, TRIALS, f"{taken.number:04d}")
-    try:
-        if not is_finished(run, placed.iterations):
-            shared = experiment.path / SEARCH / BASE_FILE
-            _copy_measurement(shared, run.path / BASE_FILE)
-            others = [] if null else [PrunerStopper(taken, rules, placed.iterations)]
-            quiet = Console(quiet=True)
-            train_run(placed, split, scorer, run, quiet, last=0 if null else None, others=others)
-            _copy_measurement(run.path / BASE_FILE, shared)
-        for iterations, gain in _curve(run):
-            taken.report(iterations, gain)
-        return _outcome(run)
-    finally:
-        run.close()
-
-
-def _copy_measurement(source: Path, target: Path) -> None:
-    """The base is the same in all trials: it is measured once."""
-    if source.exists() and not target.exists():
-        write_atomically(target, source.read_bytes())
-
-
-def _curve(run: RunFolder) -> list[tuple[int, float]]:
-    """The composite's gain at each evaluation, after so many iterations, as it was logged."""
-    path = run.path / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    logged = [record for record in map(json.loads, lines) if "evaluation" in record]
-    return [(it["iteration"] + 1, it["evaluation"]["composite"]["difference"]) for it in logged]
-
-
-def _outcome(run: RunFolder) -> Row:
-    """What a finished run came to, in the words of search.json."""
-    evaluation, finished = run.read_json("evaluation.json"), run.read_json("finished.json")
-    ending = evaluation["ending"] or {"by": None, "reason": None}
-    hacked = bool(evaluation["guard"] and evaluation["guard"]["tripped"])
-    pruned = ending["by"] == PrunerStopper.name
-    return {
-        "gain": evaluation["rows"]["composite"],
-        "iterations": finished["reached"],
-        "ending": ending["by"],
-        "reason": ending["reason"] if pruned else GUARD if hacked else ending["by"],
-    }
-
-
-class PrunerStopper:
-    """Reports each evaluation to the study; ends the trial where the pruner says so. See deciding.Stopper."""
-
-    name = "pruner"
-
-    def __init__(self, taken: Taken, config: SearchConfig, iterations: int) -> None:
-        self._taken = taken
-        self._config = config
-        self._iterations = iterations
-
-    def heed(self, examined: Examination) -> str | None:
-        """Nothing is pruned in its warm-up, nor after its last iteration."""
-        gain = examined.comparison.composite.difference
-        self._taken.report(examined.done, gain)
-        if not self._config.warmup_iterations < examined.done < self._iterations:
-            return None
-        if not self._taken.is_to_be_pruned():
-            return None
-        return f"{self._config.pruner}: behind the others after {examined.done} iterations"
-
-    def state(self) -> State:
-        """Nothing: what was reported is in the study."""
-        return {}
-
-    def restore(self, state: State) -> None:
-        """See `state`."""
-
-
-class Listening:
-    """A reward service, and whether it was gone at some time."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-        self.outage = False
+    number: int
+    state: State
+    params: Settings  # the settings that the trial changes
+    value: float | None  # gain of the composite, in standard deviations
+    low: float | None  # ends of its interval
+    high: float | None
+    iterations: int  # that were trained
+    reason: str | None  # of its end or failure
+    null: bool  # trial 0, which trains nothing
+    curve: tuple[tuple[int, float], ...]  # (iterations, gain) at each evaluation
 
     @property
-    def evaluators(self) -> tuple[str, ...]:
-        """See Scorer."""
-        return self._scorer.evaluators
+    def can_win(self) -> bool:
+        """True for a complete trial that trained something and did not trip the guard."""
+        return self.state == "complete" and not self.null and self.reason != GUARD
 
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """See Scorer."""
-        return self._scorer.identity
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of search.json."""
+        return asdict(self) | {"curve": [list(point) for point in self.curve]}
 
-    def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        """See Scorer."""
-        try:
-            return self._scorer.score(prompts, images)
-        except ScoringError as error:
-            if error.outage or isinstance(error.__cause__, (OverloadedError, UnreachableError)):
-                self.outage = True
-            raise
 
-    def answers(self, prompt: str) -> bool:
-        """Whether it scores an image that is nobody's fault."""
-        try:
-            self._scorer.score([prompt], np.full((1, 64, 64, 3), 128, np.uint8))
-        except ScoringError:
-            return False
-        return True
+@dataclass(frozen=True)
+class Winner:
+    """The best trial of a search. The fields are the keys of `winner` in search.json."""
+
+    number: int
+    params: Settings
+    selected: Gain  # the gain by which it was chosen
+    fresh: Gain | None  # its gain on fresh random streams, once measured
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of search.json."""
+        return {
+            "number": self.number,
+            "params": self.params,
+            "selected": self.selected,
+            "fresh": self.fresh,
+        }
+
+
+def choose_winner(trials: Sequence[Trial]) -> Trial | None:
+    """Return the best trial that can win and gains more than 0 and more than the null trial, or None."""
+    threshold = max([0.0, *(trial.value for trial in trials if trial.null and trial.value is not None)])
+    candidates = [
+        (trial.value, -trial.number, trial)
+        for trial in trials
+        if trial.can_win and trial.value is not None and trial.value > threshold
+    ]
+    return max(candidates)[-1] if candidates else None
+
+
+# ------------------------------------------------------------------------------------------ sentences
+
+
+def search_sentences(trials: Sequence[Trial], winner: Winner | None, null_gain: Gain | None) -> list[str]:
+    """Return the result of the search in words; only counts while trials are unfinished."""
+    sentences = [_count_sentence(trials)]
+    if any(trial.state in ("running", "waiting") for trial in trials):
+        return sentences
+    if null_gain is not None:
+        sentences.append(_null_sentence(null_gain))
+    sentences += _winner_sentences(trials, winner)
+    hacked = [str(trial.number) for trial in trials if trial.reason == GUARD]
+    if hacked:
+        which = f"Trial {hacked[0]}" if len(hacked) == 1 else f"Trials {', '.join(hacked)}"
+        sentences.append(f"{which} cannot win: the guard fell while the composite rose.")
+    failed = [trial for trial in trials if trial.state == "failed"]
+    return sentences + [f"Trial {trial.number} failed: {trial.reason}." for trial in failed]
+
+
+def _count_sentence(trials: Sequence[Trial]) -> str:
+    states = [trial.state for trial in trials if not trial.null]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+    return f"{len(states)} trials: {counts}."
+
+
+def _null_sentence(null_gain: Gain) -> str:
+    gain, error = null_gain["difference"], null_gain["standard_error"] or 0.0
+    if max(abs(gain), error) <= ROUNDING:
+        return "The null trial, which trains nothing, gains nothing: measurements are repeatable."
+    return (
+        f"Warning: the null trial, which trains nothing, gains {gain:+.3f} (standard error {error:.3f}): "
+        "measurements are not repeatable (a reward service that is not deterministic, or random streams that "
+        "drift), and gains of that size mean nothing."
+    )
+
+
+def _winner_sentences(trials: Sequence[Trial], winner: Winner | None) -> list[str]:
+    if winner is None:
+        return ["No trial gains anything: there is no winner, and the experiment's own settings stay."]
+    candidates = sum(trial.can_win for trial in trials)
+    won = f"Trial {winner.number} wins, the best of {candidates}, with {_gain_text(winner.selected)}"
+    sentences = [f"{won} standard deviations: {settings_text(winner.params)}."]
+    if winner.fresh is not None:
+        sentences.append(_fresh_sentence(winner.selected, winner.fresh))
+    return sentences
+
+
+def _fresh_sentence(selected: Gain, fresh: Gain) -> str:
+    lost = selected["difference"] - fresh["difference"]
+    curse = (
+        f"{lost:.3f} less than when it was chosen (the winner's curse)"
+        if lost > 0
+        else "no less than when it was chosen"
+    )
+    caveat = "" if fresh["verdict"] == "rises" else "; the interval does not exclude that it gains nothing"
+    return f"On fresh random streams it gains {_gain_text(fresh)}, {curse}{caveat}."
+
+
+def _gain_text(gain: Gain) -> str:
+    bounds = "" if gain["low"] is None else f" ({gain['low']:+.3f} to {gain['high']:+.3f})"
+    return f"{gain['difference']:+.3f}{bounds}"
+
+
+def settings_text(params: Mapping[str, Any]) -> str:
+    """Return settings on one line."""
+    texts = (
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in params.items()
+    )
+    return ", ".join(texts) or "as configured"
+
+
+# --------------------------------------------------------------------------------------------- table
+
+
+def trial_table(trials: Sequence[Trial], winner: Winner | None) -> Group:
+    """Return a table of the trials, best first, and below it the settings of each."""
+    results = Table(title="Search: gain of the composite", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("trial", "gain", "interval", "iterations", "state", ""):
+        results.add_column(column, justify="left" if column in ("state", "") else "right", no_wrap=True)
+    settings = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+    settings.add_column(justify="right")
+    for trial in sorted(trials, key=_rank):
+        remark = "winner" if winner and trial.number == winner.number else _remark(trial)
+        value = "" if trial.value is None else f"{trial.value:+.3f}"
+        interval = "" if trial.low is None else f"{trial.low:+.3f} {trial.high:+.3f}"
+        results.add_row(str(trial.number), value, interval, str(trial.iterations), trial.state, remark)
+        settings.add_row(str(trial.number), "trains nothing" if trial.null else settings_text(trial.params))
+    return Group(results, settings)
+
+
+def _remark(trial: Trial) -> str:
+    if trial.null:
+        return "trains nothing"
+    return trial.reason if trial.reason in (GUARD, "patience") else ""
+
+
+def _rank(trial: Trial) -> tuple[int, float, int]:
+    return STATES.index(trial.state), -(trial.value or 0.0), trial.number

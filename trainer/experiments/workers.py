@@ -1,6 +1,8 @@
-"""Processes that this one starts and that do not outlive it: a reward service of its own, folds side by side.
+"""Child processes that never outlive this one: commands side by side, and a reward service for one command.
 
-A scoring service of its own as a child process, for as long as a run takes.
+A child reads its standard input through `trainer.runtime.parent_watch`: the pipe closes when this process
+ends, however that happens, and the child then terminates itself. Children run in sessions of their own, so
+that Ctrl-C reaches this process only, which terminates them in order.
 """
 
 import os
@@ -10,45 +12,56 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 
 from trainer.runtime.errors import DemoError, JobError
 
-STOP_TIMEOUT_S = 60.0  # for a trainer to save what it has
+STOP_TIMEOUT_S = 60.0  # for a trainer to save its checkpoint
 POLL_S = 0.2
+
+SERVICE_START_TIMEOUT_S = 120.0
+SERVICE_STOP_TIMEOUT_S = 15.0
+_ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
+
+Process = subprocess.Popen[bytes]
+
+
+# --------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A command, under which name it is spoken of, and the file that its output is added to."""
+    """A command to run in a process."""
 
-    name: str
-    command: Sequence[str]
-    log: Path
+    name: str  # in messages
+    command: Sequence[str]  # must use `trainer.runtime.parent_watch`
+    log: Path  # its output is appended
 
 
 def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> None:
-    """Run all jobs, so many at a time; each must heed `trainer.runtime.parent_watch`.
+    """Run all jobs, at most `workers` at a time.
 
-    Raises JobError where one fails; the others are stopped first, in order, so that they can go on later.
+    Raises:
+        JobError: A job failed. The other jobs were terminated first, so that they can be resumed.
     """
-    waiting, running = deque(jobs), dict[Job, "subprocess.Popen[bytes]"]()
+    waiting, running = deque(jobs), dict[Job, Process]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.popleft()
-                running[job] = _start(job)
-                console.print(f"{job.name} begins: {job.log}", soft_wrap=True)
+                running[job] = _start_job(job)
+                console.print(f"{job.name} started: {job.log}", soft_wrap=True)
             for job, process in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
                     stop(process, 0)
-                    _check(job, process.returncode)
+                    _check_exit_code(job, process.returncode)
                     console.print(f"{job.name} is done")
             time.sleep(POLL_S)
     finally:
@@ -58,33 +71,77 @@ def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> Non
             stop(process, STOP_TIMEOUT_S)
 
 
-def _start(job: Job) -> "subprocess.Popen[bytes]":
+def _start_job(job: Job) -> Process:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as output, signals_wait():
-        # A session of its own: Ctrl-C reaches this process only, which then stops it in order. Its standard
-        # input is what tells it that this process is gone, however it went.
-        return subprocess.Popen(
-            list(job.command),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with job.log.open("ab") as output, delayed_signals():
+        return _start(job.command, output)
 
 
-def _check(job: Job, code: int) -> None:
+def _check_exit_code(job: Job, code: int) -> None:
     if code != 0:
         raise JobError(f"{job.name} ended with code {code}: {last_line(job.log)} (see {job.log})")
 
 
-def last_line(log: Path) -> str:
-    """What was said last."""
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return said[-1] if said else "nothing was said"
+# ---------------------------------------------------------------------------------- reward service
 
 
-def stop(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
-    """Have a process leave in order; end it where it has not within the time."""
+@contextmanager
+def local_service(config: Path, log: Path) -> Iterator[str]:
+    """Run a reward service on a free loopback port; yield its address, and stop it at the end of the block.
+
+    Args:
+        config: Configuration file of the service.
+        log: File for its output.
+
+    Raises:
+        DemoError: The service ends, or does not listen within two minutes.
+    """
+    command = [sys.executable, "-m", "trainer.runtime.parent_watch", "reward_service", "serve"]
+    command += ["--config", str(config), "--host", "127.0.0.1", "--port", "0"]
+    service = None
+    try:
+        with log.open("wb") as output, delayed_signals():
+            service = _start(command, output, os.environ | {"PYTHONUNBUFFERED": "1"})
+        yield wait_for_address(service, log)
+    finally:
+        if service is not None:
+            stop(service, SERVICE_STOP_TIMEOUT_S)
+
+
+def wait_for_address(service: Process, log: Path) -> str:
+    """Wait until a reward service logs its address, and return that.
+
+    Raises:
+        DemoError: The service ends, or does not listen within two minutes.
+    """
+    deadline = time.monotonic() + SERVICE_START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = _ADDRESS.search(log.read_text(encoding="utf-8", errors="replace"))
+        if found and found[1] != "0":
+            return found[0]
+        if service.poll() is not None:
+            code = service.returncode
+            raise DemoError(f"the reward service ended with code {code}: {last_line(log)} (see {log})")
+        time.sleep(0.1)
+    raise DemoError(f"the reward service did not listen within {SERVICE_START_TIMEOUT_S:.0f} s; see {log}")
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def _start(command: Sequence[str], output: BinaryIO, environment: Mapping[str, str] | None = None) -> Process:
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,  # closes when this process ends: see `trainer.runtime.parent_watch`
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def stop(process: Process, timeout_s: float) -> None:
+    """Terminate a process; kill it if it has not ended within the timeout."""
     process.terminate()
     try:
         process.wait(timeout_s)
@@ -95,72 +152,22 @@ def stop(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
         process.stdin.close()
 
 
+def last_line(log: Path) -> str:
+    """Return the last line of a log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Signals that end the program act after this block: a process begun within it is known by then."""
-    arrived: list[int] = []
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in ending}
+def delayed_signals() -> Iterator[None]:
+    """Deliver SIGINT, SIGTERM and SIGHUP after this block, when a process started in it can be stopped."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for late in arrived:
+    for late in received:
         signal.raise_signal(late)
-
-
-START_TIMEOUT_S = 120.0
-
-SERVICE_STOP_TIMEOUT_S = 15.0
-
-_ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
-
-
-@contextmanager
-def local_service(config: Path, log: Path) -> Iterator[str]:
-    """Address of a service on a free loopback port, stopped on the way out, however that comes about.
-
-    Its output goes to `log`. Raises DemoError where it ends or says nothing within two minutes.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.runtime.parent_watch",
-        "reward_service",
-        "serve",
-        "--config",
-        str(config),
-    ]
-    command += ["--host", "127.0.0.1", "--port", "0"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    service = None
-    try:
-        with log.open("wb") as output, signals_wait():
-            # A session of its own: Ctrl-C reaches this process only, which then stops the service in order.
-            service = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # ends when this process does, and with it the service
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        yield _wait_for_address(service, log)
-    finally:
-        if service is not None:
-            stop(service, SERVICE_STOP_TIMEOUT_S)
-
-
-def _wait_for_address(service: "subprocess.Popen[bytes]", log: Path) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        said = log.read_text(encoding="utf-8", errors="replace")
-        found = _ADDRESS.search(said)
-        if found and found[1] != "0":
-            return found[0]
-        if service.poll() is not None:
-            code = service.returncode
-            raise DemoError(f"the scoring service ended with code {code}: {last_line(log)} (see {log})")
-        time.sleep(0.1)
-    raise DemoError(f"the scoring service did not listen within {START_TIMEOUT_S:.0f} s; see {log}")

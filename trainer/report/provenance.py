@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reward_service.settings import DEFAULT_CONFIG
-from trainer.config import ConfigError, flat, load_trainer_config
+from trainer.config import ConfigError, flatten, load_trainer_config
 from trainer.report.run_data import RunData, counted, duration, items, mapping, shown, texts
 
 # Paths and logging: differences in these do not change the run.
@@ -130,7 +130,7 @@ def _differences(run_data: RunData) -> tuple[str, list[Difference]]:
     found = []
     for path in sorted(DEFAULT_CONFIG.parent.glob("*.yaml")):
         try:
-            shipped = flat(load_trainer_config(path).model_dump(mode="json"))
+            shipped = flatten(load_trainer_config(path).model_dump(mode="json"))
         except ConfigError:
             continue
         found.append((path.name, differing(run_data.settings, shipped)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config import flat
+from trainer.config import flatten
 from trainer.evaluation.comparison import COMPOSITE, Measurement
 from trainer.runs.folder import CONFIG_FILE, METRICS_FILE
 from trainer.runtime.errors import StorageError, reason
@@ -157,7 +157,7 @@ class RunData:
     @property
     def settings(self) -> dict[str, Any]:
         """Configuration with dotted keys, passwords masked."""
-        return {key: masked(value) for key, value in flat(self.config).items()}
+        return {key: masked(value) for key, value in flatten(self.config).items()}
 
     @property
     def yaml(self) -> str:

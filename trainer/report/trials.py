@@ -13,14 +13,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trainer.report import charts
 from trainer.report.charts import Bar, Line, Point, Strand
-from trainer.report.run_data import Json, Row, interval, items, mapping, number, row, shown, signed, whole
+from trainer.report.run_data import GainRow, Json, interval, items, mapping, number, row, shown, signed, whole
 
 FEW, TOO_FEW = 10, 4  # complete trials below which importance is a hint only, or is not computed
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One trial."""
+class ReportedTrial:
+    """One trial, as far as search.json could be read."""
 
     number: int
     state: str
@@ -50,11 +50,11 @@ class Trial:
 class SearchReport:
     """Content of search.json with its charts."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[ReportedTrial, ...]
     settings: tuple[str, ...]
     states: dict[str, int]
-    selected: Row | None
-    fresh: Row | None
+    selected: GainRow | None
+    fresh: GainRow | None
     winner: Json
     sampler: str
     pruner: str
@@ -111,13 +111,13 @@ def read_search(found: Json, space: Json) -> SearchReport:
     )
 
 
-def _trial(held: Json, winner: int | None) -> Trial | None:
+def _trial(held: Json, winner: int | None) -> ReportedTrial | None:
     place = whole(held.get("number"))
     if place is None:
         return None
     pairs = [[number(end) for end in items(pair)[:2]] for pair in items(held.get("curve"))]
     curve = tuple(Point(*pair) for pair in pairs if len(pair) == 2 and None not in pair)  # type: ignore[arg-type]
-    return Trial(
+    return ReportedTrial(
         number=place,
         state=str(held.get("state") or "unknown"),
         params={str(key): value for key, value in mapping(held.get("params")).items()},
@@ -136,7 +136,7 @@ def _trial(held: Json, winner: int | None) -> Trial | None:
 
 
 def _charts(
-    trials: Sequence[Trial], settings: Sequence[str], space: Json, remarks: list[str]
+    trials: Sequence[ReportedTrial], settings: Sequence[str], space: Json, remarks: list[str]
 ) -> dict[str, Markup]:
     made = {}
     lines = [Line(_curve_label(it), (Point(0, 0), *it.curve)) for it in trials if it.curve and not it.null]
@@ -156,7 +156,7 @@ def _charts(
     return made
 
 
-def _curve_label(trial: Trial) -> str:
+def _curve_label(trial: ReportedTrial) -> str:
     return f"trial {trial.number}{', chosen' if trial.winner else ''}"
 
 
@@ -172,7 +172,7 @@ def _curse_chart(winner: Json) -> dict[str, Markup]:
 
 
 def importance(
-    complete: Sequence[Trial], settings: Sequence[str], space: Json, remarks: list[str]
+    complete: Sequence[ReportedTrial], settings: Sequence[str], space: Json, remarks: list[str]
 ) -> list[tuple[str, float]]:
     """Return the share of the trials' variance that each setting explains (fANOVA).
 
@@ -207,7 +207,7 @@ def _fanova(trials: Sequence[FrozenTrial]) -> dict[str, float]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _frozen(trial: Trial, spread: Mapping[str, BaseDistribution]) -> FrozenTrial:
+def _frozen(trial: ReportedTrial, spread: Mapping[str, BaseDistribution]) -> FrozenTrial:
     params = {
         key: shown(trial.params[key]) if isinstance(kind, CategoricalDistribution) else trial.params[key]
         for key, kind in spread.items()
@@ -217,7 +217,7 @@ def _frozen(trial: Trial, spread: Mapping[str, BaseDistribution]) -> FrozenTrial
     )
 
 
-def _distribution(key: str, trials: Sequence[Trial], space: Json) -> BaseDistribution:
+def _distribution(key: str, trials: Sequence[ReportedTrial], space: Json) -> BaseDistribution:
     """Return the configured distribution, widened to the tried values, or one inferred from the values."""
     values = [it.params.get(key) for it in trials]
     numbers = [it for value in values if (it := number(value)) is not None]
@@ -234,7 +234,7 @@ def _range(key: str, numbers: Sequence[float], space: Json) -> tuple[float, floa
     return low, high, configured.get("log") is True and low > 0
 
 
-def _parallel(trials: Sequence[Trial], settings: Sequence[str], space: Json) -> Markup:
+def _parallel(trials: Sequence[ReportedTrial], settings: Sequence[str], space: Json) -> Markup:
     labels, columns = [], []
     for key in settings:
         label, column = _axis(key, trials, space)
@@ -253,7 +253,9 @@ def _parallel(trials: Sequence[Trial], settings: Sequence[str], space: Json) -> 
     return charts.parallel("search-parallel", alt, labels, strands)
 
 
-def _axis(key: str, trials: Sequence[Trial], space: Json) -> tuple[tuple[str, str, str], list[float | None]]:
+def _axis(
+    key: str, trials: Sequence[ReportedTrial], space: Json
+) -> tuple[tuple[str, str, str], list[float | None]]:
     """Return the axis of a setting, and each trial's height on it."""
     values = [it.params.get(key) for it in trials]
     numbers = [it for value in values if (it := number(value)) is not None]
@@ -273,7 +275,7 @@ def _height(value: float | None, low: float, high: float) -> float | None:
     return (value - low) / (high - low) if high > low else 0.5
 
 
-def value_text(trial: Trial) -> str:
+def value_text(trial: ReportedTrial) -> str:
     """Format a trial's gain with its interval."""
     if trial.value is None:
         return "–"

@@ -1,4 +1,4 @@
-"""DiffusionDB's prompts: what is taken, what is refused and counted, and what the card says."""
+"""Prompts of DiffusionDB: kept and rejected rows, the data card, damaged files, the command."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from benchmarks.diffusiondb import write_metadata
 from trainer.config import ConfigError, ModelSource
-from trainer.data.diffusiondb import Filters, prepare, tidied
+from trainer.data.diffusiondb import Filters, clean_text, prepare
 from trainer.data.near_duplicates import near_duplicates
 from trainer.data.prompts import read_prompt_set
 from trainer.data.tokenizer import TokenCounter
@@ -56,8 +56,8 @@ ROWS = [
 ]
 
 
-def test_every_row_is_taken_or_counted(tmp_path: Path) -> None:
-    """By the first filter that refuses it; the card and the file agree."""
+def test_prepare_keeps_or_counts_every_row(tmp_path: Path) -> None:
+    """A row is counted by the first filter that rejects it; the card and the file agree."""
     card = prepare(metadata(tmp_path, ROWS), tmp_path / "p.jsonl", Filters(), None)
     assert {name: count for name, count in card["left out"].items() if count} == {
         "no prompt_nsfw from 0 to 1": 3,
@@ -68,16 +68,16 @@ def test_every_row_is_taken_or_counted(tmp_path: Path) -> None:
         "too few words": 1,
         "near-duplicate of one before": 1,
     }
-    taken = {prompt.text: prompt.user for prompt in read_prompt_set(tmp_path / "p.jsonl")}
-    assert taken == {"a cat on a mat": "ann", "Ünïcode & a bell": "bob", LONG: "ann"}
+    kept = {prompt.text: prompt.user for prompt in read_prompt_set(tmp_path / "p.jsonl")}
+    assert kept == {"a cat on a mat": "ann", "Ünïcode & a bell": "bob", LONG: "ann"}
     assert card["source"]["rows"] == len(ROWS) == card["prompts"] + sum(card["left out"].values())
     assert json.loads((tmp_path / "p.card.json").read_text()) == card
     assert "CC0 1.0" in (tmp_path / "p.card.md").read_text()
     assert str(tmp_path) not in json.dumps(card)
 
 
-def test_a_file_of_many_rows_comes_out_clean(tmp_path: Path) -> None:
-    """Distinct, fit, no near-duplicates, no control characters; the same seed takes the same."""
+def test_prepare_of_many_rows_has_no_near_duplicates_and_follows_the_seed(tmp_path: Path) -> None:
+    """The same seed gives the same file; sample and per_user limit the prompts."""
     write_metadata(tmp_path / "metadata.parquet", 20_000, users=300)
 
     def prepared(name: str, **settings: Any) -> tuple[bytes, dict[str, Any]]:
@@ -97,8 +97,8 @@ def test_a_file_of_many_rows_comes_out_clean(tmp_path: Path) -> None:
     assert max(map(users.count, users)) <= 2
 
 
-def test_clusters_share_a_near_duplicate(tmp_path: Path) -> None:
-    """Two prompts that both resemble a third stay together although the third is dropped."""
+def test_prompts_with_a_common_near_duplicate_are_one_cluster(tmp_path: Path) -> None:
+    """Two prompts that are near-duplicates of a third are one cluster although the third is dropped."""
     words = LONG.split()
     versions = [" ".join(words), " ".join(["x", "y", "z", *words[3:]]), " ".join(["x", *words[1:]])]
     rows = [(text, f"u{i}", 0.0) for i, text in enumerate([*versions, "something else entirely"])]
@@ -109,8 +109,8 @@ def test_clusters_share_a_near_duplicate(tmp_path: Path) -> None:
     assert cluster["something else entirely"] is None
 
 
-def test_anonymous_prompts_are_taken_where_asked_for(tmp_path: Path) -> None:
-    """Each is a user of its own: a user's share does not count for them."""
+def test_anonymous_filter_keeps_prompts_of_unknown_users(tmp_path: Path) -> None:
+    """Each counts as a user: the limit for one user does not apply to them."""
     rows = [(f"{a} something {b} odd", None, 0.0) for a in ("red", "blue") for b in ("very", "quite")]
     card = prepare(metadata(tmp_path, rows), tmp_path / "p.jsonl", Filters(anonymous=True, per_user=1), None)
     assert card["prompts"] == 4
@@ -127,16 +127,16 @@ def test_anonymous_prompts_are_taken_where_asked_for(tmp_path: Path) -> None:
         ("👩\u200d🎨 paints", "👩\u200d🎨 paints"),
     ],
 )
-def test_tidying_depends_on_no_language(messy: str, tidy: str) -> None:
-    """Only what nobody can see, and what a browser would show otherwise, changes."""
-    assert tidied(messy) == tidy
+def test_clean_text_changes_only_entities_and_invisible_characters(messy: str, tidy: str) -> None:
+    """Text of any language otherwise stays as it is."""
+    assert clean_text(messy) == tidy
 
 
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def test_tokens_are_counted_as_by_karlos_tokenizer() -> None:
-    """Word by word as in one piece, in any script."""
+def test_token_counter_agrees_with_karlos_tokenizer() -> None:
+    """Counting word by word gives the tokenizer's count of the whole prompt, in any script."""
     counter, tokenizer = (
         TokenCounter.read(MINIATURE / "tokenizer"),
         CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer"),
@@ -149,16 +149,16 @@ def test_tokens_are_counted_as_by_karlos_tokenizer() -> None:
     )
 
 
-def test_clips_vocabulary_is_at_hand() -> None:
-    """As the service's installation brings it: OpenAI's own counts."""
+def test_token_counter_of_open_clip_agrees_with_openai() -> None:
+    """The vocabulary that open_clip installs gives OpenAI's own counts."""
     counter = TokenCounter.of_open_clip()
     assert counter is not None
     assert counter.count("a photo of a cat") == 7
     assert counter.count("beautiful café, naïve don't it's (((hdr:1.2))) 1920x1080 --ar 16:9") == 34
 
 
-def test_long_prompts_are_left_out(tmp_path: Path) -> None:
-    """By tokens, not by words."""
+def test_prepare_rejects_prompts_with_too_many_tokens(tmp_path: Path) -> None:
+    """Length is counted in tokens, not in words."""
     counter = TokenCounter.of_open_clip()
     rows = [("a photo of a cat", "ann", 0.0), ("supercalifragilistic expialidocious zyxwvutsrqp", "ann", 0.0)]
     card = prepare(metadata(tmp_path, rows), tmp_path / "p.jsonl", Filters(max_tokens=7), counter)
@@ -166,10 +166,10 @@ def test_long_prompts_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
-def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path, name: str) -> None:
-    """It says which files are looked for."""
+def test_missing_tokenizer_raises_config_error(tmp_path: Path, name: str) -> None:
+    """The message names the files that the folder needs."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no CLIP tokenizer .*vocab\.json and merges\.txt"):
+    with pytest.raises(ConfigError, match=r"not a CLIP tokenizer .*vocab\.json and merges\.txt"):
         TokenCounter.read(tmp_path / name)
 
 
@@ -182,8 +182,8 @@ def truncated(folder: Path) -> Path:
     return path
 
 
-def spoilt(folder: Path) -> Path:
-    """The footer is whole, a page is not."""
+def damaged(folder: Path) -> Path:
+    """Return a file with an intact footer and a damaged page."""
     path = metadata(folder, ROWS * 50)
     content = bytearray(path.read_bytes())
     content[4:400] = bytes(396)
@@ -191,18 +191,18 @@ def spoilt(folder: Path) -> Path:
     return path
 
 
-def text(folder: Path) -> Path:
+def text_file(folder: Path) -> Path:
     (folder / "a.parquet").write_text("prompt\na cat\n")
     return folder / "a.parquet"
 
 
-def without(folder: Path) -> Path:
+def missing_columns(folder: Path) -> Path:
     path = metadata(folder, ROWS)
     parquet.write_table(parquet.read_table(path).drop_columns(["user_name", "prompt_nsfw"]), path)
     return path
 
 
-def twice(folder: Path) -> Path:
+def repeated_column(folder: Path) -> Path:
     path = metadata(folder, ROWS)
     table = parquet.read_table(path)
     parquet.write_table(table.append_column("prompt", table.column("prompt")), path)
@@ -212,11 +212,11 @@ def twice(folder: Path) -> Path:
 MALFORMED: list[tuple[Callable[[Path], Path], str]] = [
     (lambda folder: folder / "absent.parquet", "no such file"),
     (lambda folder: folder, "is a folder"),
-    (text, "no whole Parquet file"),
-    (truncated, "no whole Parquet file"),
-    (spoilt, "no whole Parquet file"),
-    (twice, "several columns prompt"),
-    (without, r"no column user_name, prompt_nsfw \(there are prompt\)"),
+    (text_file, "not a complete Parquet file"),
+    (truncated, "not a complete Parquet file"),
+    (damaged, "not a complete Parquet file"),
+    (repeated_column, "several columns prompt"),
+    (missing_columns, r"no column user_name, prompt_nsfw \(found prompt\)"),
     (
         lambda folder: metadata(folder, [(3, "ann", 0.1)], prompt=pa.int64()),
         "prompt is of type int64, not string",
@@ -232,18 +232,18 @@ MALFORMED: list[tuple[Callable[[Path], Path], str]] = [
 
 
 @pytest.mark.parametrize(("make", "complaint"), MALFORMED)
-def test_what_cannot_be_prepared_is_one_line(
+def test_prepare_of_an_invalid_file_raises_config_error(
     tmp_path: Path, make: Callable[[Path], Path], complaint: str
 ) -> None:
-    """And nothing is written."""
+    """The message is one line, and no file is written."""
     with pytest.raises(ConfigError, match=complaint) as caught:
         prepare(make(tmp_path), tmp_path / "p.jsonl", Filters(), None)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*p.*"))
 
 
-def test_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
-    """One bad row does not end the preparation of two million."""
+def test_prepare_counts_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """One invalid row does not stop the preparation."""
     raw = pa.array([b"a fine prompt", b"\xff\xfe broken"], type=pa.binary())
     texts = pa.StringArray.from_buffers(2, *raw.buffers()[1:])
     columns = {"prompt": texts, "user_name": ["ann", "bob"], "prompt_nsfw": pa.array([0.1, 0.1])}
@@ -255,8 +255,8 @@ def test_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- command
 
 
-def test_the_command_prepares_without_torch(tmp_path: Path) -> None:
-    """It prints the counts, says where the card is, and needs neither torch nor a network."""
+def test_command_prepares_without_importing_torch(tmp_path: Path) -> None:
+    """The command prints the counts and the path of the card, and needs no network."""
     code = (
         "import sys\nfrom trainer.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules\n"
     )
@@ -279,13 +279,13 @@ def test_the_command_prepares_without_torch(tmp_path: Path) -> None:
         (["--out", "p.jsonl", "--metadata", "m", "--tokenizer", "t", "--config", "c"], "one of the two"),
         (["--out", "p.jsonl", "--metadata", "absent.parquet"], "no such file"),
         (["--out", "p.jsonl", "--sample", "0"], "sample"),
-        (["--out", "p.jsonl", "--revision", "main"], "cannot fetch metadata.parquet at revision main"),
+        (["--out", "p.jsonl", "--revision", "main"], "cannot download metadata.parquet at revision main"),
     ],
 )
-def test_what_the_command_refuses_is_one_line(
+def test_command_with_invalid_arguments_prints_one_line(
     tmp_path: Path, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 2, and no traceback; the hub, out of reach, too."""
+    """The exit code is 2, without a traceback, even if the hub is unreachable."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
@@ -295,8 +295,8 @@ def test_what_the_command_refuses_is_one_line(
     assert done.stderr.count("\n") == 1
 
 
-def test_a_kill_leaves_no_half_file(tmp_path: Path) -> None:
-    """What was there before stays whole."""
+def test_killed_command_leaves_the_old_file_intact(tmp_path: Path) -> None:
+    """A SIGKILL during the preparation does not damage an existing file."""
     write_metadata(tmp_path / "metadata.parquet", 20_000, users=300)
     out = tmp_path / "p.jsonl"
     out.write_text('"an older prompt"\n')

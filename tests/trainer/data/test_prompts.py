@@ -1,4 +1,4 @@
-"""Prompt files: what counts as a prompt, and what is refused."""
+"""Prompt files: formats, normalization, invalid files."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError
-from trainer.data.prompts import Prompt, clean, read_prompt_set, read_prompts
+from trainer.data.prompts import Prompt, normalize_prompts, read_prompt_set, read_prompts
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -15,18 +15,18 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return file
 
 
-def test_blank_lines_comments_and_repetitions_are_left_out(tmp_path: Path) -> None:
-    """Order is kept, white space is one space, Unicode is composed."""
+def test_text_file_skips_blank_lines_comments_and_repetitions(tmp_path: Path) -> None:
+    """The order is kept; white space becomes one space, and Unicode is composed."""
     file = write(
         tmp_path, "prompts.txt", "# mine\n\n a  red\tring \ncafe\u0301\na red ring\ncaf\u00e9\nlast\n"
     )
     assert read_prompts(file) == ("a red ring", "caf\u00e9", "last")
     assert read_prompts(file, limit=1) == ("a red ring",)
-    assert clean(["", "  "]) == ()
+    assert normalize_prompts(["", "  "]) == ()
 
 
-def test_csv_tells_users_and_clusters(tmp_path: Path) -> None:
-    """Quoted commas and line ends are part of the prompt; other columns and blank fields are nothing."""
+def test_csv_file_has_users_and_clusters(tmp_path: Path) -> None:
+    """Quoted commas and line ends are part of the prompt; other columns and blank fields are ignored."""
     file = write(
         tmp_path,
         "p.CSV",
@@ -52,18 +52,18 @@ MALFORMED = [
     ("a.txt", b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
     ("a.txt", "cat".encode("utf-16"), "line 1: not UTF-8"),
     ("a.txt", b"cat\nd\0g", r"line 2: .*U\+0000"),
-    ("a.parquet", b"PAR1", "parquet is no format"),
-    ("prompts", b"cat", "no suffix is no format"),
+    ("a.parquet", b"PAR1", "parquet is not a supported format"),
+    ("prompts", b"cat", "no suffix is not a supported format"),
     ("a.csv", b"", "line 1: no column prompt"),
     ("a.csv", b"prompt,user\n", "no prompt"),
     ("a.csv", b"text,user\ncat,ann", "line 1: no column prompt"),
     ("a.csv", b"prompt,prompt\ncat,dog", "line 1: several columns prompt"),
     ("a.csv", b"prompt,user,user_name\ncat,a,b", "line 1: several columns user"),
     ("a.csv", b"prompt\ncat\na dog, sitting\n", "line 3: 2 fields.* the header has 1"),
-    ("a.csv", b'prompt\ncat\n"a dog\n', "line 3: no CSV"),
-    ("a.csv", b"prompt\n" + b"x" * 200_000, "line 2: no CSV .*131,072"),
-    ("a.jsonl", b'"cat"\n{"prompt": \n', "line 2: no JSON"),
-    ("a.jsonl", b"[" * 100_000, "line 1: no JSON"),
+    ("a.csv", b'prompt\ncat\n"a dog\n', "line 3: invalid CSV"),
+    ("a.csv", b"prompt\n" + b"x" * 200_000, "line 2: invalid CSV .*131,072"),
+    ("a.jsonl", b'"cat"\n{"prompt": \n', "line 2: invalid JSON"),
+    ("a.jsonl", b"[" * 100_000, "line 1: invalid JSON"),
     ("a.jsonl", b'{"text": "cat"}', "line 1: no key prompt"),
     ("a.jsonl", b'"cat"\n["dog"]', "line 2: a list"),
     ("a.jsonl", b'{"prompt": 3}', "line 1: the prompt is a number"),
@@ -77,8 +77,10 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("name", "content", "complaint"), MALFORMED)
-def test_malformed_files_are_one_line(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
-    """The message names the file, the line and what is wrong there."""
+def test_malformed_file_raises_config_error(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    """The message is one line that names the file, the line and the problem."""
     file = write(tmp_path, name, content)
     with pytest.raises(ConfigError, match=complaint) as caught:
         read_prompt_set(file)
@@ -86,8 +88,8 @@ def test_malformed_files_are_one_line(tmp_path: Path, name: str, content: bytes,
     assert "\n" not in str(caught.value)
 
 
-def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
-    """Neither is a traceback."""
+def test_missing_file_or_folder_raises_config_error(tmp_path: Path) -> None:
+    """Both messages are one line."""
     (tmp_path / "folder.txt").mkdir()
     for name, complaint in (("absent.txt", "no such prompt file"), ("folder.txt", "is a folder")):
         with pytest.raises(ConfigError, match=complaint):

@@ -1,4 +1,4 @@
-"""Splits: groups are never parted, the same seed deals the same, and leaks are refused."""
+"""Splits: whole groups, reproducible by the seed, no leaks; splits.json."""
 
 import json
 import random
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.config import ConfigError, PromptsConfig
-from trainer.data.near_duplicates import jaccard
+from trainer.data import near_duplicates
+from trainer.data.near_duplicates import NearDuplicates, jaccard
 from trainer.data.prompts import Prompt
 from trainer.data.splits import ExperimentSplits, check_leaks, experiment_splits, read_splits
 from trainer.runtime.errors import LeakError
@@ -20,8 +21,8 @@ NEAR = ("a b c d e f g h i j k l m n", "a b c d e f g X i j k l m n")  # similar
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.sample(WORDS, 6)) for _ in range(count)]
+    rng = random.Random(seed)
+    return [" ".join(rng.sample(WORDS, 6)) for _ in range(count)]
 
 
 def write(path: Path, prompts: list[Any]) -> Path:
@@ -45,16 +46,16 @@ def config(folder: Path, train: list[Any], **others: Any) -> PromptsConfig:
 # ------------------------------------------------------------------------------------ train/validation
 
 
-def test_two_files_are_two_sides(tmp_path: Path) -> None:
-    """Order is that of the files; every validation prompt has its group, near-duplicates the same."""
+def test_read_splits_of_two_files(tmp_path: Path) -> None:
+    """The order is that of the files; near-duplicates among validation prompts are one group."""
     split = read_splits(config(tmp_path, texts(3), validation=["one owl", NEAR[0], "two owls", NEAR[1]]))
     assert split.train == tuple(texts(3))
     assert split.validation == ("one owl", NEAR[0], "two owls", NEAR[1])
     assert split.groups == (0, 1, 2, 1)
 
 
-def test_one_file_is_divided_by_groups(tmp_path: Path) -> None:
-    """A share of the users is held out, whole."""
+def test_read_splits_of_one_file_holds_out_whole_groups(tmp_path: Path) -> None:
+    """A share of the users is held out, each with all prompts."""
     prompts = owned(60, users=10)
     split = read_splits(config(tmp_path, prompts, validation_share=0.3), seed=4)
     user = {prompt["prompt"]: prompt["user"] for prompt in prompts}
@@ -82,10 +83,10 @@ def test_one_file_is_divided_by_groups(tmp_path: Path) -> None:
         ([{"prompt": "x", "cluster": 1}], [{"prompt": "y", "cluster": "1"}], "cluster '1' is on two sides"),
     ],
 )
-def test_files_that_overlap_are_refused(
+def test_overlapping_files_raise_leak_error(
     tmp_path: Path, train: list[Any], validation: list[Any], complaint: str
 ) -> None:
-    """In one line that names both prompts and both files: a gain on what was trained on is none."""
+    """The message is one line that names both prompts and both files."""
     with pytest.raises(LeakError, match=complaint) as caught:
         read_splits(config(tmp_path, train, validation=validation))
     assert "\n" not in str(caught.value)
@@ -95,19 +96,19 @@ def test_files_that_overlap_are_refused(
     ("train", "complaint"),
     [
         (["one"], "1 prompts in 1 groups"),
-        (owned(20, users=1), "tied most by user 'u0'"),
-        ([{"prompt": text, "cluster": "c"} for text in texts(9)] + ["x"], "tied most by cluster 'c'"),
-        ([NEAR[0], NEAR[1]], "tied most by near-duplicates"),
+        (owned(20, users=1), "linked most by user 'u0'"),
+        ([{"prompt": text, "cluster": "c"} for text in texts(9)] + ["x"], "linked most by cluster 'c'"),
+        ([NEAR[0], NEAR[1]], "linked most by near-duplicates"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(tmp_path: Path, train: list[Any], complaint: str) -> None:
-    """The message says what ties the prompts together."""
+def test_prompts_in_one_group_cannot_be_split(tmp_path: Path, train: list[Any], complaint: str) -> None:
+    """The message names the reason that links most of the prompts."""
     with pytest.raises(ConfigError, match=complaint):
         read_splits(config(tmp_path, train))
 
 
-def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
-    """In one line, not with scikit-learn's words."""
+def test_share_that_leaves_no_training_prompts_is_refused(tmp_path: Path) -> None:
+    """The message names the setting instead of scikit-learn's error."""
     with pytest.raises(ConfigError, match=r"validation_share: 0\.9 of 2 groups"):
         read_splits(config(tmp_path, ["one owl", "two cats"], validation_share=0.9))
 
@@ -115,8 +116,8 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- folds
 
 
-def test_folds_keep_users_and_near_duplicates_together(tmp_path: Path) -> None:
-    """Each prompt is validated once and tested never; folds are of about the same size."""
+def test_folds_contain_whole_groups(tmp_path: Path) -> None:
+    """Each prompt outside the test set is in one fold; the folds have about the same size."""
     prompts = [*owned(90, users=15), *({"prompt": text} for text in NEAR)]
     splits = experiment_splits(config(tmp_path, prompts, validation=["an owl"], test_share=0.2), 3, seed=1)
     splits.check_leaks()
@@ -136,8 +137,8 @@ def test_folds_keep_users_and_near_duplicates_together(tmp_path: Path) -> None:
     )
 
 
-def test_the_seed_alone_decides(tmp_path: Path) -> None:
-    """Not the order of the lines; another seed deals otherwise."""
+def test_splits_depend_on_the_seed_only(tmp_path: Path) -> None:
+    """The order of the lines does not matter; another seed gives other splits."""
     prompts = owned(60, users=12)
     shuffled = random.Random(3).sample(prompts, len(prompts))
 
@@ -150,26 +151,49 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
     assert sides(prompts, 2**70)  # any seed that the configuration allows
 
 
-def test_too_few_groups_for_the_folds_is_refused(tmp_path: Path) -> None:
-    """The message counts them."""
-    with pytest.raises(ConfigError, match=r"3 groups .* of crossval.folds \(5 needed\)"):
+def test_too_few_groups_for_the_folds_are_refused(tmp_path: Path) -> None:
+    """The message has both numbers."""
+    with pytest.raises(ConfigError, match=r"3 groups .* for crossval.folds \(5 groups required\)"):
         experiment_splits(config(tmp_path, owned(30, users=3), test=["an owl"]), 5)
 
 
-def test_a_giant_group_is_refused(tmp_path: Path) -> None:
-    """One user who wrote nearly everything leaves nothing to hold out."""
+def test_group_of_most_prompts_is_refused(tmp_path: Path) -> None:
+    """One user who wrote nearly all prompts leaves too few for the other folds."""
     prompts = [*owned(80, users=1), *texts(20, seed=5)]
-    with pytest.raises(ConfigError, match="largest group holds 80, tied most by user 'u0'"):
+    with pytest.raises(ConfigError, match="largest group has 80, linked most by user 'u0'"):
         experiment_splits(config(tmp_path, prompts, test=["an owl"]), 3)
 
 
 @pytest.mark.parametrize("side", ["train", "validation"])
-def test_a_test_file_that_overlaps_is_refused(tmp_path: Path, side: str) -> None:
-    """With either of the other files."""
+def test_overlapping_test_file_raises_leak_error(tmp_path: Path, side: str) -> None:
+    """The test file must not overlap with the training file, nor with the validation file."""
     files = {"train": texts(20), "validation": texts(10, seed=9), "test": ["an owl", NEAR[1]]}
     files[side] = [*files[side], NEAR[0]]
     with pytest.raises(LeakError, match=f"{side}.jsonl and .*test.jsonl"):
         experiment_splits(config(tmp_path, **files), 3)
+
+
+def test_near_duplicates_are_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making, checking, saving and loading splits use the pairs of one search each."""
+    searches = 0
+
+    def counting(texts: Any, threshold: float) -> Any:
+        nonlocal searches
+        searches += 1
+        return original(texts, threshold)
+
+    original = near_duplicates.near_duplicates
+    monkeypatch.setattr(near_duplicates, "near_duplicates", counting)
+    prompts = config(tmp_path, owned(60, users=12), validation=["an owl"])
+    read_splits(prompts)
+    assert searches == 1
+    splits = experiment_splits(prompts, 3)
+    splits.check_leaks()
+    splits.save(tmp_path / "splits.json")
+    splits.final()
+    assert searches == 2
+    ExperimentSplits.load(tmp_path / "splits.json", prompts).fold(0)
+    assert searches == 3
 
 
 # -------------------------------------------------------------------------------------------- file
@@ -177,7 +201,7 @@ def test_a_test_file_that_overlaps_is_refused(tmp_path: Path, side: str) -> None
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, PromptsConfig]:
-    """splits.json of prompts by twelve users, and what it was made of."""
+    """Return a splits.json of prompts by twelve users, and the configuration of these prompts."""
     prompts = config(tmp_path, [*owned(60, users=12), {"prompt": "é\u2028“quoted” \\ 猫"}])
     splits = experiment_splits(prompts, 3, seed=0)
     splits.save(tmp_path / "splits.json")
@@ -185,8 +209,8 @@ def saved(tmp_path: Path) -> tuple[Path, PromptsConfig]:
     return tmp_path / "splits.json", prompts
 
 
-def test_a_prompt_is_a_line_of_the_file(saved: tuple[Path, PromptsConfig]) -> None:
-    """So that a person can read it; and what is loaded splits as what was saved."""
+def test_saved_splits_have_one_prompt_a_line_and_load_unchanged(saved: tuple[Path, PromptsConfig]) -> None:
+    """The file is readable, and loaded splits equal the saved ones."""
     path, prompts = saved
     splits = experiment_splits(prompts, 3, seed=0)
     assert sum('"prompt"' in line for line in path.read_text().splitlines()) == 61
@@ -204,7 +228,7 @@ def nearly_copied(kept: dict[str, Any]) -> None:
     kept["folds"][2].append({"prompt": NEAR[1], "user": None, "cluster": None, "group": 901})
 
 
-def put_to_test(kept: dict[str, Any]) -> None:
+def copied_to_test(kept: dict[str, Any]) -> None:
     kept["test"].append({"prompt": kept["folds"][2][0]["prompt"].upper() + "!"})
 
 
@@ -219,14 +243,14 @@ def moved(kept: dict[str, Any]) -> None:
     [
         (copied, "in fold 0 and .* in fold 1 are the same prompt"),
         (nearly_copied, "in fold 0 and .* in fold 2 are near-duplicates .similarity 0.81"),
-        (put_to_test, "in fold 2 and .* in test are the same prompt"),
+        (copied_to_test, "in fold 2 and .* in test are the same prompt"),
         (moved, "user 'u.*' is on two sides: .* in fold 0 and .* in fold 1"),
     ],
 )
-def test_a_planted_leak_is_refused(
+def test_leak_in_the_file_raises_leak_error(
     saved: tuple[Path, PromptsConfig], change: Callable[[dict[str, Any]], object], complaint: str
 ) -> None:
-    """What counts is what the prompts say: group numbers in the file do not hide it."""
+    """The prompts are compared: group numbers in the file do not hide a leak."""
     path, prompts = saved
     kept = json.loads(path.read_text())
     change(kept)
@@ -242,20 +266,20 @@ def test_a_planted_leak_is_refused(
         (lambda kept: kept.pop("test"), "test is missing"),
         (lambda kept: kept.pop("folds"), "folds is missing"),
         (lambda kept: kept.update(format="other"), "its format is not"),
-        (lambda kept: kept.update(test=[]), "test holds no prompts"),
+        (lambda kept: kept.update(test=[]), "test has no prompts"),
         (lambda kept: kept.update(folds=kept["folds"][:1]), "fewer than two folds"),
-        (lambda kept: kept["folds"].append([]), "fold 3 holds no prompts"),
-        (lambda kept: kept["folds"].append("cat"), "fold 3 holds no prompts"),
-        (lambda kept: kept["folds"][1][0].pop("prompt"), "prompt 1 of fold 1 is no"),
+        (lambda kept: kept["folds"].append([]), "fold 3 has no prompts"),
+        (lambda kept: kept["folds"].append("cat"), "fold 3 has no prompts"),
+        (lambda kept: kept["folds"][1][0].pop("prompt"), "prompt 1 of fold 1 is not"),
         (lambda kept: kept["folds"][1][0].update(prompt=" "), "prompt 1 of fold 1 is empty"),
-        (lambda kept: kept["folds"][1].append(kept["folds"][1][0]), "fold 1 is there twice"),
+        (lambda kept: kept["folds"][1].append(kept["folds"][1][0]), "fold 1 is a repetition"),
         (lambda kept: kept["test"][0].update(user=3), "prompt 1 of test: user and cluster"),
     ],
 )
-def test_a_file_that_was_spoilt_is_one_line(
+def test_damaged_file_raises_config_error(
     saved: tuple[Path, PromptsConfig], change: Callable[[dict[str, Any]], object], complaint: str
 ) -> None:
-    """Before any model is loaded."""
+    """The message is one line."""
     path, prompts = saved
     kept = json.loads(path.read_text())
     change(kept)
@@ -266,26 +290,26 @@ def test_a_file_that_was_spoilt_is_one_line(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
-def test_what_is_no_splits_file_is_one_line(tmp_path: Path, content: bytes) -> None:
-    """Cut short, of another kind, not text."""
+def test_file_of_another_kind_raises_config_error(tmp_path: Path, content: bytes) -> None:
+    """The file may be truncated, not an object, or not text."""
     (tmp_path / "splits.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"splits\.json: "):
         ExperimentSplits.load(tmp_path / "splits.json", PromptsConfig(train=tmp_path))
 
 
-def test_leaks_are_counted_and_the_closest_is_named() -> None:
-    """The same prompt before one that resembles it."""
+def test_check_leaks_counts_leaks_and_names_the_closest() -> None:
+    """An equal prompt is named before a near-duplicate."""
     sides = {"a": [Prompt(NEAR[0]), Prompt("an owl")], "b": [Prompt(NEAR[1]), Prompt("An owl.")]}
     with pytest.raises(LeakError, match=r"'an owl' in a and 'An owl.' in b are the same prompt \(and 1 more"):
-        check_leaks(sides, 0.77)
+        check_leaks(sides, NearDuplicates([prompt.text for side in sides.values() for prompt in side], 0.77))
 
 
 # ------------------------------------------------------------------------------------ shipped files
 
 
 @pytest.mark.parametrize("folder", ["miniature/prompts", "prompts/karlo"])
-def test_the_shipped_files_are_clean(folder: str) -> None:
-    """Three sides without leaks; no test or validation prompt resembles another one."""
+def test_shipped_prompt_files_have_no_leaks(folder: str) -> None:
+    """The three files have no leaks, and held-out prompts have no near-duplicates."""
     files = {name: ROOT / folder / f"{name}.txt" for name in ("train", "validation", "test")}
     splits = experiment_splits(PromptsConfig(**files), 3)
     splits.check_leaks()

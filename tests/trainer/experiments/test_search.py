@@ -1,4 +1,4 @@
-"""A search end to end, on the tiny Karlo: null trial, pruning, winner, failures, going on."""
+"""Search end to end on the tiny Karlo: null trial, pruning, winner, failures, resuming."""
 
 import io
 import json
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.support.trainer.searching import POOL, TEST, found_in, search_config, searched
+from tests.support.trainer.search_runs import POOL, TEST, read_results, run_search, search_config
 from tests.trainer.conftest import FakeScorer
 from trainer.config import ConfigError, TrainerConfig
 from trainer.experiments.experiment import Experiment
-from trainer.experiments.ranking import choose
-from trainer.experiments.search import search_winner
+from trainer.experiments.search import search, search_winner
+from trainer.experiments.trial import State, Trial, choose_winner
 from trainer.experiments.workers import Job
 from trainer.rl.rewards import Images, Scores, ScoringError
 from trainer.runs.folder import METRICS_FILE
@@ -26,29 +26,29 @@ Make = Callable[..., TrainerConfig]
 
 @pytest.fixture
 def make(tmp_path: Path, karlo_folder: Path) -> Make:
-    """Configurations of one experiment."""
+    """Return a function that makes configurations of one experiment."""
     return lambda **changes: search_config(tmp_path, karlo_folder, **changes)
 
 
-def experiment_of(config: TrainerConfig) -> Path:
-    """Where its experiment is by default."""
+def experiment_folder(config: TrainerConfig) -> Path:
+    """Return the default folder of its experiment."""
     return config.runs_dir / f"{config.name}-experiment"
 
 
-class Recorder(FakeScorer):
-    """Remembers whose images it has seen."""
+class RecordingScorer(FakeScorer):
+    """Records the prompts of its requests."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.prompts: set[str] = set()
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        self.seen |= set(prompts)
+        self.prompts |= set(prompts)
         return super().score(prompts, images)
 
 
-class Flattering(FakeScorer):
-    """From its n-th answer on it likes everything better, by so much an image in the order it sees them."""
+class NoisyScorer(FakeScorer):
+    """Adds random noise, from 0 to `noise`, to every score."""
 
     def __init__(self, noise: float) -> None:
         super().__init__()
@@ -59,32 +59,32 @@ class Flattering(FakeScorer):
         return Scores(raw, z + self._noise * self._rng.random(z.shape))
 
 
-def test_a_search_tries_everything_once_and_goes_on_with_more_trials(make: Make) -> None:
-    """Six trials are three and then three more; the test prompts are never drawn; the null gains nothing."""
-    service = Recorder()
-    first = searched(make(search={"trials": 2, "pruner": "none"}), service)
-    more = searched(make(search={"trials": 3, "pruner": "none"}), service)
+def test_search_resumes_with_more_trials(make: Make) -> None:
+    """Finished trials are not repeated; the test prompts are never used; the null trial gains nothing."""
+    service = RecordingScorer()
+    first = run_search(make(search={"trials": 2, "pruner": "none"}), service)
+    more = run_search(make(search={"trials": 3, "pruner": "none"}), service)
     assert [row["number"] for row in more["trials"]] == [0, 1, 2, 3]
     assert more["trials"][:3] == first["trials"]
     null = more["trials"][0]
     assert (null["null"], null["params"], null["value"], null["iterations"]) == (True, {}, 0.0, 0)
     assert all(row["state"] == "complete" and row["iterations"] == 2 for row in more["trials"][1:])
     assert len({row["params"]["update.learning_rate"] for row in more["trials"][1:]}) == 3
-    assert service.seen <= set(POOL)
-    assert not service.seen & set(TEST)
+    assert service.prompts <= set(POOL)
+    assert not service.prompts & set(TEST)
     before = service.calls
-    assert searched(make(search={"trials": 3, "pruner": "none"}), service) == more
-    assert service.calls == before  # all is finished: nothing is drawn again
+    assert run_search(make(search={"trials": 3, "pruner": "none"}), service) == more
+    assert service.calls == before  # everything is finished: no image is generated
 
 
-def test_the_winner_is_measured_again_and_its_settings_are_handed_on(make: Make) -> None:
-    """`selected` is the trial's own gain, `fresh` is not; the composite stays the experiment's."""
+def test_winner_is_measured_again_and_its_settings_are_returned(make: Make) -> None:
+    """`selected` is the trial's own gain, `fresh` a new one; the composite stays the experiment's."""
     space = {
         "update.learning_rate": {"low": 1e-2, "high": 3e-1, "log": True},
         "objective.weights.dark": {"low": 0.1, "high": 0.9},
     }
     config = make(search={"trials": 3, "pruner": "none", "space": space})
-    found = searched(config)
+    found = run_search(config)
     winner = found["winner"]
     assert winner is not None
     trials = {row["number"]: row for row in found["trials"]}
@@ -92,15 +92,15 @@ def test_the_winner_is_measured_again_and_its_settings_are_handed_on(make: Make)
     assert winner["fresh"]["before"] != winner["selected"]["before"]
     settings = search_winner(Experiment.open(config), config, FakeScorer(), Console(quiet=True))
     assert settings == {**winner["params"], "evaluation.weights": {"red": 1.0}}
-    # What `dark` weighs in a trial changes what it learns, not what it is compared by.
-    run = experiment_of(config) / "search/trials/0001"
+    # The weight of `dark` in a trial changes the training, not the comparison of trials.
+    run = experiment_folder(config) / "search/trials/0001"
     compared = json.loads((run / "evaluation.json").read_text())["rows"]
     assert compared["composite"]["difference"] == pytest.approx(10 * compared["red"]["difference"])
 
 
-def test_the_median_ends_trials_that_lag_behind(make: Make) -> None:
-    """A pruned trial has ended early, says so, and does not win; evaluations are reported once each."""
-    found = searched(make(search={"trials": 4, "iterations": 3, "warmup_trials": 1}))
+def test_median_pruner_ends_trials_below_the_median(make: Make) -> None:
+    """A pruned trial ends early with a reason, and cannot win; each evaluation is reported once."""
+    found = run_search(make(search={"trials": 4, "iterations": 3, "warmup_trials": 1}))
     pruned = [row for row in found["trials"] if row["state"] == "pruned"]
     assert pruned
     for row in pruned:
@@ -112,109 +112,109 @@ def test_the_median_ends_trials_that_lag_behind(make: Make) -> None:
     assert found["winner"] is None or found["winner"]["number"] not in [row["number"] for row in pruned]
 
 
-def test_a_judge_that_is_not_repeatable_shows_in_the_null_trial(make: Make) -> None:
-    """The null trial gains something then: search.json and the console say so."""
+def test_null_trial_shows_scores_that_are_not_repeatable(make: Make) -> None:
+    """If the null trial gains something, search.json and the console contain a warning."""
     console = Console(file=io.StringIO(), width=400)
-    found = searched(make(search={"trials": 1}), Flattering(noise=0.5), console=console)
+    found = run_search(make(search={"trials": 1}), NoisyScorer(noise=0.5), console=console)
     assert found["trials"][0]["value"] != 0
     warning = next(line for line in found["sentences"] if line.startswith("Warning: the null trial"))
     assert "not repeatable" in warning
     assert warning in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def row(number: int, value: float | None, state: str = "complete", **more: Any) -> dict[str, Any]:
-    """A trial of search.json."""
-    return {"number": number, "state": state, "value": value, "null": number == 0, "reason": None, **more}
+def trial(number: int, value: float | None, state: State = "complete", reason: str | None = None) -> Trial:
+    """Return a trial with this result; number 0 is the null trial."""
+    return Trial(number, state, {}, value, None, None, 2, reason, number == 0, ())
 
 
 @pytest.mark.parametrize(
     ("trials", "winner"),
     [
-        ([row(0, 0.0), row(1, 0.1), row(2, 0.3), row(3, 0.2)], 2),
-        ([row(0, 0.0), row(1, -0.1), row(2, 0.0)], None),
-        ([row(0, 0.25), row(1, 0.2)], None),
-        ([row(0, 0.0), row(1, 0.9, reason="guard"), row(2, 0.9, "pruned"), row(3, 0.1)], 3),
-        ([row(0, 0.0), row(1, None, "failed"), row(2, None, "running")], None),
-        ([row(0, -0.5), row(1, -0.1)], None),
+        ([trial(0, 0.0), trial(1, 0.1), trial(2, 0.3), trial(3, 0.2)], 2),
+        ([trial(0, 0.0), trial(1, -0.1), trial(2, 0.0)], None),
+        ([trial(0, 0.25), trial(1, 0.2)], None),
+        ([trial(0, 0.0), trial(1, 0.9, reason="guard"), trial(2, 0.9, "pruned"), trial(3, 0.1)], 3),
+        ([trial(0, 0.0), trial(1, None, "failed"), trial(2, None, "running")], None),
+        ([trial(0, -0.5), trial(1, -0.1)], None),
         ([], None),
     ],
 )
-def test_only_a_complete_honest_trial_that_gains_something_wins(
-    trials: list[dict[str, Any]], winner: int | None
+def test_choose_winner_wants_the_best_complete_trial_with_a_gain(
+    trials: list[Trial], winner: int | None
 ) -> None:
-    """More than nothing and more than the null, neither pruned nor failed, and its guard did not trip."""
-    chosen = choose(trials)
-    assert (chosen and chosen["number"]) == winner
+    """It gains more than 0 and than the null trial, is not pruned or failed, and its guard did not trip."""
+    chosen = choose_winner(trials)
+    assert (chosen and chosen.number) == winner
 
 
-def test_without_a_winner_the_experiment_keeps_its_settings(make: Make) -> None:
-    """A reward service that likes everything alike leaves nothing to win."""
+def test_search_without_winner_returns_no_settings(make: Make) -> None:
+    """If all images have equal scores, no trial gains anything."""
 
-    class Indifferent(FakeScorer):
+    class ConstantScorer(FakeScorer):
         def score(self, prompts: Sequence[str], images: Images) -> Scores:
             return Scores(*(np.zeros((len(prompts), 2)) for _ in range(2)))
 
     config = make(search={"trials": 1})
-    assert search_winner(Experiment.open(config), config, Indifferent(), Console(quiet=True)) == {}
-    found = found_in(experiment_of(config))
+    assert search_winner(Experiment.open(config), config, ConstantScorer(), Console(quiet=True)) == {}
+    found = read_results(experiment_folder(config))
     assert found["winner"] is None
     assert any("the experiment's own settings stay" in line for line in found["sentences"])
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (DivergenceError("the gradient is not finite"), "not finite"),
         (RolloutError("9 of 9 groups got no scores"), "no scores"),
     ],
 )
-def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
-    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+def test_failed_trial_is_recorded_and_the_search_continues(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    """The reason is in search.json; the next trials are tried all the same."""
-    from trainer.experiments import trial as trying
+    """The reason is in search.json, and the other trials are run."""
+    from trainer.experiments import run_trial
 
-    train = trying.train_run
+    train = run_trial.train_run
 
     def failing(config: TrainerConfig, *arguments: Any, **keywords: Any) -> Any:
         if config.name == "0001":
             raise error
         return train(config, *arguments, **keywords)
 
-    monkeypatch.setattr(trying, "train_run", failing)
-    found = searched(make(search={"trials": 2}))
+    monkeypatch.setattr(run_trial, "train_run", failing)
+    found = run_search(make(search={"trials": 2}))
     assert [row["state"] for row in found["trials"]] == ["complete", "failed", "complete"]
-    assert said in found["trials"][1]["reason"]
+    assert message in found["trials"][1]["reason"]
 
 
-def test_an_outage_of_the_judge_fails_no_trial(make: Make) -> None:
-    """The search stops, says that it can go on, and then ends as if nothing had happened."""
+def test_service_outage_fails_no_trial(make: Make) -> None:
+    """The search stops with advice to run it again, and then ends with the results of an undisturbed one."""
     config = make(search={"trials": 2, "pruner": "none"})
-    whole = searched(config, path=config.runs_dir / "whole")
-    answers = 0
+    whole = run_search(config, path=config.runs_dir / "whole")
+    requests = 0
 
-    def gone(_: Sequence[str]) -> None:
-        nonlocal answers
-        answers += 1
-        if answers > 4:  # the first trial has been trained, and is being evaluated
-            raise ScoringError("nobody answers", retryable=False, outage=True)
+    def outage(_: Sequence[str]) -> None:
+        nonlocal requests
+        requests += 1
+        if requests > 4:  # the first trial has been trained, and is being evaluated
+            raise ScoringError("no response", retryable=False, outage=True)
 
     with pytest.raises((RolloutError, EvaluationError)) as stopped:
-        searched(config, FakeScorer(gone), path=config.runs_dir / "broken")
+        run_search(config, FakeScorer(outage), path=config.runs_dir / "broken")
     assert any("run again" in note for note in stopped.value.__notes__)
-    states = [row["state"] for row in found_in(config.runs_dir / "broken")["trials"]]
+    states = [row["state"] for row in read_results(config.runs_dir / "broken")["trials"]]
     assert "failed" not in states
-    after = searched(config, path=config.runs_dir / "broken")
+    after = run_search(config, path=config.runs_dir / "broken")
     assert after["trials"] == whole["trials"]
     assert after["winner"] == whole["winner"]
 
 
-def test_a_guard_that_trips_takes_the_trial_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial is complete, with the reason `guard`, and cannot win."""
+def test_trial_with_a_tripped_guard_cannot_win(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial is complete, with the reason `guard`."""
     from trainer.evaluation.guard import GuardVerdict
 
     monkeypatch.setattr(GuardVerdict, "tripped", property(lambda verdict: verdict.looks > 0))
-    found = searched(make(guard={"evaluator": "dark"}, search={"trials": 1, "null_trial": False}))
+    found = run_search(make(guard={"evaluator": "dark"}, search={"trials": 1, "null_trial": False}))
     assert [(row["state"], row["reason"], row["null"]) for row in found["trials"]] == [
         ("complete", "guard", False)
     ]
@@ -223,7 +223,7 @@ def test_a_guard_that_trips_takes_the_trial_out(make: Make, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "message"),
     [
         ({}, "nothing to search"),
         ({"lora.rnk": {"choices": [2]}}, r"space\.lora\.rnk: .*did you mean 'rank'"),
@@ -234,39 +234,35 @@ def test_a_guard_that_trips_takes_the_trial_out(make: Make, monkeypatch: pytest.
         ({"objective.weights.red": {"low": 0, "high": 1}}, "at least one evaluator needs a weight"),
         ({"evaluation.images_per_prompt": {"choices": [2]}}, "a search varies settings below lora"),
         ({"seed": {"choices": [1, 2]}}, "a search varies settings below lora"),
-        ({"lora.alpha": {"choices": [1], "times": "lora.rnk"}}, "lora.rnk, which is no setting"),
-        ({"lora.alpha": {"choices": [1], "times": "lora.targets"}}, "not all of these are numbers"),
+        ({"lora.alpha": {"choices": [1], "times": "lora.rnk"}}, "lora.rnk, which is not a setting"),
+        ({"lora.alpha": {"choices": [1], "times": "lora.targets"}}, "not all values are numbers"),
         (
             {"rollout.prompts_per_iteration": {"choices": [7], "over": "rollout.images_per_prompt"}},
             r"space\.rollout\.prompts_per_iteration: .*3\.5",
         ),
         (
             {"rollout.share": {"choices": [{}]}, "rollout.share.prior": {"choices": ["image"]}},
-            "is a part of it",
+            r"space\.rollout\.share: contains rollout\.share\.prior",
         ),
     ],
 )
-def test_a_space_that_cannot_be_tried_is_refused_before_anything_is_trained(
-    make: Make, space: dict[str, Any], said: str
-) -> None:
-    """One line that names the key of the space."""
+def test_invalid_space_is_refused_before_training(make: Make, space: dict[str, Any], message: str) -> None:
+    """The message is one line that names the key of the space."""
     config = make(search={})
-    rules = config.search.model_copy(update={"space": type(config.search)(space=space).space})
+    search_settings = config.search.model_copy(update={"space": type(config.search)(space=space).space})
     service = FakeScorer()
-    with pytest.raises(ConfigError, match=said) as refused:
-        searched_without_file(config.model_copy(update={"search": rules}), service)
+    with pytest.raises(ConfigError, match=message) as refused:
+        run_without_results(config.model_copy(update={"search": search_settings}), service)
     assert "\n" not in str(refused.value)
     assert service.calls == 0
 
 
-def searched_without_file(config: TrainerConfig, service: FakeScorer) -> None:
-    """As `searched`, where no search.json is to come of it."""
-    from trainer.experiments.search import search
-
+def run_without_results(config: TrainerConfig, service: FakeScorer) -> None:
+    """Run the search without reading search.json."""
     search(Experiment.open(config), config, service, Console(quiet=True))
 
 
-def test_relations_keep_the_scale_of_the_adapter_and_the_images_of_an_iteration(make: Make) -> None:
+def test_relative_settings_follow_the_values_of_their_trial(make: Make) -> None:
     """alpha is a multiple of the trial's own rank; prompts times images is the same in every trial."""
     space = {
         "lora.rank": {"choices": [1, 2, 4]},
@@ -275,29 +271,33 @@ def test_relations_keep_the_scale_of_the_adapter_and_the_images_of_an_iteration(
         "rollout.prompts_per_iteration": {"choices": [8], "over": "rollout.images_per_prompt"},
     }
     config = make(search={"trials": 2, "iterations": 1, "space": space, "null_trial": False})
-    for tried in (row["params"] for row in searched(config)["trials"]):
-        assert tried["lora.alpha"] == 2 * tried["lora.rank"]
-        assert tried["rollout.prompts_per_iteration"] * tried["rollout.images_per_prompt"] == 8
-        assert isinstance(tried["rollout.prompts_per_iteration"], int)
+    for params in (row["params"] for row in run_search(config)["trials"]):
+        assert params["lora.alpha"] == 2 * params["lora.rank"]
+        assert params["rollout.prompts_per_iteration"] * params["rollout.images_per_prompt"] == 8
+        assert isinstance(params["rollout.prompts_per_iteration"], int)
 
 
-def test_workers_ask_the_judge_of_their_own_search(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever search beside it was the last to write the file that workers read."""
+def test_workers_use_the_reward_service_of_their_own_search(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simultaneous search may have overwritten the file that workers read."""
     jobs: list[Job] = []
-    monkeypatch.setattr("trainer.experiments.search.run_side_by_side", lambda some, *_: jobs.extend(some))
+    monkeypatch.setattr(
+        "trainer.experiments.search.run_side_by_side", lambda started, *_: jobs.extend(started)
+    )
     config = make(search={"workers": 2, "trials": 1}, service={"url": "http://127.0.0.1:7001"})
-    searched(config)
+    run_search(config)
     assert len(jobs) == 2
     assert all("service.url=http://127.0.0.1:7001" in job.command for job in jobs)
 
 
-def test_a_trial_that_was_trained_but_not_told_is_told(make: Make) -> None:
-    """A study that was lost is filled from the run folders: nothing is trained or evaluated again."""
+def test_lost_study_is_restored_from_the_run_folders(make: Make) -> None:
+    """Nothing is trained or evaluated again."""
     config = make(search={"trials": 2, "iterations": 3})
-    found = searched(config)
-    folder = experiment_of(config)
+    found = run_search(config)
+    folder = experiment_folder(config)
     (folder / "search/study.db").unlink()
     service = FakeScorer()
-    assert searched(config, service) == found
+    assert run_search(config, service) == found
     assert service.calls == 0
     assert (folder / "search/trials/0001" / METRICS_FILE).exists()

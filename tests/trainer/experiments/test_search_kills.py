@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a search: the same command ends with the same numbers.
+"""Search killed by SIGKILL at critical moments: the same command ends with the same numbers.
 
 `python -m tests.trainer.experiments.test_search_kills FOLDER KARLO` forks from a process that has never
 trained: torch refuses a backward pass in the fork of a process whose autograd has started threads.
@@ -14,41 +14,42 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.trainer.kill_driver import die_in_call, in_child, wait
-from tests.support.trainer.searching import found_in, search_config, searched
-from trainer.experiments.study import Taken
+from tests.support.trainer.kill_driver import die_in_call, fork, wait
+from tests.support.trainer.search_runs import read_results, run_search, search_config
+from trainer.experiments.study import ClaimedTrial
 
 REPOSITORY = Path(__file__).parents[3]
+TIMEOUT_S = 1500.0  # generous: a loaded machine may be many times slower
 Prepare = Callable[[], None]
 
 
-def dying(method: str, number: int, *, after: bool) -> Prepare:
-    """Have a process killed at its n-th call of a method of Taken, before it or after it."""
-    original = getattr(Taken, method)
+def die_in_method(method: str, number: int, *, after: bool) -> Prepare:
+    """Return a function that makes this process kill itself before or after the n-th call of a method."""
+    original = getattr(ClaimedTrial, method)
 
     def prepare() -> None:
-        left = number
+        remaining = number
 
         def counted(*arguments: object) -> object:
-            nonlocal left
-            left -= 1
-            if left == 0 and not after:
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0 and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = original(*arguments)
-            if left == 0:
+            if remaining == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        setattr(Taken, method, counted)
+        setattr(ClaimedTrial, method, counted)
 
     return prepare
 
 
-@pytest.mark.timeout(300)
-def test_a_search_that_is_killed_at_bad_moments_ends_with_the_same_numbers(
+@pytest.mark.timeout(TIMEOUT_S + 60)
+def test_search_killed_at_critical_moments_ends_with_the_same_numbers(
     tmp_path: Path, karlo_folder: Path
 ) -> None:
-    """Between report and checkpoint, between result and study, between study and search.json, in a write."""
+    """Between report and checkpoint, result and study, study and search.json, and during a write."""
     command = [
         sys.executable,
         "-m",
@@ -56,10 +57,10 @@ def test_a_search_that_is_killed_at_bad_moments_ends_with_the_same_numbers(
         str(tmp_path),
         str(karlo_folder),
     ]
-    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S)
     log = tmp_path / "log"
-    assert said.returncode == 0, said.stdout + said.stderr + (log.read_text() if log.exists() else "")
-    expected, found = found_in(tmp_path / "whole"), found_in(tmp_path / "killed")
+    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    expected, found = read_results(tmp_path / "whole"), read_results(tmp_path / "killed")
     assert {row["state"] for row in expected["trials"]} == {"complete", "pruned"}
     assert found["trials"] == expected["trials"]
     assert found["winner"] == expected["winner"]
@@ -67,30 +68,30 @@ def test_a_search_that_is_killed_at_bad_moments_ends_with_the_same_numbers(
 
 
 def main(folder: Path, karlo: Path) -> None:
-    """Search once in peace, and once killed at each of the moments."""
+    """Run one search without interruption, and another that is killed at each of the moments."""
     torch.set_num_threads(1)  # threads do not survive a fork
     config = search_config(folder, karlo, search={"iterations": 3})
     moments: list[Prepare] = [
-        dying("note_settings", 1, after=False),
-        dying("tell", 1, after=False),
-        dying("report", 1, after=True),
-        dying("report", 2, after=False),
-        dying("tell", 1, after=True),
-        dying("report", 2, after=True),
+        die_in_method("store_settings", 1, after=False),
+        die_in_method("finish", 1, after=False),
+        die_in_method("report", 1, after=True),
+        die_in_method("report", 2, after=False),
+        die_in_method("finish", 1, after=True),
+        die_in_method("report", 2, after=True),
         lambda: die_in_call(30, half=False),
     ]
 
-    def killed(name: str, prepare: Prepare) -> bool:
+    def is_killed(name: str, prepare: Prepare) -> bool:
         def work() -> None:
-            searched(config, path=folder / name)
+            run_search(config, path=folder / name)
 
-        return wait(in_child(work, prepare, folder / "log"))
+        return wait(fork(work, prepare, folder / "log"))
 
-    in_peace: Prepare = lambda: None  # noqa: E731
-    assert not killed("whole", in_peace)
+    undisturbed: Prepare = lambda: None  # noqa: E731
+    assert not is_killed("whole", undisturbed)
     for number, prepare in enumerate(moments):
-        assert killed("killed", prepare), f"moment {number}: it was not killed"
-    assert not killed("killed", in_peace)
+        assert is_killed("killed", prepare), f"moment {number}: it was not killed"
+    assert not is_killed("killed", undisturbed)
 
 
 if __name__ == "__main__":

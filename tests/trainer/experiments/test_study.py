@@ -1,4 +1,4 @@
-"""The study apart from training: sampling, pruning, claims, addresses, workers; SQLite and PostgreSQL."""
+"""Study of a search without training: sampling, pruning, claims, addresses, workers; SQLite, PostgreSQL."""
 
 import os
 import random
@@ -16,9 +16,9 @@ import pytest
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
-from trainer.config import ConfigError, SearchConfig, TrainerConfig, password_of, without_password
-from trainer.experiments.space import Halving
-from trainer.experiments.study import open_study, owner_of
+from trainer.config import ConfigError, DatabaseUrl, SearchConfig, TrainerConfig, with_values
+from trainer.experiments.space import SuccessiveHalving
+from trainer.experiments.study import location, open_study
 from trainer.runs.folder import RunFolder
 from trainer.runtime.errors import StorageError
 
@@ -30,116 +30,116 @@ SPACE = {
 }
 
 
-def rules(**changes: Any) -> SearchConfig:
-    """Of a search over SPACE."""
+def search_config(**changes: Any) -> SearchConfig:
+    """Return the configuration of a search over SPACE."""
     return SearchConfig.model_validate({"space": SPACE, "pruner": "none", **changes})
 
 
-def drawn(config: SearchConfig, folder: Path, total: int, seed: int = 0) -> list[dict[str, Any]]:
-    """What the trials try that are not finished, one after the other; each gets its rate for a gain."""
-    found = []
+def sampled(config: SearchConfig, folder: Path, total: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Claim and finish all unfinished trials, with the learning rate as the gain; return their values."""
+    values = []
     with open_study(config, folder, "study", seed, total, {}) as study:
-        while (taken := study.take()) is not None:
-            with taken:
-                found.append(taken.draw(config.space))
-                taken.tell(TrialState.COMPLETE, found[-1]["update.learning_rate"], {"gain": None})
-    return found
+        while (claimed := study.claim()) is not None:
+            with claimed:
+                values.append(claimed.sample(config.space))
+                claimed.finish(TrialState.COMPLETE, values[-1]["update.learning_rate"], {"gain": None})
+    return values
 
 
-# TPE draws at random before it has ten complete trials.
+# TPE samples at random before it has ten complete trials.
 @pytest.mark.parametrize(("sampler", "total"), [("random", 6), ("tpe", 12), ("qmc", 6)])
-def test_trial_n_tries_the_same_whatever_happened_before(tmp_path: Path, sampler: str, total: int) -> None:
-    """Stopped after any trial, killed between two draws, asked for more later: the same sequence."""
-    config = rules(sampler=sampler)
-    whole = drawn(config, tmp_path / "whole/trials", total)
+def test_trial_values_do_not_depend_on_interruptions(tmp_path: Path, sampler: str, total: int) -> None:
+    """Stopped after a trial, killed between two keys, extended later: the sequence is the same."""
+    config = search_config(sampler=sampler)
+    whole = sampled(config, tmp_path / "whole/trials", total)
     assert len({repr(it) for it in whole}) == total
-    pieces = drawn(config, tmp_path / "pieces/trials", 3)
+    pieces = sampled(config, tmp_path / "pieces/trials", 3)
     with open_study(config, tmp_path / "pieces/trials", "study", 0, total, {}) as study:
-        taken = study.take()
-        assert taken is not None
-        with taken:  # killed when a part was drawn
+        claimed = study.claim()
+        assert claimed is not None
+        with claimed:  # killed after the first key
             first = sorted(SPACE)[0]
-            taken.draw({first: config.space[first]})
-    pieces += drawn(config, tmp_path / "pieces/trials", total)
+            claimed.sample({first: config.space[first]})
+    pieces += sampled(config, tmp_path / "pieces/trials", total)
     assert pieces == whole
-    for tried in whole:
-        assert 1e-4 <= tried["update.learning_rate"] <= 1e-2
-        assert tried["lora.rank"] in (4, 8, 16)
-        assert tried["lora.targets"] in (["to_q"], ["to_q", "to_k"])
-        assert isinstance(tried["update.steps_per_image"], int)
-    assert drawn(config, tmp_path / "other/trials", 3, seed=1) != whole[:3]
+    for values in whole:
+        assert 1e-4 <= values["update.learning_rate"] <= 1e-2
+        assert values["lora.rank"] in (4, 8, 16)
+        assert values["lora.targets"] in (["to_q"], ["to_q", "to_k"])
+        assert isinstance(values["update.steps_per_image"], int)
+    assert sampled(config, tmp_path / "other/trials", 3, seed=1) != whole[:3]
 
 
-def test_halving_decides_as_optunas_does() -> None:
-    """On random reports of trials that come one after the other; and again when it is asked again."""
-    chance = random.Random(0)
-    theirs, ours = SuccessiveHalvingPruner(min_resource=1, reduction_factor=3), Halving(3)
-    study = optuna.create_study(direction="maximize", pruner=theirs)
-    ended = 0
+def test_successive_halving_agrees_with_optuna() -> None:
+    """Decisions on random reports of successive trials are Optuna's, and the same when repeated."""
+    rng = random.Random(0)
+    reference, pruner = SuccessiveHalvingPruner(min_resource=1, reduction_factor=3), SuccessiveHalving(3)
+    study = optuna.create_study(direction="maximize", pruner=reference)
+    pruned = 0
     for _ in range(60):
-        trial, good = study.ask(), chance.random()
+        trial, quality = study.ask(), rng.random()
         for step in range(1, 12):
-            trial.report(good + 0.3 * chance.random(), step)
-            decision = ours.prune(study, study.get_trials()[-1])
-            assert decision == ours.prune(study, study.get_trials()[-1])
+            trial.report(quality + 0.3 * rng.random(), step)
+            decision = pruner.prune(study, study.get_trials()[-1])
+            assert decision == pruner.prune(study, study.get_trials()[-1])
             assert decision == trial.should_prune()
             if decision:
-                ended += 1
+                pruned += 1
                 break
         study.tell(
             trial,
             state=TrialState.PRUNED if decision else TrialState.COMPLETE,
-            values=None if decision else [good],
+            values=None if decision else [quality],
         )
-    assert 20 < ended < 60
+    assert 20 < pruned < 60
 
 
-def test_a_killed_workers_trial_is_gone_on_with_and_a_living_ones_is_not(tmp_path: Path) -> None:
-    """What was reported stays as it is; the lowest number comes first."""
-    with open_study(rules(), tmp_path / "trials", "study", 0, 2, {}) as study:
-        living = study.take()
-        assert living is not None
-        assert living.number == 0
-        living.report(5, 0.25)
-        other = study.take()
+def test_trial_of_a_killed_worker_is_claimed_again(tmp_path: Path) -> None:
+    """A living worker's trial is not. Reported values stay; the lowest number is claimed first."""
+    with open_study(search_config(), tmp_path / "trials", "study", 0, 2, {}) as study:
+        first = study.claim()
+        assert first is not None
+        assert first.number == 0
+        first.report(5, 0.25)
+        other = study.claim()
         assert other is not None
         assert other.number == 1
-        assert study.take() is None
-        with living:
-            pass  # its process is gone
-        adopted = study.take()
+        assert study.claim() is None
+        with first:
+            pass  # its worker is killed
+        adopted = study.claim()
         assert adopted is not None
         with adopted, other:
             assert adopted.number == 0
             adopted.report(5, 99.0)
             assert study.trials()[0].intermediate_values == {5: 0.25}
-            adopted.tell(TrialState.COMPLETE, 0.5, {"gain": None})
-            other.tell(TrialState.FAIL, None, {"gain": None, "reason": "broken"})
-        assert study.take() is None
+            adopted.finish(TrialState.COMPLETE, 0.5, {"gain": None})
+            other.finish(TrialState.FAIL, None, {"gain": None, "reason": "broken"})
+        assert study.claim() is None
         assert not study.unfinished()
 
 
-def test_trials_of_another_folder_are_left_alone(tmp_path: Path) -> None:
-    """As on two machines with one database: recognised, not stolen, even when their worker is gone."""
-    config = rules(storage=f"sqlite:///{tmp_path / 'shared.db'}")
+def test_trials_of_another_folder_are_not_claimed(tmp_path: Path) -> None:
+    """As on two machines with one database: they are listed, but not claimed even if their worker is dead."""
+    config = search_config(storage=f"sqlite:///{tmp_path / 'shared.db'}")
     with open_study(config, tmp_path / "there", "study", 0, 2, {}) as study:
-        taken = study.take()
-        assert taken is not None
-        with taken:
+        claimed = study.claim()
+        assert claimed is not None
+        with claimed:
             pass
     with open_study(config, tmp_path / "here", "study", 0, 2, {}) as study:
-        own = study.take()
+        own = study.claim()
         assert own is not None
         with own:
             assert own.number == 1
-            assert study.take() is None
-            assert [trial.number for trial in study.elsewhere()] == [0]
-            assert owner_of(study.elsewhere()[0]).endswith(str(tmp_path / "there"))
+            assert study.claim() is None
+            assert [trial.number for trial in study.running_elsewhere()] == [0]
+            assert location(study.running_elsewhere()[0]).endswith(str(tmp_path / "there"))
 
 
-def test_another_searchs_study_is_refused(tmp_path: Path) -> None:
-    """The message names what differs; trials of two searches cannot be compared."""
-    config = rules(storage=f"sqlite:///{tmp_path / 'shared.db'}", study="mine")
+def test_study_of_another_search_is_refused(tmp_path: Path) -> None:
+    """The message names the difference; trials of two searches cannot be compared."""
+    config = search_config(storage=f"sqlite:///{tmp_path / 'shared.db'}", study="mine")
     with open_study(config, tmp_path / "a", "mine", 0, 1, {"seed": "0", "lora.rank": "8"}):
         pass
     with (
@@ -153,7 +153,7 @@ def test_another_searchs_study_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "kept", "password"),
+    ("text", "address", "password"),
     [
         ("postgresql+psycopg://me:se:cr@et@host/db", "postgresql+psycopg://me@host/db", "se:cr@et"),
         ("postgresql://me:p%40ss/word@host:5432/db", "postgresql+psycopg://me@host:5432/db", "p%40ss/word"),
@@ -162,14 +162,31 @@ def test_another_searchs_study_is_refused(tmp_path: Path) -> None:
         ("sqlite:////home/a:b@c/study.db", "sqlite:////home/a:b@c/study.db", None),
     ],
 )
-def test_a_password_is_parted_from_its_address(written: str, kept: str, password: str | None) -> None:
-    """What is kept in the configuration has none; this process still knows it."""
-    assert without_password(written) == kept
-    assert password_of(kept) == password
+def test_database_url_hides_its_password(text: str, address: str, password: str | None) -> None:
+    """The string, the repr and the comparison omit the password; only an explicit call returns it."""
+    url = DatabaseUrl.parse(text)
+    assert str(url) == url.address == address
+    assert (url.password and url.password.get_secret_value()) == password
+    assert password is None or password not in repr(url)
+    assert url == DatabaseUrl(address)
 
 
-def test_a_password_is_in_no_file_and_in_no_message(trainer_config: TrainerConfig, tmp_path: Path) -> None:
-    """Neither where the configuration is saved, nor where nobody answers, nor where the address is none."""
+def test_changed_configuration_keeps_the_password_of_the_same_address(trainer_config: TrainerConfig) -> None:
+    """Changing any other setting keeps it; another address does not get it."""
+    storage = "postgresql://me:hunter2@host/db"
+    config = with_values(trainer_config, {"search.storage": storage})
+    changed = with_values(config, {"service.url": "http://127.0.0.1:7001"})
+    kept = changed.search.storage
+    assert kept is not None
+    assert kept.password is not None
+    assert kept.password.get_secret_value() == "hunter2"
+    other = with_values(config, {"search.storage": "postgresql://me@other/db"}).search.storage
+    assert other is not None
+    assert other.password is None
+
+
+def test_password_is_never_saved_or_printed(trainer_config: TrainerConfig, tmp_path: Path) -> None:
+    """It is not in config.yaml, nor in the errors for an unreachable database or an invalid address."""
     values = trainer_config.model_dump(mode="json")
     values["search"] = {"storage": "postgresql://me:hunter2@127.0.0.1:1/db"}
     config = TrainerConfig.model_validate(values)
@@ -184,7 +201,7 @@ def test_a_password_is_in_no_file_and_in_no_message(trainer_config: TrainerConfi
     ):
         with (
             pytest.raises(error, match=r"trainer\.search\.storage") as refused,
-            open_study(rules(storage=storage), tmp_path / "trials", "study", 0, 1, {}),
+            open_study(search_config(storage=storage), tmp_path / "trials", "study", 0, 1, {}),
         ):
             pass
         assert "hunter2" not in str(refused.value)
@@ -193,7 +210,7 @@ def test_a_password_is_in_no_file_and_in_no_message(trainer_config: TrainerConfi
 
 # ----------------------------------------------------------------------------------------- workers
 
-# Two of these at a time: each writes down which trials it has run.
+# Two of these run at a time; each prints the trials that it has run.
 WORKER = """
 import sys, time
 from pathlib import Path
@@ -205,22 +222,23 @@ storage, folder, total = sys.argv[1] or None, Path(sys.argv[2]), int(sys.argv[3]
 config = SearchConfig.model_validate({"space": {"lora.rank": {"low": 1, "high": 64, "integer": True}},
                                       "storage": storage})
 with open_study(config, folder, "shared", 0, total, {"seed": "0"}) as study:
-    while (taken := study.take()) is not None:
-        with taken:
-            value = taken.draw(config.space)["lora.rank"]
-            taken.report(1, value)
-            taken.is_to_be_pruned()
+    while (claimed := study.claim()) is not None:
+        with claimed:
+            value = claimed.sample(config.space)["lora.rank"]
+            claimed.report(1, value)
+            claimed.should_prune()
             time.sleep(0.01)
-            taken.tell(TrialState.COMPLETE, value, {"gain": None})
-        print(taken.number, flush=True)
+            claimed.finish(TrialState.COMPLETE, value, {"gain": None})
+        print(claimed.number, flush=True)
 """
 
 Storage = Callable[[], str]
 TRIALS = 24
+WORKER_TIMEOUT_S = 280.0  # generous: both processes import torch, perhaps on a loaded machine
 
 
-def both_run(storage: str, folders: tuple[Path, Path]) -> None:
-    """Two processes at one study: every trial is run, and by one of them."""
+def run_two_workers(storage: str, folders: tuple[Path, Path]) -> None:
+    """Run two processes on one study, and check that each trial is run by one of them."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, storage, str(folder), str(TRIALS)],
@@ -231,27 +249,27 @@ def both_run(storage: str, folders: tuple[Path, Path]) -> None:
         )
         for folder in folders
     ]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    run = [[int(number) for number in output.split()] for output, _ in said]
+    outputs = [process.communicate(timeout=WORKER_TIMEOUT_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    run = [[int(number) for number in output.split()] for output, _ in outputs]
     assert Counter(run[0] + run[1]) == Counter(range(TRIALS))
     assert all(len(numbers) > 0 for numbers in run)
 
 
 def test_two_workers_on_one_sqlite_study_never_run_the_same_trial(tmp_path: Path) -> None:
-    """As `search` started twice, or with --workers 2."""
-    both_run("", (tmp_path / "trials", tmp_path / "trials"))
+    """Like two `search` commands, or one with --workers 2."""
+    run_two_workers("", (tmp_path / "trials", tmp_path / "trials"))
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a PostgreSQL cluster of its own, on a free port, gone afterwards."""
+    """Start a PostgreSQL cluster on a free port; yield its address."""
     where = shutil.which("initdb")
     found = [Path(where)] if where else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         pytest.skip("PostgreSQL's server is not installed (no initdb in PATH or /usr/lib/postgresql/*/bin)")
     binaries = found[-1].resolve().parent
-    # It refuses to run as root; the temporary folders of others are closed to the user that it gets.
+    # PostgreSQL refuses to run as root, and its user cannot enter pytest's temporary folders.
     user: dict[str, Any] = (
         {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
     )
@@ -273,7 +291,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         authentication = ("--auth=scram-sha-256", f"--pwfile={home / 'password'}")
         command(str(binaries / "initdb"), "-D", str(home / "data"), "-U", "me", *authentication, "--no-sync")
         begin = ("-D", str(home / "data"), "-l", str(home / "log"), "-o", options, "-w", "start")
-        # Its output goes to a file: the server would keep a pipe open.
+        # Output goes to a file: the server would keep a pipe open.
         subprocess.run(
             [str(binaries / "pg_ctl"), *begin],
             cwd=home,
@@ -291,24 +309,24 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_two_workers_on_one_postgresql_study_never_run_the_same_trial(postgres: str, tmp_path: Path) -> None:
-    """Each with a folder of its own, as on two machines: only the database stands between them."""
-    both_run(postgres, (tmp_path / "one", tmp_path / "two"))
+    """Each has a folder of its own, as on two machines: only the database coordinates them."""
+    run_two_workers(postgres, (tmp_path / "one", tmp_path / "two"))
 
 
-def test_a_worker_killed_before_it_had_said_its_name_is_found_out(
+def test_running_trial_without_owner_is_claimed_after_a_while(
     postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the claim and the name any machine may be meant: the trial is free after a while."""
-    config = rules(storage=postgres)
-    with open_study(config, tmp_path / "trials", "nameless", 0, 1, {}) as study:
+    """Its worker, on any machine, was killed before it stored the owner: after a while the trial is free."""
+    config = search_config(storage=postgres)
+    with open_study(config, tmp_path / "trials", "ownerless", 0, 1, {}) as study:
         only = study.trials()[0]
         storage = study.study._storage
         assert storage.set_trial_state_values(only._trial_id, TrialState.RUNNING)
-        assert study.take() is None
+        assert study.claim() is None
         assert study.unfinished()
-        assert not study.elsewhere()
-        monkeypatch.setattr("trainer.experiments.study.UNNAMED_S", 0.0)
-        taken = study.take()
-        assert taken is not None
-        with taken:
-            assert taken.number == 0
+        assert not study.running_elsewhere()
+        monkeypatch.setattr("trainer.experiments.study.OWNER_GRACE_S", 0.0)
+        claimed = study.claim()
+        assert claimed is not None
+        with claimed:
+            assert claimed.number == 0

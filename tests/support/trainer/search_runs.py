@@ -1,23 +1,16 @@
-"""A search of seconds on the tiny Karlo, and what of it must not depend on how often it was interrupted.
-
-`python -m tests.support.trainer.searching CONFIG RUN DELAY_S` works at it as the command does, by a
-judge inside.
-"""
+"""Search on the tiny Karlo that takes seconds, for tests of searches and of their interruption."""
 
 import json
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tests.trainer.conftest import SAMPLING, FakeScorer
-from trainer.config import TrainerConfig, load_trainer_config
+from trainer.config import TrainerConfig
 from trainer.experiments.experiment import Experiment
 from trainer.experiments.search import search
-from trainer.rl.rewards import Images, Scorer, Scores
+from trainer.rl.rewards import Scorer
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ring on a hill", "cross by the sea", "star over a town")
@@ -27,7 +20,7 @@ RATE = {"low": 1e-3, "high": 1e-1, "log": True}
 
 
 def search_config(folder: Path, karlo: Path, **changes: Any) -> TrainerConfig:
-    """Two folds, three trials and the null, two iterations each."""
+    """Return a configuration of two folds, and three trials of two iterations besides the null trial."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.txt").write_text("\n".join(POOL))
     (folder / "test.txt").write_text("\n".join(TEST))
@@ -47,43 +40,26 @@ def search_config(folder: Path, karlo: Path, **changes: Any) -> TrainerConfig:
         "crossval": {"folds": 2},
         "logging": {"tensorboard": False},
     }
-    rules = {"trials": 3, "iterations": 2, "space": {"update.learning_rate": RATE}, "warmup_trials": 1}
-    own = changes.pop("search", {})
-    return TrainerConfig.model_validate(values | changes | {"search": rules | own})
+    defaults = {"trials": 3, "iterations": 2, "space": {"update.learning_rate": RATE}, "warmup_trials": 1}
+    search = changes.pop("search", {})
+    return TrainerConfig.model_validate(values | changes | {"search": defaults | search})
 
 
-def searched(
+def run_search(
     config: TrainerConfig,
     scorer: Scorer | None = None,
     path: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Begin the search, or go on with it; what search.json says then."""
+    """Start or resume the search; return the content of search.json."""
     experiment = Experiment.open(config, path)
     try:
         search(experiment, config, scorer or FakeScorer(), console or Console(quiet=True))
     finally:
-        found = found_in(experiment.path)
-    return found
+        results = read_results(experiment.path)
+    return results
 
 
-def found_in(path: Path) -> dict[str, Any]:
-    """What search.json says."""
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the content of search.json."""
     return json.loads((path / "search.json").read_bytes())  # type: ignore[no-any-return]
-
-
-class SlowScorer(FakeScorer):
-    """Takes its time, so that there is a moment to kill in."""
-
-    def __init__(self, delay_s: float) -> None:
-        super().__init__()
-        self._delay_s = delay_s
-
-    def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        time.sleep(self._delay_s)
-        return super().score(prompts, images)
-
-
-if __name__ == "__main__":
-    file, run, delay = sys.argv[1:]
-    searched(load_trainer_config(Path(file)), SlowScorer(float(delay)), Path(run))
