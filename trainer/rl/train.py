@@ -90,13 +90,13 @@ def new_training_state(
 
 
 class Callback:
-    """Hooks of `train_fold`, called in every process of a job; these do nothing."""
+    """Hooks of `train_fold`, called in every process of a job; by default without effect."""
 
-    def on_evaluation(self, training: TrainingState) -> Record:
+    def on_evaluation(self, training: TrainingState) -> Record:  # noqa: ARG002 - for subclasses
         """Evaluate the policy if an evaluation is due; return what to add to the iteration's record."""
         return {}
 
-    def on_iteration(self, training: TrainingState, record: Record) -> bool:
+    def on_iteration(self, training: TrainingState, record: Record) -> bool:  # noqa: ARG002 - for subclasses
         """Log and save a completed iteration; return True to end the fold."""
         return False
 
@@ -118,14 +118,19 @@ def train_fold(
     All processes of a job call this with equal arguments.
 
     Args:
-        fold: Number of the fold, part of every random seed.
-        training: State of a resumed fold; a new one by default.
-        last: Iterations after which to end, if before the end of the schedule.
-        callback: Hooks called after each iteration: first `on_evaluation`, then `on_iteration`.
+        sampler: samples images with the policy
+        scorer: scores the images
+        prompts: training prompts of the fold
+        config: settings of the run
+        fold: number of the fold, part of every random seed
+        processes: the processes of the job
+        training: state of a resumed fold; a new one by default
+        last: iterations after which to end, if before the end of the schedule
+        callback: hooks called after each iteration: first `on_evaluation`, then `on_iteration`
 
     Raises:
-        RolloutError: Too few images were scored.
-        DivergenceError: A gradient is not finite.
+        RolloutError: too few images were scored
+        DivergenceError: a gradient is not finite
     """
     callback = callback or Callback()
     training = training or new_training_state(sampler.policy, config, len(scorer.evaluators), processes)
@@ -133,30 +138,8 @@ def train_fold(
     remaining = range(training.done, config.iterations if last is None else last)
     bar = progress(remaining.stop, "training", "iteration", done=training.done, shown=processes.main)
     for iteration, batch in zip(remaining, islice(batches, training.done, None), strict=False):
-        start = time.perf_counter()
-        keys = group_keys(
-            processes.share(batch),
-            config.rollout.images_per_prompt,
-            seed=config.seed,
-            fold=fold,
-            iteration=iteration,
-        )
-        with processes.fail_together():
-            rollout = collect_rollout(
-                sampler, scorer, keys, config.rollout, config.sampling.micro_batch, training.drops
-            )
-        with processes.fail_together(), sampler.offloaded():
-            record = update_policy(
-                training, rollout, scorer.evaluators, config, fold=fold, iteration=iteration
-            )
-        training.done = iteration + 1
-        seconds = time.perf_counter() - start
-        record |= {
-            "iteration": iteration,
-            "seconds": seconds,
-            "exposed_wait_share": rollout.times.exposed_wait_s / seconds,
-            **callback.on_evaluation(training),
-        }
+        record = train_iteration(training, sampler, scorer, batch, config, fold=fold, iteration=iteration)
+        record |= callback.on_evaluation(training)
         ended = callback.on_iteration(training, record)
         bar.set_postfix_str(f"composite {record['composite']:+.2f}", refresh=False)
         bar.update()
@@ -164,6 +147,45 @@ def train_fold(
             break
     bar.close()
     return training
+
+
+def train_iteration(
+    training: TrainingState,
+    sampler: ImageSampler,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    config: TrainerConfig,
+    *,
+    fold: int,
+    iteration: int,
+) -> Record:
+    """Collect a rollout for a batch of prompts, then update the policy from it.
+
+    Returns:
+        metrics of the iteration
+    """
+    start = time.perf_counter()
+    processes = training.processes
+    keys = group_keys(
+        processes.share(prompts),
+        config.rollout.images_per_prompt,
+        seed=config.seed,
+        fold=fold,
+        iteration=iteration,
+    )
+    with processes.fail_together():
+        rollout = collect_rollout(
+            sampler, scorer, keys, config.rollout, config.sampling.micro_batch, training.drops
+        )
+    with processes.fail_together(), sampler.offloaded():
+        record = update_policy(training, rollout, scorer.evaluators, config, fold=fold, iteration=iteration)
+    training.done = iteration + 1
+    seconds = time.perf_counter() - start
+    return record | {
+        "iteration": iteration,
+        "seconds": seconds,
+        "exposed_wait_share": rollout.times.exposed_wait_s / seconds,
+    }
 
 
 def update_policy(
