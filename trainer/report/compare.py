@@ -20,7 +20,7 @@ from trainer.report.page import Chart, Report, Shot, attempt, choose, composites
 from trainer.report.provenance import PLACES
 from trainer.report.report import as_bar, collect, gains_over_time
 from trainer.report.run_data import (
-    Row,
+    GainRow,
     RunData,
     composite_of,
     items,
@@ -49,7 +49,7 @@ class Entry:
     tuned: Measurement | None = None
 
     @property
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, GainRow]:
         """Gains by name."""
         return {it.name: it for it in self.report.tables[0].rows} if self.report.tables else {}
 
@@ -69,7 +69,7 @@ class Comparable:
     evaluators: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     against: str = ""
-    differences: list[Row] = field(default_factory=list)
+    differences: list[GainRow] = field(default_factory=list)
     images: list[tuple[str, list[PromptImages]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from trainer.evaluation.comparison import Measurement
 from trainer.report.provenance import Provenance
-from trainer.report.run_data import Row, counted, plain, shown, signed
+from trainer.report.run_data import GainRow, counted, plain, shown, signed
 from trainer.report.trials import SearchReport, value_text
 from trainer.rl.rewards import Floats, Images, composite, weight_vector
 from trainer.runtime.files import write_atomically
@@ -174,18 +174,18 @@ class GainTable(NamedTuple):
 
     title: str
     note: str
-    rows: Sequence[Row]
+    rows: Sequence[GainRow]
 
 
 class FoldRow(NamedTuple):
-    """Row of the fold table."""
+    """GainRow of the fold table."""
 
     name: str
     prompts: int | None
     iterations: int | None
     best: int | None
-    gain: Row | None
-    rows: Sequence[Row]
+    gain: GainRow | None
+    rows: Sequence[GainRow]
     stopped: str
     guard: str
 
@@ -196,7 +196,7 @@ class GuardResult(NamedTuple):
     where: str
     tripped: bool
     sentence: str
-    gain: Row | None
+    gain: GainRow | None
     note: str
 
 
@@ -223,7 +223,7 @@ class Report:
     tested: bool = False  # True once the test prompts have been measured
     search: SearchReport | None = None
     guards: list[GuardResult] = field(default_factory=list)
-    drift: Sequence[Row] = ()
+    drift: Sequence[GainRow] = ()
     drift_sentences: Sequence[str] = ()
     curves: list[Chart] = field(default_factory=list)
     curve_note: str = ""

@@ -26,8 +26,8 @@ from trainer.report.page import (
 )
 from trainer.report.provenance import provenance
 from trainer.report.run_data import (
+    GainRow,
     Json,
-    Row,
     RunData,
     composite_of,
     counted,
@@ -168,7 +168,7 @@ def _of_prompts(found: Json, what: str) -> str:
     return text if images is None else f"{text} × {images} images"
 
 
-def as_bar(gain: Row, label: str = "", *, summary: bool | None = None) -> Bar:
+def as_bar(gain: GainRow, label: str = "", *, summary: bool | None = None) -> Bar:
     """Return a row of a forest plot; by default the composite is the summary."""
     whole_row = gain.name == COMPOSITE if summary is None else summary
     return Bar(label or gain.name, gain.difference or 0.0, gain.low, gain.high, gain.verdict, whole_row)
@@ -410,7 +410,7 @@ def _add_summary(report: Report, run_data: RunData, final: RunData) -> None:
         report.tone = total.verdict
         report.sentences += others(report.tables[0].rows)
     elif len(last) > 1:
-        gain = Row(COMPOSITE, None, None, last[-1].y, last[-1].low, last[-1].high, last[-1].y)
+        gain = GainRow(COMPOSITE, None, None, last[-1].y, last[-1].low, last[-1].high, last[-1].y)
         report.headline = "Not finished. " + gain_sentence(
             gain, f"at the last evaluation, after {counted(int(last[-1].x), 'iteration')}", report.confidence
         )

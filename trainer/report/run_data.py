@@ -277,7 +277,7 @@ ENDS = ("low", "high")
 
 
 @dataclass(frozen=True)
-class Row:
+class GainRow:
     """Gain of one evaluator or of the composite; None for a value that is missing or not finite."""
 
     name: str
@@ -310,7 +310,7 @@ class Row:
         """Both ends as text."""
         return interval(self.low, self.high, self.digits)
 
-    def in_deviations(self) -> "Row | None":
+    def in_deviations(self) -> "GainRow | None":
         """Return the gain in calibrated deviations (z), or None if it is unknown."""
         if self.name == COMPOSITE:
             return self
@@ -318,24 +318,24 @@ class Row:
             return None
         scale = self.deviations / self.difference
         low, high = (None if end is None else end * scale for end in (self.low, self.high))
-        return Row(self.name, None, None, self.deviations, low, high, self.deviations)
+        return GainRow(self.name, None, None, self.deviations, low, high, self.deviations)
 
 
-def row(name: str, values: object) -> Row | None:
+def row(name: str, values: object) -> GainRow | None:
     """Return the row of a file's values; None without a difference."""
     found = mapping(values)
     fields = ("before", "after", "difference", "low", "high", "deviations")
     numbers = {key: number(found.get(key)) for key in fields}
-    return None if numbers["difference"] is None else Row(name, **numbers)
+    return None if numbers["difference"] is None else GainRow(name, **numbers)
 
 
-def rows(values: object) -> tuple[Row, ...]:
+def rows(values: object) -> tuple[GainRow, ...]:
     """Return the rows of a file, evaluators first and the composite last."""
     found = [it for name, held in mapping(values).items() if (it := row(str(name), held)) is not None]
     return tuple(sorted(found, key=lambda it: it.name == COMPOSITE))
 
 
-def composite_of(several: Iterable[Row]) -> Row | None:
+def composite_of(several: Iterable[GainRow]) -> GainRow | None:
     """Return the composite's row, or None."""
     return next((it for it in several if it.name == COMPOSITE), None)
 
@@ -394,7 +394,7 @@ def ended(value: object) -> str:
     return str(value) if value else ""
 
 
-def others(several: Sequence[Row]) -> list[str]:
+def others(several: Sequence[GainRow]) -> list[str]:
     """List the evaluators that rise, fall and are not clear."""
     sentences = []
     for verdict, words in (("rises", "Rising"), ("falls", "Falling"), ("unclear", "Not clear")):
@@ -404,7 +404,7 @@ def others(several: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def gain_sentence(gain: Row, where: str, confidence: float) -> str:
+def gain_sentence(gain: GainRow, where: str, confidence: float) -> str:
     """Describe the composite's change in one sentence that claims no more than its interval supports."""
     bounds = f"{confidence:.0%} interval {gain.interval}"
     change = f"{signed(gain.difference)}\u00a0σ"

@@ -27,7 +27,7 @@ from trainer.config import ConfigError
 from trainer.report.compare import write_comparison
 from trainer.report.page import choose, data_uri
 from trainer.report.report import collect, write_report
-from trainer.report.run_data import Row, gain_sentence, masked, signed
+from trainer.report.run_data import GainRow, gain_sentence, masked, signed
 from trainer.report.trials import importance, read_search
 from trainer.runtime.errors import StorageError
 
@@ -310,11 +310,11 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_headline_claims_no_more_than_the_interval() -> None:
     """Rising, falling and unclear changes have different sentences."""
-    unclear = Row("composite", 0.0, 0.1, 0.1, -0.1, 0.3, 0.1)
+    unclear = GainRow("composite", 0.0, 0.1, 0.1, -0.1, 0.3, 0.1)
     assert gain_sentence(unclear, "here", 0.95).startswith("No significant improvement")
-    fell = Row("composite", 0.0, -0.1, -0.1, -0.3, -0.05, -0.1)
+    fell = GainRow("composite", 0.0, -0.1, -0.1, -0.3, -0.05, -0.1)
     assert "fell by 0.100" in gain_sentence(fell, "here", 0.95)
-    single = Row("composite", 0.0, 0.1, 0.1, None, None, 0.1)
+    single = GainRow("composite", 0.0, 0.1, 0.1, None, None, 0.1)
     assert "no interval" in gain_sentence(single, "here", 0.95)
 
 
