@@ -1,10 +1,10 @@
 """Memory of loading beyond the loaded model, on checkpoints of the published sizes and layouts.
 
     python -m benchmarks.loading             # full size: 6 GB of disk, 6 GB of memory, a minute
-    python -m benchmarks.loading --layers 2  # a quick look
+    python -m benchmarks.loading --layers 2  # a quick check
 
 Each load runs in a process of its own. `own` is the process's anonymous memory, sampled every millisecond;
-`mapped` is what it has of the file in view, which the kernel takes back when it needs the room.
+`mapped` is the part of the file that is mapped into memory, which the kernel reclaims when needed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, help="cut both transformers to so many layers")
+    parser.add_argument("--layers", type=int, help="number of layers of both transformers (as published)")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.step:
@@ -63,7 +63,8 @@ def measure(folder: Path, layers: int | None) -> list[dict[str, Any]]:
     """Write both checkpoints into a folder and measure their loading, each in a process of its own.
 
     Args:
-        layers: of both transformers; None for the published number
+        folder: folder for the checkpoints
+        layers: layers of both transformers; None for the published number
 
     Returns:
         rows with sizes in bytes
@@ -102,7 +103,7 @@ def _load(file: str, folder: Path, dtype: str) -> dict[str, Any]:
         start = time.perf_counter()
         tower = build_tower(plan, torch.device("cpu"), getattr(torch, dtype), 16)
         seconds = time.perf_counter() - start
-    module: Any = tower._model
+    module: Any = tower.model
     model = sum(parameter.nbytes for parameter in module.parameters())
     return {
         "file": file,
@@ -117,7 +118,7 @@ def _load(file: str, folder: Path, dtype: str) -> dict[str, Any]:
 
 
 class _Peak:
-    """The process's highest memory while the block runs: `own` and `mapped`, in bytes."""
+    """Peak memory of the process while the block runs: `own` and `mapped`, in bytes."""
 
     def __enter__(self) -> _Peak:
         self.own, self.mapped, self._done = 0, 0, threading.Event()
@@ -145,7 +146,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _write_hps(folder: Path, layers: int) -> None:
-    """Write it as published: half precision under open_clip's names."""
+    """Write a random HPSv2 checkpoint as published: half precision under open_clip's names."""
     architecture: Any = open_clip.get_model_config(_ARCHITECTURE)
     for half in ("vision_cfg", "text_cfg"):
         architecture[half]["layers"] = layers or architecture[half]["layers"]
@@ -157,7 +158,7 @@ def _write_hps(folder: Path, layers: int) -> None:
 
 
 def _write_pickscore(folder: Path, layers: int) -> None:
-    """Write it as published: float32 under transformers' names, tokenizer beside it."""
+    """Write a random PickScore checkpoint as published: float32 under transformers' names, with a tokenizer."""
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPModel
 

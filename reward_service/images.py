@@ -6,7 +6,7 @@ Every kind of input has one defined result; docs/images.md has the reasons, and 
 formats             PNG, JPEG, WebP and raw uint8 RGB; anything else, or a truncated file, is refused
 size, aspect        read from the header and checked before anything is decoded
 EXIF orientation    applied
-alpha, transparency composited on white; a colour key (tRNS) is transparent where the colour is equal
+alpha, transparency composited on white; pixels equal to the colour key (tRNS) are transparent
 greyscale, 1 bit    the grey value in all three channels
 palette             looked up
 CMYK, YCCK          converted by Pillow (Adobe's inverted JPEGs included)

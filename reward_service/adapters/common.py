@@ -17,7 +17,7 @@ from reward_service.protocol import Normalization, ScoreResponse
 Floats = NDArray[np.float32]
 
 
-class ScoreOptions(TypedDict, total=False):
+class AdapterOptions(TypedDict, total=False):
     """Options that every adapter passes to `RewardClient.score`."""
 
     evaluators: Sequence[str] | None
@@ -28,7 +28,7 @@ class ScoreOptions(TypedDict, total=False):
 
 
 def request_scores(
-    client: RewardClient, prompts: Iterable[str], images: Iterable[ImageLike], options: ScoreOptions
+    client: RewardClient, prompts: Iterable[str], images: Iterable[ImageLike], options: AdapterOptions
 ) -> ScoreResponse:
     """Return a response in which every pair has a reward.
 

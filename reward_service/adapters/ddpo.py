@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
 from reward_service.adapters.common import (
+    AdapterOptions,
     Floats,
-    ScoreOptions,
     as_tensor,
     request_scores,
     rewards_of,
@@ -18,7 +18,7 @@ from reward_service.client import ImageLike, RewardClient
 DdpoReward = Callable[..., tuple[Any, dict[str, Floats]]]
 
 
-def ddpo_reward(client: RewardClient, **options: Unpack[ScoreOptions]) -> DdpoReward:
+def ddpo_reward(client: RewardClient, **options: Unpack[AdapterOptions]) -> DdpoReward:
     """Return a reward function for trainers that use one number per image.
 
     It takes images as a float tensor (N, 3, H, W) in [0, 1]. It returns the rewards (N,), as a tensor if

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
 from reward_service.adapters.common import (
+    AdapterOptions,
     Floats,
-    ScoreOptions,
     as_array,
     request_scores,
     rewards_of,
@@ -21,7 +21,7 @@ REWARD_KEY = "avg"
 FlowGrpoReward = Callable[..., tuple[dict[str, Floats], dict[str, Any]]]
 
 
-def flow_grpo_reward(client: RewardClient, **options: Unpack[ScoreOptions]) -> FlowGrpoReward:
+def flow_grpo_reward(client: RewardClient, **options: Unpack[AdapterOptions]) -> FlowGrpoReward:
     """Return a reward function that replaces the one of Flow-GRPO's `multi_score`.
 
     It takes images as a float tensor (N, 3, H, W) in [0, 1] or a uint8 array (N, H, W, 3). It returns each

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from reward_service.adapters.common import (
-    ScoreOptions,
+    AdapterOptions,
     as_tensor,
     extract_image,
     extract_text,
@@ -27,7 +27,7 @@ def openrlhf_reward(
     *,
     pictures: str = "queries",
     texts: str = "prompts",
-    **options: Unpack[ScoreOptions],
+    **options: Unpack[AdapterOptions],
 ) -> OpenRlhfReward:
     """Return the `reward_func` for the file of `--remote_rm_url`.
 

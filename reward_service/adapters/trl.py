@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from reward_service.adapters.common import (
-    ScoreOptions,
+    AdapterOptions,
     extract_image,
     extract_text,
     read_column,
@@ -25,7 +25,7 @@ def trl_reward(
     pictures: str = "completions",
     texts: str = "prompts",
     name: str = "reward_service",
-    **options: Unpack[ScoreOptions],
+    **options: Unpack[AdapterOptions],
 ) -> TrlReward:
     """Return a reward function for `reward_funcs`.
 

@@ -71,8 +71,8 @@ class Tower:
         self.embedding_size = int(model.visual.output_dim)
         self._device, self._dtype = device, dtype
         self._tokenizer = tokenizer
-        self._model: Any = model.to(device, dtype).eval().requires_grad_(False)
-        shorten_last_block(self._model.visual)
+        self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
+        shorten_last_block(self.model.visual)
         self._encode: Encode = self._encode_images
         size = (tokenizer.context_length,) * 2
         self._mask = torch.full(size, float("-inf"), device=device, dtype=dtype).triu(1)
@@ -157,10 +157,10 @@ class Tower:
         return [(vector.clone(), row.truncated) for vector, row in zip(vectors, rows, strict=True)]
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self._model.visual(pixels).float(), dim=-1)
+        return F.normalize(self.model.visual(pixels).float(), dim=-1)
 
     def _encode_texts(self, ids: Tensor, last: Tensor) -> Tensor:
-        model, length = self._model, ids.shape[1]
+        model, length = self.model, ids.shape[1]
         hidden = model.token_embedding(ids) + model.positional_embedding[:length]
         mask, blocks = self._mask[:length, :length], model.transformer.resblocks
         for block in blocks[:-1]:

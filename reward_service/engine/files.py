@@ -146,7 +146,7 @@ class ModelFiles:
         return path
 
     def _download_to(self, path: Path, url: str, sha256: str) -> None:
-        """Download into a temporary file beside `path`, which is renamed once it is complete."""
+        """Download into a temporary file in the same folder, and rename it to `path` when complete."""
         part = path.with_name(f"{path.name}.{uuid4().hex}.part")
         digest = hashlib.sha256()
         try:

@@ -185,7 +185,7 @@ def check_weights(
 ) -> dict[str, Shape]:
     """Compare a module with a checkpoint, reading only the checkpoint's header.
 
-    Shapes are compared before names: if both differ, a width says more about the architecture than a list.
+    Shapes are compared before names, because a shape identifies the wrong architecture better than a name.
 
     Returns:
         shapes of the module's weights

@@ -80,7 +80,7 @@ def test_shared_towers_and_pixels_are_computed_once(
 ) -> None:
     """aesthetic and clip share a tower; on square images PickScore shares its pixels with them."""
     runs: list[str] = []
-    made: list[Preprocessing] = []
+    calls: list[Preprocessing] = []
     for evaluator in engine.evaluators.values():
         tower = evaluator.tower
         encode = tower._encode
@@ -90,11 +90,13 @@ def test_shared_towers_and_pixels_are_computed_once(
             lambda pixels, encode=encode, name=evaluator.tower_name: runs.append(name) or encode(pixels),
         )
     call = Preprocessing.__call__
-    monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: made.append(self) or call(self, *args))
+    monkeypatch.setattr(
+        Preprocessing, "__call__", lambda self, *args: calls.append(self) or call(self, *args)
+    )
     engine.score([Pair("x", images[0]), Pair("y", images[5])])
     # The clip tower is one object with two wrappers, so that its one run is recorded twice.
     assert sorted(runs) == ["clip", "clip", "hps", "pickscore"]
-    assert len(made) == 2
+    assert len(calls) == 2
 
 
 def test_prepared_images_have_bit_identical_scores(
@@ -109,11 +111,11 @@ def test_prepared_images_have_bit_identical_scores(
     assert [pair.raw for pair in engine.score(mixed)] == expected
     assert [pair.raw for pair in engine.score(engine.prepare(pairs, ["hpsv2"]))] == expected
 
-    made: list[int] = []
+    calls: list[int] = []
     call = Preprocessing.__call__
-    monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: made.append(1) or call(self, *args))
+    monkeypatch.setattr(Preprocessing, "__call__", lambda self, *args: calls.append(1) or call(self, *args))
     assert [pair.raw for pair in engine.score(prepared)] == expected
-    assert not made
+    assert not calls
 
 
 def test_preprocessing_error_is_raised_on_scoring(
@@ -134,15 +136,15 @@ def test_preprocessing_error_is_raised_on_scoring(
 def test_prompts_are_embedded_once(engine: RewardEngine, images: list[Pixels]) -> None:
     """Each distinct prompt goes through the tower once, and a cached one not at all."""
     tower = engine.evaluators["clip"].tower
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     encode = tower._encode_texts
-    tower._encode_texts = lambda ids, last: seen.append(len(ids)) or encode(ids, last)  # type: ignore[method-assign]
+    tower._encode_texts = lambda ids, last: batch_sizes.append(len(ids)) or encode(ids, last)  # type: ignore[method-assign]
     try:
         first = tower.embed_texts(["new one", "new two", "new one"])
         again = tower.embed_texts(["new two", "new one"])
     finally:
         tower._encode_texts = encode  # type: ignore[method-assign]
-    assert seen == [2]
+    assert batch_sizes == [2]
     assert torch.equal(first.vectors[0], first.vectors[2])
     assert torch.equal(first.vectors[[1, 0]], again.vectors)
 
@@ -180,8 +182,8 @@ def test_special_tokens_in_a_prompt_are_plain_text(
     ]
     for tokenizer in tokenizers:
         start, *_, end = tokenizer("x").ids
-        for written in (f"a {special} b", f"a {special.replace('<', '&lt;').replace('>', '&gt;')} b"):
-            ids = tokenizer(written).ids
+        for prompt in (f"a {special} b", f"a {special.replace('<', '&lt;').replace('>', '&gt;')} b"):
+            ids = tokenizer(prompt).ids
             assert (ids[0], ids[-1]) == (start, end)
             assert not {start, end} & set(ids[1:-1])
 

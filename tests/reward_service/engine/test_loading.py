@@ -44,7 +44,7 @@ def load_network(
     else:
         origin, weights = Origin(folder=checkpoints.hps), Weights(file="HPS.pt")
         config = TowerConfig(layout="open_clip", origin=origin, weights=weights, vocabulary="bpe.txt.gz")
-    network: torch.nn.Module = load_tower(config, CPU, dtype)._model
+    network: torch.nn.Module = load_tower(config, CPU, dtype).model
     return network
 
 
@@ -92,10 +92,10 @@ def test_bfloat16_trunk_is_rounded_once(checkpoints: Checkpoints) -> None:
 def test_loaded_model_does_not_depend_on_its_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Overwriting the file later changes no weight."""
     shutil.copytree(checkpoints.hps, tmp_path / "hps")
-    moved = Checkpoints(tmp_path, checkpoints.config)
-    network = load_network(moved, "open_clip")
+    copy = Checkpoints(tmp_path, checkpoints.config)
+    network = load_network(copy, "open_clip")
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    path = moved.hps / "HPS.pt"
+    path = copy.hps / "HPS.pt"
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.write(b"\0" * size)

@@ -50,8 +50,8 @@ def score_table(engine: RewardEngine, pairs: list[Pair], *, deterministic: bool 
     return torch.tensor([[row.raw[name] for name in sorted(row.raw)] for row in rows], dtype=torch.float64)
 
 
-def assert_within(dtype: str, moved: Tensor, engine: RewardEngine) -> None:
-    for name, largest in zip(sorted(engine.evaluators), moved.abs().amax(dim=0).tolist(), strict=True):
+def assert_within(dtype: str, difference: Tensor, engine: RewardEngine) -> None:
+    for name, largest in zip(sorted(engine.evaluators), difference.abs().amax(dim=0).tolist(), strict=True):
         assert largest <= TOLERANCES[dtype][name], name
 
 
@@ -74,12 +74,12 @@ def models(request: pytest.FixtureRequest, config: ServiceConfig) -> Models:
 def many_pairs(images: list[Pixels]) -> list[Pair]:
     """64 different pairs with short prompts."""
     rng = np.random.default_rng(5)
-    made = []
+    pairs = []
     for number in range(64):
         image = images[number % len(images)]
         noise = rng.integers(-60, 60, image.shape)
-        made.append(Pair(f"{number} red circles", (image + noise).clip(0, 255).astype(np.uint8)))
-    return made
+        pairs.append(Pair(f"{number} red circles", (image + noise).clip(0, 255).astype(np.uint8)))
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------- tolerances
@@ -107,8 +107,8 @@ def test_longer_prompts_in_the_batch_do_not_matter(models: Models, many_pairs: l
     """A prompt is padded to the longest of its batch, which changes only rounding."""
     dtype, engine = models
     longer = [Pair("and " * 60, many_pairs[0].image), Pair(PROMPTS[2], many_pairs[1].image)]
-    moved = score_table(engine, [*many_pairs[:8], *longer])[:8] - score_table(engine, many_pairs[:8])
-    assert_within(dtype, moved, engine)
+    difference = score_table(engine, [*many_pairs[:8], *longer])[:8] - score_table(engine, many_pairs[:8])
+    assert_within(dtype, difference, engine)
 
 
 @pytest.mark.parametrize("kind", ["small", "miniature"])
@@ -225,13 +225,15 @@ def test_unsupported_text_settings_are_refused(
 def test_last_block_computes_one_token_per_image(engine: RewardEngine, images: list[Pixels]) -> None:
     """The last MLP receives one token per row."""
     tower = engine.evaluators["clip"].tower
-    last = tower._model.visual.transformer.resblocks[-1].block
+    last = tower.model.visual.transformer.resblocks[-1].block
     assert is_standard_block(last)
-    seen: list[tuple[int, ...]] = []
-    hook = last.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    shapes: list[tuple[int, ...]] = []
+    hook = last.mlp.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape))
+    )
     tower.embed_images(torch.zeros(3, 3, SIZE_PX, SIZE_PX))
     hook.remove()
-    assert seen == [(3, 64)]
+    assert shapes == [(3, 64)]
 
 
 # ------------------------------------------------------------------------------------------------ sharing
@@ -242,24 +244,24 @@ def test_every_forward_pass_runs_once(
 ) -> None:
     """64 pairs of one prompt: per tower one pass over 64 images and one text row, then no text at all."""
     towers = {each.tower_name: each.tower for each in engine.evaluators.values()}
-    ran: list[tuple[str, str, int]] = []
+    passes: list[tuple[str, str, int]] = []
     for name, tower in towers.items():
         tower.clear_text_cache()
         for kind in ("_encode", "_encode_texts"):
-            real = getattr(tower, kind)
+            original = getattr(tower, kind)
 
-            def counted(rows: Tensor, *rest: Tensor, real=real, what=(name, kind)) -> Tensor:  # type: ignore[no-untyped-def]
-                ran.append((*what, len(rows)))
-                return real(rows, *rest)
+            def counted(rows: Tensor, *rest: Tensor, original=original, what=(name, kind)) -> Tensor:  # type: ignore[no-untyped-def]
+                passes.append((*what, len(rows)))
+                return original(rows, *rest)
 
             monkeypatch.setattr(tower, kind, counted)
     pairs = [Pair("a red square", pair.image) for pair in many_pairs]
     engine.score(pairs)
     images = [(name, "_encode", 64) for name in towers]
-    assert sorted(ran) == sorted([*images, *((name, "_encode_texts", 1) for name in towers)])
-    ran.clear()
+    assert sorted(passes) == sorted([*images, *((name, "_encode_texts", 1) for name in towers)])
+    passes.clear()
     engine.score(pairs)
-    assert sorted(ran) == sorted(images)
+    assert sorted(passes) == sorted(images)
 
 
 def test_image_of_many_prompts_is_embedded_once(
@@ -268,12 +270,12 @@ def test_image_of_many_prompts_is_embedded_once(
     """Equal bytes are one image, in whichever request; every pair keeps its own score."""
     pairs = [Pair(prompt, image.copy()) for prompt in PROMPTS for image in images[:2]]
     alone = torch.cat([score_table(engine, [pair]) for pair in pairs])
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     tower = engine.evaluators["hpsv2"].tower
-    real = tower._encode
-    monkeypatch.setattr(tower, "_encode", lambda rows: seen.append(len(rows)) or real(rows))
+    original = tower._encode
+    monkeypatch.setattr(tower, "_encode", lambda rows: batch_sizes.append(len(rows)) or original(rows))
     assert_within("float32", score_table(engine, pairs) - alone, engine)
-    assert seen == [2]
+    assert batch_sizes == [2]
 
 
 def test_deduplication_compares_every_byte() -> None:
@@ -281,9 +283,11 @@ def test_deduplication_compares_every_byte() -> None:
     first = np.zeros((40, 30, 3), np.uint8)
     changed = first.copy()
     changed[7, 3, 1] = 1
-    kept, rows = deduplicate_images([first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()])
+    distinct, rows = deduplicate_images(
+        [first, changed, first.reshape(30, 40, 3), changed.copy(), first.copy()]
+    )
     for image, row in zip([first, changed, first.reshape(30, 40, 3), changed, first], rows, strict=True):
-        assert np.array_equal(kept[row], image)
+        assert np.array_equal(distinct[row], image)
     assert rows[:4] == [0, 1, 2, 1]
 
 

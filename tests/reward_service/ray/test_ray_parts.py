@@ -152,7 +152,7 @@ def test_deployment_options_follow_the_configuration(config: ServiceConfig) -> N
         ({"config": "/no/such.yaml"}, r"/no/such\.yaml: no such configuration file"),
         ({"set": ["colour=red"]}, "service.colour: unknown key"),
         ({"set": "threads=none"}, "service.threads"),
-        ({"configuration": "x"}, "args: configuration: .*known here: config, set"),
+        ({"configuration": "x"}, "args: configuration: .*known keys: config, set"),
         ({"set": ["auth.keys=/no/keys.yaml"]}, r"/no/keys\.yaml: cannot be read"),
         ({"set": ["calibration=/no/table.json"]}, r"/no/table\.json"),
     ],

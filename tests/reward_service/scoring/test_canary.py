@@ -50,7 +50,7 @@ def engine(miniature: ServiceConfig) -> RewardEngine:
 
 
 def parameters(engine: RewardEngine, name: str) -> dict[str, Tensor]:
-    return dict(engine.evaluators[name].tower._model.named_parameters())
+    return dict(engine.evaluators[name].tower.model.named_parameters())
 
 
 def test_canary_pair_is_the_same_on_every_machine() -> None:
