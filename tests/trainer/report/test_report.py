@@ -239,7 +239,7 @@ def test_missing_and_running_folds_are_in_the_table(experiment: Path, tmp_path: 
     check_page(page)
     assert "unfinished: 6 of 6 iterations" in page.text
     assert "not started" in page.text
-    assert "the test prompts have not been looked at" in page.text
+    assert "the test prompts have not been measured" in page.text
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -301,7 +301,7 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not a run or experiment"):
         write_report(tmp_path)
     make_run(tmp_path / "one")
-    with pytest.raises(StorageError, match=r"one of those in it, such as .*one"):
+    with pytest.raises(StorageError, match=r"one inside it, such as .*one"):
         write_report(tmp_path)
 
 
@@ -315,7 +315,7 @@ def test_headline_claims_no_more_than_the_interval() -> None:
     fell = GainRow("composite", 0.0, -0.1, -0.1, -0.3, -0.05, -0.1)
     assert "fell by 0.100" in gain_sentence(fell, "here", 0.95)
     single = GainRow("composite", 0.0, 0.1, 0.1, None, None, 0.1)
-    assert "no interval" in gain_sentence(single, "here", 0.95)
+    assert "too few prompts for an interval" in gain_sentence(single, "here", 0.95)
 
 
 def test_tripped_guard_comes_first(run: Path) -> None:
