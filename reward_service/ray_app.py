@@ -37,7 +37,7 @@ from reward_service.scheduler.autoscaling import PAIRS
 from reward_service.scoring.auth import load_keys
 from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
-from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, one_line, rest_idle_threads
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, configure_openmp, one_line
 from reward_service.web.app import create_app
 from reward_service.web.dependencies import request_id
 
@@ -134,7 +134,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> Arguments:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(map(str, first["loc"]))
         known = ", ".join(Arguments.model_fields)
-        raise ConfigError(f"args: {location}: {one_line(first['msg'])}; known here: {known}") from None
+        raise ConfigError(f"args: {location}: {one_line(first['msg'])}; known keys: {known}") from None
     path = parsed.config.expanduser()
     if not path.exists() and not path.is_absolute():
         path = DEFAULT_CONFIG.parent.parent / path
@@ -179,7 +179,7 @@ class Replica:
     """
 
     def __init__(self, config: str, overrides: list[str]) -> None:
-        rest_idle_threads()
+        configure_openmp()
         self._exit_stack = ExitStack()
         self._config = load_config(Path(config), overrides)
         self._telemetry = self._exit_stack.enter_context(open_telemetry(self._config))
@@ -339,7 +339,7 @@ def _without_duplicate_id(scope: Scope, send: Send) -> Send:
 
 
 def _refusal(scope: Scope) -> Response:
-    problem = _NO_KEYS.as_problem(request_id(Request(scope)))
+    problem = _NO_KEYS.to_problem(request_id(Request(scope)))
     return Response(encode(problem, JSON), int(_NO_KEYS.status), media_type=PROBLEM)
 
 
