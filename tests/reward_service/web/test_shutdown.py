@@ -42,6 +42,10 @@ def breaking(self, pairs, chosen, *rest):
         raise ScoringError("evaluator clip failed", "clip")
     return score(self, pairs, chosen, *rest)
 RewardEngine.score_batch = breaking
+import functools
+from reward_service.web import server
+# On a slow machine, the watchdog must not be faster than the shutdown.
+server.exit_soon = functools.partial(server.exit_soon, within_s=100.0)
 from reward_service.cli import main
 main(sys.argv[1:])
 """
