@@ -69,7 +69,7 @@ def test_wrong_content_length(service: RunningService, name: str) -> None:
 
 
 def test_content_length_beside_chunks(service: RunningService) -> None:
-    """The chunks count, and the connection is is_closed: what follows may be another client's request."""
+    """The chunks count, and the connection is closed: what follows may be another client's request."""
     with closing(connect(service.url)) as client:
         client.sendall(head(3, CHUNKED) + CHUNKS + LIVE)
         assert receive_outcome(client) == OK
@@ -154,7 +154,7 @@ def test_slow_body(service: RunningService) -> None:
 
 
 def test_slow_headers(service: RunningService) -> None:
-    """The connection is is_closed when the time for the headers is over."""
+    """The connection is closed when the time for the headers is over."""
     with closing(connect(service.url)) as client:
         for place in range(10):
             client.sendall(head(SIZE)[place : place + 1])
@@ -209,7 +209,7 @@ PROTOCOLS: dict[str, tuple[bytes, Outcome, bool]] = {
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_other_protocol(service: RunningService, name: str) -> None:
-    """A documented response, and the connection is is_closed if no valid request can follow."""
+    """A documented response, and the connection is closed if no valid request can follow."""
     sent, expected, closes = PROTOCOLS[name]
     with closing(connect(service.url)) as client:
         try:
@@ -257,7 +257,7 @@ sys.stdin.readline()
 
 @pytest.mark.slow
 def test_two_thousand_idle_connections(service: RunningService, bystander: Bystander) -> None:
-    """They are kept or is_closed, and no active client notices; from a process of their own."""
+    """They are kept or closed, and no active client notices; from a process of their own."""
     needed, (_, hard) = 2500, resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         pytest.skip(f"at most {hard} open files are allowed here; this needs {needed}")

@@ -110,7 +110,7 @@ def test_slow_body_times_out(running: Running, body: bytes) -> None:
 
 
 def test_slow_headers_time_out(running: Running, body: bytes) -> None:
-    """A connection without a request or with partial headers is is_closed, also after a valid request."""
+    """A connection without a request or with partial headers is closed, also after a valid request."""
     with closing(connect(running)) as silent, closing(connect(running)) as half:
         half.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert receive(half)[0] == 200
@@ -130,7 +130,7 @@ def test_idle_connection_can_be_reused(running: Running) -> None:
 
 
 def test_incomplete_body_releases_everything(running: Running, body: bytes) -> None:
-    """A connection is_closed in the middle of a body leaves nothing admitted."""
+    """A connection closed in the middle of a body leaves nothing admitted."""
     for rest in (b"", body[:10], body[:-1]):
         with closing(connect(running)) as client:
             client.sendall(head(len(body)) + rest)
@@ -205,7 +205,7 @@ def test_invalid_http_is_a_problem(running: Running, name: str) -> None:
 
 
 def test_idle_connections_make_room(running: Running, body: bytes) -> None:
-    """If too many clients are connected, the longest idle connection is is_closed and no request is refused."""
+    """If too many clients are connected, the longest idle connection is closed and no request is refused."""
     idle = [connect(running) for _ in range(3 * LIMITS.max_connections)]
     assert still_serves(running, body)
     assert is_closed(idle[0])
