@@ -1,4 +1,4 @@
-"""The repository's composition under a project name of its own."""
+"""The repository's Docker Compose project under a name of its own."""
 
 import os
 import shutil
@@ -22,19 +22,15 @@ def free_port() -> int:
 
 @dataclass
 class Composition:
-    """One composition: its containers, volumes and networks, apart from others of this repository.
-
-    Args:
-        environment: what a file .env would hold
-    """
+    """One Compose project: containers, volumes and networks, separate from others of this repository."""
 
     project: str
     runs: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # content of a file .env
     port: int = field(default_factory=free_port)
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`docker compose ARGUMENTS` in the repository, output captured."""
+        """Run `docker compose ARGUMENTS` in the repository and capture its output."""
         classic = shutil.which("docker-compose")
         command = [classic] if classic else ["docker", "compose"]
         own = {"RUNS_DIR": str(self.runs), "REWARD_PORT": str(self.port)} | self.environment
@@ -50,12 +46,12 @@ class Composition:
 
     @property
     def url(self) -> str:
-        """The service's published address."""
+        """Published address of the reward service."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def container(self) -> str:
-        """The service's container's name."""
+        """Name of the reward service's container."""
         engine = docker.from_env()
         try:
             return str(self.containers(engine)["reward"].name)
@@ -64,23 +60,23 @@ class Composition:
 
     @property
     def network(self) -> str:
-        """The network of its containers."""
+        """Network of the containers."""
         return f"{self.project}_default"
 
     def containers(self, engine: docker.DockerClient) -> dict[str, Container]:
-        """The containers by their services' names, ended ones too."""
+        """Return the containers by the names of their services, ended ones included."""
         label = f"com.docker.compose.project={self.project}"
-        found = engine.containers.list(all=True, filters={"label": label})
-        return {container.labels["com.docker.compose.service"]: container for container in found}
+        listed = engine.containers.list(all=True, filters={"label": label})
+        return {container.labels["com.docker.compose.service"]: container for container in listed}
 
     def key(self, name: str) -> str:
-        """A new key of the service."""
-        made = self(
+        """Create an API key of the reward service."""
+        created = self(
             "exec", "-T", "reward", "sh", "-c", f"reward-service keys new {name} --file /keys/keys.yaml 2>&1"
         )
-        assert made.returncode == 0, made.stdout
-        return next(line for line in made.stdout.splitlines() if line.startswith("rk_"))
+        assert created.returncode == 0, created.stdout
+        return next(line for line in created.stdout.splitlines() if line.startswith("rk_"))
 
     def down(self) -> None:
-        """Remove everything but images and the runs."""
+        """Remove containers, volumes and networks."""
         self("down", "--volumes", "--timeout", "5")

@@ -1,4 +1,4 @@
-"""The engine, the images of this checkout, and what every container of ours must be."""
+"""Fixtures: the container engine, the images of this checkout, and a running reward service."""
 
 import os
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ def engine() -> Iterator[docker.DockerClient]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """karlo-reward-lab/setup, /reward and /trainer, built of this checkout."""
+    """Build karlo-reward-lab/setup, /reward and /trainer from this checkout."""
     built = composition_of(tmp_path_factory.mktemp("unused"), "build")("build")
     assert built.returncode == 0, built.stdout[-4000:]
 
 
 def composition_of(runs: Path, name: str, **environment: str) -> Composition:
-    """A composition that no other run of the tests knows."""
+    """Return a composition with a name that no other test run uses."""
     return Composition(f"lab-test-{name}-{os.getpid()}", runs, environment)
 
 
 @contextmanager
 def serving(runs: Path, name: str) -> Iterator[Composition]:
-    """A composition whose scorer is ready, and afterwards none."""
+    """Yield a composition whose reward service is ready, and remove it afterwards."""
     composition = composition_of(runs, name)
     try:
         up = composition("up", "-d", "reward")

@@ -1,4 +1,4 @@
-"""The light client in a plain Python image: what other projects install."""
+"""Light client in a plain Python image, as other projects install it."""
 
 from collections.abc import Iterator
 
@@ -12,12 +12,12 @@ from tests.docker.conftest import serving
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ASK = """
+REQUEST = """
 import sys
 from PIL import Image
 from reward_service.client import RewardClient
-with RewardClient("http://reward:8000", api_key=sys.stdin.readline().strip()) as judge:
-    print(judge.score(["a red circle"], [Image.new("RGB", (40, 40), "red")]).results[0].reward)
+with RewardClient("http://reward:8000", api_key=sys.stdin.readline().strip()) as client:
+    print(client.score(["a red circle"], [Image.new("RGB", (40, 40), "red")]).results[0].reward)
 print(sorted({"torch", "fastapi", "uvicorn", "transformers"} & set(sys.modules)))
 """
 
@@ -35,18 +35,18 @@ def neighbour(service: Composition, engine: docker.DockerClient) -> Iterator[Con
     container.remove(force=True)
 
 
-def test_the_light_client_scores_without_torch(service: Composition, neighbour: Container) -> None:
-    """From another container, with nothing but the plain install: a reward, and no torch was imported."""
-    ask = f"echo {service.key('light')} | /tmp/light/bin/python -c '{ASK}'"
-    said = neighbour.exec_run(["sh", "-c", ask])
-    assert said.exit_code == 0, said.output.decode()
-    reward, heavy = said.output.decode().splitlines()
+def test_light_client_scores_without_torch(service: Composition, neighbour: Container) -> None:
+    """From another container with the plain install: it gets a reward, and imports no torch."""
+    command = f"echo {service.key('light')} | /tmp/light/bin/python -c '{REQUEST}'"
+    done = neighbour.exec_run(["sh", "-c", command])
+    assert done.exit_code == 0, done.output.decode()
+    reward, heavy = done.output.decode().splitlines()
     assert 0 < float(reward) < 1
     assert heavy == "[]"
 
 
-def test_the_light_client_is_light(neighbour: Container) -> None:
-    """Megabytes, not gigabytes, and nothing heavy behind its import."""
+def test_light_client_installs_less_than_200_mb(neighbour: Container) -> None:
+    """Megabytes, not gigabytes, and its import loads no heavy package."""
     measured = measure_light(neighbour)
     assert measured["size_mb"] < 200  # type: ignore[operator]
     assert measured["heavy"] == []

@@ -19,7 +19,7 @@ from trainer.jobs import jobs
 from trainer.jobs import wait as awaiting
 from trainer.jobs.docker import engine
 from trainer.jobs.jobs import GRACE_S, IMAGE, Job, Limits, Submission
-from trainer.jobs.submit import check_command, cores, environment, mounts
+from trainer.jobs.submit import check_command, check_cpus, environment, mounts
 from trainer.runtime.errors import ContainerError
 
 if TYPE_CHECKING:  # the SDK is imported only by commands that need the engine
@@ -74,7 +74,7 @@ def submit(
     if network and not url:
         raise ConfigError("--network goes with a reward service elsewhere; name it with --url")
     checked = check_command(context.find_root().command, command)
-    limits = Limits(gpus, cores(cpus), memory, shared_memory)
+    limits = Limits(gpus, check_cpus(cpus), memory, shared_memory)
     limits.options()  # validated before anything is created
     given, mounted, runs = environment(env or [], cpus), mounts(mount or []), runs.resolve()
     with engine() as client:
@@ -117,7 +117,7 @@ def list_(
             Console().print(table(found))
         else:
             print("There are no jobs; see reward-trainer jobs submit --help.")
-        awaiting.mend(client, _note)
+        awaiting.restart_killed_scorers(client, _note)
 
 
 def table(found: Sequence[Job]) -> Table:
@@ -219,7 +219,7 @@ def _each(client: "DockerClient", names: Sequence[str], do: Callable[[str], str]
 def _keep(name: str, left: threading.Event) -> None:
     """Restart a killed reward service while the log is followed, over a connection of its own."""
     with suppress(Exception), engine() as client:
-        awaiting.keep_scorer(client, name, _note, lambda: not left.is_set())
+        awaiting.keep_scorer_running(client, name, _note, lambda: not left.is_set())
 
 
 def _note(line: str) -> None:

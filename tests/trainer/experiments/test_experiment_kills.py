@@ -24,7 +24,7 @@ LOG_TIMEOUT_S, COMMAND_TIMEOUT_S = 900.0, 1500.0
 
 
 def command(folder: Path, karlo: Path, run: Path) -> list[str]:
-    """Return the command under test: the miniature's evaluators, the tiny Karlo, as little work as possible."""
+    """Return the command, with the miniature's evaluators, the tiny Karlo and as little work as possible."""
     (folder / "train.txt").write_text("\n".join(POOL))
     (folder / "test.txt").write_text("\n".join(TEST))
     settings = {

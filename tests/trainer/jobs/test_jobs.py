@@ -1,4 +1,4 @@
-"""`reward-trainer jobs`: what is checked before a container is made, and what the engine's errors become."""
+"""Trainer jobs: command lines, limits, submission, keys, waiting, errors of the container engine."""
 
 import math
 import os
@@ -9,20 +9,20 @@ from types import SimpleNamespace
 import pytest
 import typer
 from docker.errors import APIError, DockerException, ImageNotFound
-from requests.exceptions import ConnectionError as Refused
+from requests.exceptions import ConnectionError as ConnectionRefused
 from rich.console import Console
 
 from trainer.cli.jobs import table
 from trainer.cli.main import app
 from trainer.config import ConfigError
-from trainer.jobs.docker import KEYS, engine, find_scorer, meaning, network_of, revive
+from trainer.jobs.docker import KEYS, engine, error_message, find_scorer, network_of, restart_if_killed
 from trainer.jobs.jobs import JOB, SCORER, Job, Limits, Submission, read_key, submit
-from trainer.jobs.submit import Asking, check_command, cores, environment, mounts
-from trainer.jobs.wait import mend, wait
+from trainer.jobs.submit import ServiceAccess, check_command, check_cpus, environment, mounts
+from trainer.jobs.wait import restart_killed_scorers, wait
 from trainer.runtime.errors import ContainerError
 
 ROOT = typer.main.get_command(app)
-SHARED = Asking("http://reward:8000", with_key=True)
+SHARED = ServiceAccess("http://reward:8000", with_key=True)
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def config(tmp_path):
     return path
 
 
-def test_what_was_given_comes_after_what_a_job_sets(config):
-    """The user's own settings win; the configuration is where the container has it."""
+def test_user_settings_override_settings_of_the_job(config):
+    """The user's settings come last; the configuration's path is that in the container."""
     checked = check_command(ROOT, ["train", "--config", str(config), "--set", "service.retry_budget_s=5"])
-    words = checked.inside("mine", SHARED)
+    words = checked.in_container("mine", SHARED)
     assert words[:3] == ["train", "--run", "/runs/mine"]
     assert words[-4:] == ["--config", "/app/configs/mine.yaml", "--set", "service.retry_budget_s=5"]
     assert words.index("service.retry_budget_s=600") < len(words) - 1
@@ -46,30 +46,32 @@ def test_what_was_given_comes_after_what_a_job_sets(config):
 
 
 @pytest.mark.parametrize("form", [["--config={}"], ["--config", "{}"]])
-def test_both_forms_of_the_configuration_are_found(config, form):
+def test_both_forms_of_the_config_option_are_translated(config, form):
     """`--config=FILE` is the same as `--config FILE`."""
-    words = check_command(ROOT, ["crossval", *(part.format(config) for part in form)]).inside("x", SHARED)
+    words = check_command(ROOT, ["crossval", *(part.format(config) for part in form)]).in_container(
+        "x", SHARED
+    )
     assert str(config) not in " ".join(words)
     assert "/app/configs/mine.yaml" in " ".join(words)
 
 
-def test_without_a_key_none_is_named():
-    """A scorer that asks for no key is asked without one."""
-    words = check_command(ROOT, ["train"]).inside("x", Asking("http://x", with_key=False))
+def test_command_without_key_has_no_key_file():
+    """A scorer that needs no keys is used without one."""
+    words = check_command(ROOT, ["train"]).in_container("x", ServiceAccess("http://x", with_key=False))
     assert not [word for word in words if "api_key_file" in word]
 
 
-def test_a_report_asks_no_scorer():
-    """Commands without a configuration get no settings that they would not know."""
-    assert check_command(ROOT, ["report", "/runs/a"]).inside("x", SHARED) == ["report", "/runs/a"]
+def test_command_without_config_gets_no_settings():
+    """The command `report` has no settings, and needs no scorer."""
+    assert check_command(ROOT, ["report", "/runs/a"]).in_container("x", SHARED) == ["report", "/runs/a"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        ([], "nothing to run"),
-        (["trian"], "no command of reward-trainer; jobs run crossval, generate"),
-        (["fold", "0"], "no command"),
+        ([], "no command to run"),
+        (["trian"], "not a command of reward-trainer for jobs; use one of crossval, generate"),
+        (["fold", "0"], "not a command"),
         (["demo"], "submit `train`"),
         (["jobs", "list"], "cannot submit"),
         (["train", "--config", "/"], "no such configuration"),
@@ -81,9 +83,9 @@ def test_a_report_asks_no_scorer():
         (["search", "--config", "{config}", "search.trails=3"], "did you mean 'trials'"),
     ],
 )
-def test_a_mistake_costs_no_container(config, words, told):
-    """What the program itself would refuse, or a job cannot do, is refused before anything is made."""
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_command_is_refused_before_a_container_is_created(config, words, message):
+    """The message is that of the program itself, or the reason why it cannot be a job."""
+    with pytest.raises(ConfigError, match=message):
         check_command(ROOT, [word.format(config=config) for word in words])
 
 
@@ -92,14 +94,14 @@ def test_a_mistake_costs_no_container(config, words, told):
     [["train", "--sed", "3"], ["train", "--seed", "x"], ["generate"], ["prompts", "nonsense"],
      ["prompts", "diffusiondb", "--bogus"]],
 )  # fmt: skip
-def test_usage_is_checked_too(words):
-    """Unknown options, values of a wrong kind and missing ones are told by the program's own parser."""
+def test_invalid_usage_is_refused_by_the_programs_parser(words):
+    """Unknown options, values of a wrong type and missing values are errors."""
     with pytest.raises(typer.TyperException):
         check_command(ROOT, words)
 
 
-def test_environment_is_given_or_taken(monkeypatch):
-    """NAME=VALUE, or NAME of this process; as many threads as cores, unless said otherwise."""
+def test_environment_takes_values_or_variables_of_this_process(monkeypatch):
+    """There are as many threads as cores unless a value is given."""
     monkeypatch.setenv("HF_TOKEN", "t")
     assert environment(["HF_TOKEN", "A=b=c"], 2.5) == {"OMP_NUM_THREADS": "2", "HF_TOKEN": "t", "A": "b=c"}
     assert environment(["OMP_NUM_THREADS=1"], 4)["OMP_NUM_THREADS"] == "1"
@@ -109,25 +111,25 @@ def test_environment_is_given_or_taken(monkeypatch):
 
 
 def test_mounts_are_paths_or_volumes(tmp_path, monkeypatch):
-    """A path must be there, since the engine would make a folder of root's; a volume needs none."""
-    given = [f"{tmp_path}:/data:ro", f"{tmp_path}:/again", "cache:/cache"]
-    assert mounts(given) == [f"{tmp_path}:/data:ro", f"{tmp_path}:/again:rw", "cache:/cache:rw"]
+    """A path must exist, because the engine would create a folder owned by root; a volume need not."""
+    values = [f"{tmp_path}:/data:ro", f"{tmp_path}:/again", "cache:/cache"]
+    assert mounts(values) == [f"{tmp_path}:/data:ro", f"{tmp_path}:/again:rw", "cache:/cache:rw"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.csv").touch()
     assert mounts(["./prompts.csv:/data"]) == [f"{tmp_path}/prompts.csv:/data:rw"]
-    for wrong, told in {
-        "prompts.csv:/data": "write ./prompts.csv:/data for the path",
+    for wrong, message in {
+        "prompts.csv:/data": "use ./prompts.csv:/data for the path",
         "./nowhere:/data": "does not exist",
-        "data": "write HOST",
-        "a:data": "write HOST",
-        "a:/b:rx": "write HOST",
+        "data": "use HOST",
+        "a:data": "use HOST",
+        "a:/b:rx": "use HOST",
     }.items():
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             mounts([wrong])
 
 
-def test_limits_in_the_engine_s_units():
-    """Cores, bytes and GPUs; swap is no way around the memory."""
+def test_limits_become_options_of_the_engine():
+    """Cores, bytes and GPUs are in the engine's units; memory includes swap."""
     options = Limits("device=1,3", 1.5, "2g").options()
     assert options["nano_cpus"] == 1_500_000_000
     assert options["mem_limit"] == options["memswap_limit"] == 2 * 2**30
@@ -139,14 +141,14 @@ def test_limits_in_the_engine_s_units():
 @pytest.mark.parametrize(
     "limits", [Limits(memory="much"), Limits(gpus="0"), Limits(gpus="device="), Limits(shared_memory="x")]
 )
-def test_a_limit_that_is_none_is_told(limits):
-    """With the option's name and what it may be."""
+def test_invalid_limit_raises_config_error(limits):
+    """The message names the option."""
     with pytest.raises(ConfigError, match=r"--(memory|gpus|shm-size)"):
         limits.options()
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("error", "message"),
     [
         ("write /var/lib/docker/x: no space left on device", "the disk is full"),
         ('could not select device driver "" with capabilities: [[gpu]]', "leave --gpus out"),
@@ -155,26 +157,28 @@ def test_a_limit_that_is_none_is_told(limits):
         ("Minimum memory limit allowed is 6MB", "--memory"),
         ('Conflict. The container name "/a" is already in use by container "0"', "another --name"),
         ("network lab_default not found", "docker compose up -d reward"),
-        ("something new", "the container engine says: something new"),
+        ("something new", "error of the container engine: something new"),
     ],
 )
-def test_the_engine_s_errors_become_one_line(said, told):
-    """What it means and what helps, with what the engine said."""
-    line = meaning(APIError("500 Server Error", explanation=said))
-    assert told in line
-    assert said.split(":")[0] in line
+def test_error_of_the_engine_becomes_one_line(error, message):
+    """The line has the cause or the remedy, and the engine's own message."""
+    line = error_message(APIError("500 Server Error", explanation=error))
+    assert message in line
+    assert error.split(":")[0] in line
     assert "\n" not in line
 
 
-def test_a_missing_image_says_how_to_make_it():
-    """The first thing that a new user meets."""
-    assert "docker compose build" in meaning(ImageNotFound("404", explanation="No such image: x:latest"))
+def test_missing_image_error_names_the_build_command():
+    """A new user's first error."""
+    assert "docker compose build" in error_message(
+        ImageNotFound("404", explanation="No such image: x:latest")
+    )
 
 
 @pytest.mark.parametrize("words", [["list"], ["wait"], ["submit", "train"], ["stop", "x"]])
 @pytest.mark.parametrize("address", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9"])
-def test_without_an_engine_every_command_says_so(address, words):
-    """One line with a remedy, exit code 2."""
+def test_commands_without_an_engine_print_one_line(address, words):
+    """The exit code is 2."""
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "jobs", *words],
         env=os.environ | {"DOCKER_HOST": address},
@@ -183,12 +187,12 @@ def test_without_an_engine_every_command_says_so(address, words):
         check=False,
     )
     assert done.returncode == 2
-    assert "no container engine answers" in done.stderr
+    assert "cannot connect to a container engine" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_a_user_who_may_not_is_told_of_the_group(monkeypatch):
-    """Permission denied is the second thing that a new user meets."""
+def test_permission_error_names_the_group(monkeypatch):
+    """A new user's second error."""
 
     def refused(**_):
         raise DockerException(
@@ -200,15 +204,15 @@ def test_a_user_who_may_not_is_told_of_the_group(monkeypatch):
         pass
 
 
-def test_an_engine_that_goes_away_is_told(monkeypatch):
-    """In the midst of a command too."""
+def test_lost_connection_to_the_engine_raises_container_error(monkeypatch):
+    """The connection may be lost in the middle of a command."""
     monkeypatch.setattr("docker.from_env", lambda **_: SimpleNamespace(close=lambda: None))
     with pytest.raises(ContainerError, match="reset by peer"), engine():
-        raise Refused("Connection reset by peer")
+        raise ConnectionRefused("Connection reset by peer")
 
 
-def test_a_narrow_terminal_shows_every_job(capsys):
-    """Name, state and times are whole; the command gets what is left."""
+def test_table_of_jobs_fits_a_narrow_terminal(capsys):
+    """Name, state and times are complete; the command gets the remaining width."""
     moment = "2026-11-23 03:04:05"
     long = Job("a-rather-long-name", "guard tripped", 3, "train " + "--set x=1 " * 50, moment, moment)
     Console(width=80).print(table([long]))
@@ -217,11 +221,11 @@ def test_a_narrow_terminal_shows_every_job(capsys):
     assert max(map(len, shown.splitlines())) == 80
 
 
-# ------------------------------------------------------------------------------------------- an engine's part
+# ------------------------------------------------------------------------------------------- submission
 
 
 class FakeContainer:
-    """A scorer's container that makes keys; or a job's, which may not start."""
+    """A scorer that creates API keys, or a job that may fail to start."""
 
     def __init__(self, name, labels=(), networks=("lab_default",), state=None, fails=None):
         self.name, self.labels, self.fails = name, dict(labels), fails
@@ -230,10 +234,10 @@ class FakeContainer:
             "Mounts": [{"Destination": "/models", "Name": "lab_models", "Source": "/var/x"}],
             "State": state or {"Status": "running", "ExitCode": 0, "OOMKilled": False},
         }
-        self.ran, self.removed, self.started = [], False, 0
+        self.commands, self.removed, self.started = [], False, 0
 
     def exec_run(self, command, demux):
-        self.ran.append(command)
+        self.commands.append(command)
         return 0, (b"rk_secret\n", b"")
 
     def start(self):
@@ -246,7 +250,7 @@ class FakeContainer:
 
 
 class FakeEngine:
-    """What `submit` asks of an engine."""
+    """The part of an engine that `submit` uses."""
 
     def __init__(self, scorers=(), made=None):
         self.images = SimpleNamespace(get=lambda name: None)
@@ -274,15 +278,15 @@ def scorer():
     return FakeContainer("lab_reward_1", {KEYS: "/keys/keys.yaml"})
 
 
-def wanted(tmp_path, name="a", **more):
+def submission(tmp_path, name="a", **more):
     return Submission(name, check_command(ROOT, ["train"]), tmp_path, **more)
 
 
-def test_a_job_is_locked_and_its_key_is_a_file(tmp_path):
-    """No root, no capability, no writable file system; the key is in no place that `docker inspect` shows."""
+def test_job_has_no_privileges_and_its_key_is_a_file(tmp_path):
+    """No root, no capabilities, a read-only file system; `docker inspect` does not show the key."""
     service, job = scorer(), FakeContainer("job")
     client = FakeEngine([service], job)
-    submit(client, wanted(tmp_path))
+    submit(client, submission(tmp_path))
     options = client.options
     assert options["user"].partition(":")[0] not in ("", "0")
     assert options["read_only"]
@@ -296,35 +300,35 @@ def test_a_job_is_locked_and_its_key_is_a_file(tmp_path):
     assert f"{key}:/run/secrets/reward_key:ro" in options["volumes"]
     assert options["network"] == "lab_default"
     assert "lab_models:/models:rw" in options["volumes"]
-    assert [words[2:4] for words in service.ran] == [["remove", "job-a"], ["new", "job-a"]]
+    assert [words[2:4] for words in service.commands] == [["remove", "job-a"], ["new", "job-a"]]
     assert job.started == 1
 
 
-def test_a_job_that_does_not_start_leaves_nothing(tmp_path):
-    """Its container, its key at the scorer, its key file and its empty folder are gone."""
+def test_job_that_fails_to_start_is_cleaned_up(tmp_path):
+    """Container, key at the scorer, key file and empty folder are removed."""
     service = scorer()
     job = FakeContainer("job", fails=APIError("500", explanation="could not select device driver"))
     with pytest.raises(APIError):
-        submit(FakeEngine([service], job), wanted(tmp_path))
+        submit(FakeEngine([service], job), submission(tmp_path))
     assert job.removed
-    assert service.ran[-1][:4] == ["reward-service", "keys", "remove", "job-a"]
+    assert service.commands[-1][:4] == ["reward-service", "keys", "remove", "job-a"]
     assert not (tmp_path / ".jobs/a").exists()
     assert not (tmp_path / "a").exists()
 
 
-def test_whoever_comes_second_leaves_the_first_alone(tmp_path):
-    """Two of one name at a time: the engine takes one of them; its key and its folder stay."""
+def test_second_submission_of_a_name_keeps_the_first_job(tmp_path):
+    """The engine accepts one of two simultaneous jobs; its key and its folder stay."""
     service = scorer()
-    submit(FakeEngine([service], FakeContainer("job")), wanted(tmp_path))
+    submit(FakeEngine([service], FakeContainer("job")), submission(tmp_path))
     with pytest.raises(APIError):
-        submit(FakeEngine([service]), wanted(tmp_path))
-    assert [words[2] for words in service.ran] == ["remove", "new"]
+        submit(FakeEngine([service]), submission(tmp_path))
+    assert [words[2] for words in service.commands] == ["remove", "new"]
     assert (tmp_path / ".jobs/a/key").exists()
     assert (tmp_path / "a").exists()
 
 
-def test_a_run_that_is_there_is_not_gone_on_with_by_mistake(tmp_path):
-    """A new job of an old run's name is refused; going on with it has to be said."""
+def test_existing_run_is_resumed_only_on_request(tmp_path):
+    """A new job with the name of an old run is refused without `--go-on` or `--resume`."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a/splits.json").write_text("")
     for command in (["train"], ["crossval"]):
@@ -334,7 +338,7 @@ def test_a_run_that_is_there_is_not_gone_on_with_by_mistake(tmp_path):
                 Submission("a", check_command(ROOT, command), tmp_path),
             )
     client = FakeEngine([scorer()], FakeContainer("job"))
-    submit(client, wanted(tmp_path, go_on=True))
+    submit(client, submission(tmp_path, go_on=True))
     assert "--resume" in " ".join(client.options["entrypoint"])
     client = FakeEngine([scorer()], FakeContainer("job"))
     submit(client, Submission("a", check_command(ROOT, ["train", "--resume"]), tmp_path))
@@ -342,21 +346,21 @@ def test_a_run_that_is_there_is_not_gone_on_with_by_mistake(tmp_path):
     assert client.options["command"][-1] == "--resume"
 
 
-def test_a_link_is_not_followed(tmp_path):
-    """Whoever may write below RUNS could lead root's hand elsewhere."""
+def test_symbolic_link_in_runs_is_refused(tmp_path):
+    """A user who can write to RUNS could otherwise make root write elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/a").symlink_to(tmp_path / "elsewhere")
     job = FakeContainer("job")
-    with pytest.raises(ConfigError, match="is a link"):
-        submit(FakeEngine([scorer()], job), wanted(tmp_path / "runs"))
+    with pytest.raises(ConfigError, match="is a symbolic link"):
+        submit(FakeEngine([scorer()], job), submission(tmp_path / "runs"))
     assert job.removed
     assert (tmp_path / "runs/a").is_symlink()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two\nlines\n", None])
-def test_a_key_file_has_to_hold_a_key(tmp_path, content):
-    """Missing, empty, of several lines, or no text: told at once, not by a job's 401."""
+def test_invalid_key_file_raises_config_error(tmp_path, content):
+    """Missing, empty, several lines or not text: refused at once, not by a 401 of the job."""
     path = tmp_path / "key"
     if content is not None:
         path.write_bytes(content)
@@ -365,25 +369,25 @@ def test_a_key_file_has_to_hold_a_key(tmp_path, content):
 
 
 @pytest.mark.parametrize("cpus", [math.inf, math.nan, 0.0, -1.0, 1e12])
-def test_cores_are_a_number_of_them(cpus):
-    """What the engine could not be told."""
+def test_invalid_number_of_cpus_raises_config_error(cpus):
+    """Values that the engine cannot represent are refused."""
     with pytest.raises(ConfigError, match="--cpus"):
-        cores(cpus)
+        check_cpus(cpus)
 
 
-def test_a_name_that_reads_as_a_number_stays_a_name():
+def test_numeric_name_stays_a_string():
     """`--set name=7` would be the number."""
-    assert 'name="7"' in check_command(ROOT, ["train"]).inside("7", SHARED)
+    assert 'name="7"' in check_command(ROOT, ["train"]).in_container("7", SHARED)
 
 
-def test_a_name_with_brackets_in_its_command_is_listed(capsys):
-    """A prompt may look like markup."""
+def test_table_of_jobs_prints_brackets_of_a_command(capsys):
+    """A prompt may look like Rich markup."""
     Console(width=120).print(table([Job("a", "done", 0, "generate --prompt '[/b] a [red] cat'", "", "")]))
     assert "[/b] a [red] cat" in capsys.readouterr().out
 
 
-def test_waiting_goes_on_for_a_job_that_goes_on(monkeypatch):
-    """One that was stopped and resumed meanwhile, and one that was removed, do not end it early."""
+def test_wait_continues_for_a_job_that_is_resumed(monkeypatch):
+    """A job that is stopped and resumed, and one that is removed, do not end the wait early."""
     seen = iter(
         [
             {"a": None, "b": None, "c": None},
@@ -394,38 +398,38 @@ def test_waiting_goes_on_for_a_job_that_goes_on(monkeypatch):
     )
     now = {}
 
-    def look(client, names=()):
+    def list_jobs(client, names=()):
         now.update({"jobs": next(seen, now.get("jobs"))})
         return [Job(name, "state", code, "", "", "") for name, code in now["jobs"].items()]
 
-    monkeypatch.setattr("trainer.jobs.wait.jobs", look)
+    monkeypatch.setattr("trainer.jobs.wait.jobs", list_jobs)
     monkeypatch.setattr("trainer.jobs.wait._last_line", lambda *_: "")
-    monkeypatch.setattr("trainer.jobs.wait._bring_back", lambda *_: None)
-    monkeypatch.setattr("trainer.jobs.wait._LOOK_EVERY_S", 0)
-    said = []
-    found = wait(None, [], said.append)
-    assert {job.name: job.exit_code for job in found} == {"a": 0, "b": 0}
-    assert said == ["a: state", "b: state", "a: state"]
+    monkeypatch.setattr("trainer.jobs.wait._restart_scorers", lambda *_: None)
+    monkeypatch.setattr("trainer.jobs.wait._POLL_S", 0)
+    lines = []
+    ended = wait(None, [], lines.append)
+    assert {job.name: job.exit_code for job in ended} == {"a": 0, "b": 0}
+    assert lines == ["a: state", "b: state", "a: state"]
 
 
 @pytest.mark.parametrize("name", ["", "A", "a/b", "-a", "a" * 41, "ä"])
-def test_a_name_that_is_no_name_is_refused(tmp_path, name):
-    """It becomes a container's, a folder's, a key's and a client's name."""
+def test_invalid_name_raises_config_error(tmp_path, name):
+    """It becomes the name of a container, a folder, a key and a client."""
     with pytest.raises(ConfigError, match="--name"):
-        submit(FakeEngine([scorer()]), wanted(tmp_path, name))
+        submit(FakeEngine([scorer()]), submission(tmp_path, name))
 
 
-def test_the_scorer_is_the_only_one_or_has_to_be_named():
-    """None, one that is not there, and several: one line each."""
+def test_find_scorer_returns_the_named_or_only_one():
+    """No scorer, an unknown name and several scorers are errors of one line."""
     one, two = scorer(), FakeContainer("other")
     assert find_scorer(FakeEngine([one]), None) is one
     assert find_scorer(FakeEngine([one, two]), "other") is two
-    for client, name, told in (
+    for client, name, message in (
         (FakeEngine(), None, "docker compose up -d reward"),
         (FakeEngine([one]), "x", "'x'"),
         (FakeEngine([one, two]), None, "--scorer: lab_reward_1, other"),
     ):
-        with pytest.raises(ContainerError, match=told):
+        with pytest.raises(ContainerError, match=message):
             find_scorer(client, name)
 
 
@@ -434,16 +438,16 @@ RUNS = {**ENDED, "Status": "running", "Running": True}
 
 
 @pytest.mark.parametrize(
-    ("job", "judge", "said"),
+    ("job", "service", "reported"),
     [
-        (RUNS, {**ENDED, "ExitCode": 137}, ["was ended by force; it has been started again"]),
-        (RUNS, ENDED, ["does not run, and jobs wait for it; start it: docker compose up -d reward"]),
+        (RUNS, {**ENDED, "ExitCode": 137}, ["was killed; it has been restarted"]),
+        (RUNS, ENDED, ["is not running, and jobs wait for it; start it: docker compose up -d reward"]),
         (RUNS, RUNS, []),
         (ENDED, {**ENDED, "ExitCode": 137}, []),
     ],
 )
-def test_a_scorer_that_is_down_while_jobs_wait_for_it(job, service, said):
-    """`docker kill` is mended, an orderly stop is told of; nobody misses the scorer of jobs that ended."""
+def test_killed_scorer_of_running_jobs_is_restarted(job, service, reported):
+    """A scorer that was stopped in order is reported; that of ended jobs is ignored."""
     service = FakeContainer("lab_reward_1", {KEYS: "/keys/keys.yaml"}, state=dict(service))
     job = FakeContainer("job", {JOB: "a", SCORER: service.name}, state=job)
     client, lines = FakeEngine([service]), []
@@ -452,13 +456,13 @@ def test_a_scorer_that_is_down_while_jobs_wait_for_it(job, service, said):
         for it in ([job] if filters["label"].endswith("role=job") else [service])
         if it is job or it.started or it.attrs["State"]["Status"] == "running"
     ]
-    mend(client, lines.append)
-    assert [line.removeprefix("lab_reward_1 ") for line in lines] == said
+    restart_killed_scorers(client, lines.append)
+    assert [line.removeprefix("lab_reward_1 ") for line in lines] == reported
 
 
-def test_a_scorer_on_the_default_bridge_cannot_be_found_by_name():
-    """Docker's own bridge knows no names."""
-    with pytest.raises(ContainerError, match="no network of its own"):
+def test_scorer_on_the_default_bridge_raises_container_error():
+    """Docker's default bridge does not resolve names."""
+    with pytest.raises(ContainerError, match="no network that resolves names"):
         network_of(FakeContainer("x", networks=("bridge",)))
 
 
@@ -467,9 +471,9 @@ def test_a_scorer_on_the_default_bridge_cannot_be_found_by_name():
     [("exited", 137, False, 1), ("exited", 137, True, 0), ("exited", 0, False, 0), ("running", 0, False, 0),
      ("restarting", 137, False, 0)],
 )  # fmt: skip
-def test_only_a_scorer_ended_by_force_is_started_again(status, code, out_of_memory, started):
-    """An orderly stop is somebody's wish, and what does not fit into memory would not fit again."""
+def test_only_a_killed_scorer_is_restarted(status, code, out_of_memory, started):
+    """Not one that was stopped in order, and not one that ran out of memory: it would do so again."""
     state = {"Status": status, "ExitCode": code, "OOMKilled": out_of_memory}
     service = FakeContainer("s", state=state)
-    assert revive(FakeEngine([service]), "s") is bool(started)
+    assert restart_if_killed(FakeEngine([service]), "s") is bool(started)
     assert service.started == started
