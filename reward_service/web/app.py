@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +259,9 @@ def _add_health_routes(app: FastAPI, service: ScoringService) -> None:
 
 
 def _add_pages(app: FastAPI) -> None:
-    files = _PageFiles(directory=STATIC_FILES, packages=[SWAGGER_UI_PACKAGE])
+    # An environment that lacks the package serves everything else; its /docs stays blank.
+    swagger_ui = [SWAGGER_UI_PACKAGE] if find_spec(SWAGGER_UI_PACKAGE[0]) else []
+    files = _PageFiles(directory=STATIC_FILES, packages=swagger_ui)
 
     async def docs(request: Request) -> Response:
         """Show this document in Swagger UI."""
