@@ -2,8 +2,8 @@
 
     python -m benchmarks.diffusiondb [--rows 2000000] [--out benchmarks/results]
 
-The file is made up: users who try variations of an idea, words as frequent as in a language (Zipf's law),
-phrases that everybody ends with, rows that repeat a prompt, a few rows that are malformed.
+The file is synthetic: users who vary an idea, word frequencies of a natural language (Zipf's law), common
+endings, repeated prompts, a few malformed rows.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def _prompts(rng: np.random.Generator, users: int) -> Iterator[tuple[str, int]]:
     """Yield prompts and users endlessly: sessions of one user who varies an idea."""
     words = np.array([_word(n) for n in range(VOCABULARY)], dtype=object)
     frequency = 1 / (np.arange(VOCABULARY) + 10)
-    share = 1 / (np.arange(users) + 20)  # a few users ask for a lot
-    while True:  # draws in bulk: a draw at a time would take minutes
+    share = 1 / (np.arange(users) + 20)  # a few users have most of the prompts
+    while True:  # sample in bulk: one word at a time would take minutes
         pool = words[rng.choice(VOCABULARY, 400_000, p=frequency / frequency.sum())]
         owners = rng.choice(users, 5_000, p=share / share.sum())
         place = 0
@@ -150,7 +150,7 @@ def _decorated(text: str, rng: np.random.Generator) -> str:
 
 
 def measure(metadata: Path, out: Path, options: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the command in a subprocess; return its seconds, peak memory and card."""
+    """Run the command in a subprocess; return the row of the report and the prompts' card."""
     command = [sys.executable, "-m", "trainer", "prompts", "diffusiondb", "--metadata", str(metadata)]
     began, used = time.perf_counter(), _cpu_seconds()
     subprocess.run([*command, "--out", str(out), *options], check=True)
@@ -172,11 +172,11 @@ def _cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Write the file, prepare it, report time and memory."""
+    """Write the file, prepare the prompts, report time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the synthetic file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--metadata", type=Path, help="a file that is there, instead of one that is made")
+    parser.add_argument("--metadata", type=Path, help="existing metadata file, instead of a synthetic one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     command = " ".join(["python -m benchmarks.diffusiondb", *sys.argv[1:]])

@@ -17,7 +17,7 @@ from docker.models.containers import Container
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1e6
 
-#: Installs the light client, and nothing else, beside the image's own Python.
+#: Install the light client, and nothing else, into an environment of its own.
 INSTALL = (
     "python3 -m venv --without-pip /tmp/light && "
     "pip --python /tmp/light/bin/python install -q --no-compile --no-deps --require-hashes "
@@ -40,7 +40,11 @@ print(json.dumps({"import_ms": round(1000 * took), "heavy": sorted(heavy)}))
 
 
 def light_container(engine: docker.DockerClient, image: str, network: str | None = None) -> Container:
-    """A container of a plain Python image in which /tmp/light/bin/python has the light client and no more."""
+    """Start a container of a plain Python image; its /tmp/light/bin/python has the light client only.
+
+    Raises:
+        RuntimeError: the installation failed
+    """
     container = engine.containers.run(
         image,
         ["sleep", "infinity"],
@@ -50,7 +54,7 @@ def light_container(engine: docker.DockerClient, image: str, network: str | None
         volumes={str(ROOT): {"bind": "/src", "mode": "ro"}},
     )
     try:
-        _said(container, ["sh", "-c", INSTALL])
+        _run(container, ["sh", "-c", INSTALL])
     except RuntimeError:
         container.remove(force=True)
         raise
@@ -58,15 +62,15 @@ def light_container(engine: docker.DockerClient, image: str, network: str | None
 
 
 def measure_light(container: Container) -> dict[str, object]:
-    """Megabytes of the client with what it needs, milliseconds to import it, heavy modules it imports."""
-    size = _said(container, ["du", "-sb", "/tmp/light/lib"]).split()[0]
-    measured = _said(container, ["/tmp/light/bin/python", "-c", _IMPORT]).splitlines()[-1]
+    """Return the client's size with its dependencies in MB, its import time in ms, and its heavy imports."""
+    size = _run(container, ["du", "-sb", "/tmp/light/lib"]).split()[0]
+    measured = _run(container, ["/tmp/light/bin/python", "-c", _IMPORT]).splitlines()[-1]
     return {"size_mb": round(int(size) / MB), **json.loads(measured)}
 
 
-def _said(container: Container, command: list[str]) -> str:
+def _run(container: Container, command: list[str]) -> str:
     code, output = container.exec_run(command)
-    assert isinstance(output, bytes)  # it is an iterator only where that is asked for
+    assert isinstance(output, bytes)  # an iterator only with stream=True
     text = output.decode()
     if code:
         raise RuntimeError(text[-2000:])
@@ -74,7 +78,7 @@ def _said(container: Container, command: list[str]) -> str:
 
 
 def layers(engine: docker.DockerClient, image: str) -> dict[str, float]:
-    """Megabytes of an image: the base, torch with what it needs, the program's packages, code and models."""
+    """Return the megabytes of an image: base, torch and its dependencies, packages, code with models."""
     found = {"base": 0.0, "torch": 0.0, "packages": 0.0, "code": 0.0}
     for layer in engine.images.get(image).history():
         command = layer["CreatedBy"]
@@ -90,9 +94,9 @@ def layers(engine: docker.DockerClient, image: str) -> dict[str, float]:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md too.")] = None,
-    base: Annotated[str, typer.Option(help="The plain Python image.")] = "python:3.11-slim",
+    base: Annotated[str, typer.Option(help="Plain Python image for the light client.")] = "python:3.11-slim",
 ) -> None:
-    """Print megabytes and milliseconds."""
+    """Print the sizes of the images, and size and import time of the light client."""
     engine = docker.from_env()
     container = light_container(engine, base)
     try:
@@ -111,20 +115,18 @@ def _page(images: dict[str, dict[str, float]], light: dict[str, object]) -> str:
     rows = [
         "# Images and the light client",
         "",
-        "`python -m benchmarks.images`. Megabytes, unpacked; `torch` is the layer that both share.",
+        "`python -m benchmarks.images`. Megabytes, unpacked. Both images share the layer `torch`.",
         "",
-        "| image | base | torch | packages | code and miniature | in all | without torch |",
+        "| image | base | torch | packages | code and miniature | total | without torch |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, sizes in images.items():
-        total, cells = (
-            sum(sizes.values()),
-            [f"{sizes[k]:,.0f}" for k in ("base", "torch", "packages", "code")],
-        )
+        total = sum(sizes.values())
+        cells = [f"{sizes[kind]:,.0f}" for kind in ("base", "torch", "packages", "code")]
         rows.append(f"| {name} | {' | '.join(cells)} | {total:,.0f} | {total - sizes['torch']:,.0f} |")
     rows += [
         "",
-        f"The light client with all it needs: {light['size_mb']} MB, imported in {light['import_ms']} ms.",
+        f"Light client with its dependencies: {light['size_mb']} MB, imported in {light['import_ms']} ms.",
         "",
     ]
     return "\n".join(rows)

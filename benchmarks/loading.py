@@ -158,7 +158,7 @@ def _write_hps(folder: Path, layers: int) -> None:
 
 
 def _write_pickscore(folder: Path, layers: int) -> None:
-    """Write a random PickScore checkpoint as published: float32 under transformers' names, with a tokenizer."""
+    """Write a random PickScore checkpoint as published: float32, transformers' names, with a tokenizer."""
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPModel
 

@@ -1,10 +1,10 @@
 """Change of a score with its batch and with the trunk's precision, at full size.
 
     python benchmarks/numerics.py             # this CPU: 5 to 10 minutes, 12 GB
-    python benchmarks/numerics.py --layers 2  # a quick look
+    python benchmarks/numerics.py --layers 2  # a quick check
     python benchmarks/numerics.py --device cuda --images 64
 
-The figures of docs/numerics.md come from here; weights are random, of the published sizes.
+Source of the figures in docs/numerics.md. Weights are random, of the published sizes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--images", type=int, default=8, help="pairs in a batch (8)")
     parser.add_argument(
-        "--layers", type=int, help="cut every transformer to so many layers, for a quick look"
+        "--layers", type=int, help="layers of every transformer, for a quick check (as published)"
     )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         together = scores(engine, pairs)
         name = str(dtype).removeprefix("torch.")
         rows += [
-            {"trunk": name, "change": what, **_by_evaluator(moved)}
-            for what, moved in _moves(engine, pairs, together)
+            {"trunk": name, "change": change, **_by_evaluator(difference)}
+            for change, difference in _differences(engine, pairs, together)
         ]
         if dtype == torch.float32:
             exact = together
@@ -62,21 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def scores(engine: RewardEngine, pairs: Sequence[Pair], *, deterministic: bool = False) -> Tensor:
-    """Raw scores, float64 (pairs, evaluators); every prompt is computed anew."""
+    """Return raw scores, float64 (pairs, evaluators), with an empty prompt cache."""
     for evaluator in engine.evaluators.values():
         evaluator.tower.clear_text_cache()
     found = engine.score(pairs, deterministic=deterministic)
     return torch.tensor([[pair.raw[name] for name in EVALUATORS] for pair in found], dtype=torch.float64)
 
 
-def _moves(engine: RewardEngine, pairs: list[Pair], together: Tensor) -> list[tuple[str, Tensor]]:
+def _differences(engine: RewardEngine, pairs: list[Pair], together: Tensor) -> list[tuple[str, Tensor]]:
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     alone = torch.cat([scores(engine, [pair]) for pair in pairs])
     fixed = scores(engine, pairs, deterministic=True)
     return [
         ("alone", alone - together),
         ("another order", scores(engine, [pairs[place] for place in order]) - together[order]),
-        ("a longer prompt beside them", scores(engine, [*pairs, _LONG])[:-1] - together),
+        ("a longer prompt in the batch", scores(engine, [*pairs, _LONG])[:-1] - together),
         ("deterministic: another order", scores(engine, pairs[::-1], deterministic=True).flip(0) - fixed),
         (
             "deterministic: the first half",
@@ -85,8 +85,8 @@ def _moves(engine: RewardEngine, pairs: list[Pair], together: Tensor) -> list[tu
     ]
 
 
-def _by_evaluator(moved: Tensor) -> dict[str, str]:
-    largest = moved.abs().amax(dim=0).tolist()
+def _by_evaluator(difference: Tensor) -> dict[str, str]:
+    largest = difference.abs().amax(dim=0).tolist()
     return {name: f"{value:.1e}" if value else "0" for name, value in zip(EVALUATORS, largest, strict=True)}
 
 

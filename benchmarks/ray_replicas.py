@@ -1,10 +1,10 @@
 """Throughput of replicas on one machine: Ray Serve with 1 and 2, against one uvicorn process.
 
     python -m benchmarks.ray_replicas --out benchmarks/results/ray-cpu    # about 7 minutes, 8 GB
-    python -m benchmarks.ray_replicas --quick                             # shows that it runs
+    python -m benchmarks.ray_replicas --quick                             # a quick check that it runs
 
-Every judge has one thread. All three arrangements are up at the same time and are asked in turn, round
-after round, so that what disturbs the machine disturbs them alike; ratios are taken within a round. Three
+Every service has one thread. All three arrangements run at the same time and are measured in turn, round
+after round, so that disturbances of the machine affect all of them; ratios are taken within a round. Three
 devices: the miniature, one layer of ViT-L/14 and of ViT-H/14 with random weights, and one that sleeps, which
 stands for a GPU: it leaves the cores to the rest.
 """
@@ -26,9 +26,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.common.results import Report, Rows, Say, machine, refuse, shown
+from benchmarks.common.results import Log, Report, Rows, exit_with_error, machine, visible_arguments
 from benchmarks.serving.host import Setup
-from benchmarks.serving.processes import Calling, Child, FailedError, Host, calling, child, hosting
+from benchmarks.serving.processes import (
+    BenchmarkError,
+    ChildProcess,
+    ClientProcess,
+    ServiceProcess,
+    running_child,
+    running_clients,
+    running_service,
+)
 from benchmarks.serving.ray_host import Cluster
 
 UVICORN, ONE, TWO = "uvicorn", "Ray, 1 replica", "Ray, 2 replicas"
@@ -53,7 +61,7 @@ class ReplicasReport(Report):
         "machine": "# Replicas on one machine\n",
         "summary": "\n## Medians of the rounds, and the range of the ratios\n\n"
         "Every service has one thread; clients, Ray's proxy and its other processes share the cores with\n"
-        "them. Batches of 64 pairs (full-size towers: 4) of 256×256 as raw msgpack, 6 requests under way.\n",
+        "them. Batches of 64 pairs (full-size towers: 4) of 256×256 as raw msgpack, 6 open requests.\n",
         "rounds": "\n## Rounds, pairs/s\n",
     }
     summary: Rows = field(default_factory=list)
@@ -63,20 +71,22 @@ class ReplicasReport(Report):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     options = _options(arguments)
-    say: Say = partial(print, file=sys.stderr, flush=True)
+    log: Log = partial(print, file=sys.stderr, flush=True)
     plan = Plan(2, 1.0) if options.quick else Plan()
-    command = shlex.join(["python", "-m", "benchmarks.ray_replicas", *shown(arguments or sys.argv[1:])])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.ray_replicas", *visible_arguments(arguments or sys.argv[1:])]
+    )
     report = ReplicasReport(machine(torch.device("cpu"), torch.float32, None, command) | {"threads": 1})
     report.machine["layers"] = f"{_LAYERS} in the full-size towers"
     try:
         for device, (setup, pairs) in _devices().items():
-            rows = list(_measured(device, setup, pairs, plan, say))
+            rows = list(_measure(device, setup, pairs, plan, log))
             report.rounds += rows
             report.summary.append(_summary(device, rows))
             if options.out is not None:
                 _write(report, options.out)
-    except FailedError as error:
-        refuse("ray_replicas", str(error))
+    except BenchmarkError as error:
+        exit_with_error("ray_replicas", str(error))
     print(report.markdown())
 
 
@@ -90,55 +100,55 @@ def _devices() -> dict[str, tuple[Setup, int]]:
     }
 
 
-def _measured(device: str, setup: Setup, pairs: int, plan: Plan, say: Say) -> Iterator[dict[str, Any]]:
-    say(f"starting the services: {device}")
+def _measure(device: str, setup: Setup, pairs: int, plan: Plan, log: Log) -> Iterator[dict[str, Any]]:
+    log(f"starting the services: {device}")
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        base = stack.enter_context(_clustered(setup))
-        hosts = {
-            UVICORN: stack.enter_context(hosting(setup)),
-            ONE: Host(base[0], f"{base[1]}/1"),
-            TWO: Host(base[0], f"{base[1]}/2"),
+        base = stack.enter_context(_running_cluster(setup))
+        services = {
+            UVICORN: stack.enter_context(running_service(setup)),
+            ONE: ServiceProcess(base[0], f"{base[1]}/1"),
+            TWO: ServiceProcess(base[0], f"{base[1]}/2"),
         }
-        crowd: dict[str, Any] = {"pairs": pairs, "bodies": 4}
-        callers = {
-            name: stack.enter_context(calling(host, ["trainer"], cores, **crowd))
-            for name, host in hosts.items()
+        options: dict[str, Any] = {"pairs": pairs, "bodies": 4}
+        clients = {
+            name: stack.enter_context(running_clients(service, ["trainer"], cores, **options))
+            for name, service in services.items()
         }
-        for number in range(-1, plan.rounds):  # the first one finds the prompts
-            say(f"{device}: round {number + 1} of {plan.rounds}")
-            row = {name: _rate(each, pairs, plan.seconds) for name, each in callers.items()}
+        for number in range(-1, plan.rounds):  # the first one fills the prompt cache
+            log(f"{device}: round {number + 1} of {plan.rounds}")
+            row = {name: _rate(each, pairs, plan.seconds) for name, each in clients.items()}
             if number >= 0:
                 yield {"device": device, "round": number + 1} | row
 
 
-def _rate(callers: Calling, pairs: int, seconds: float) -> float:
-    outcomes = callers.run(in_flight=6, seconds=seconds)
-    if failed := [each.status for each in outcomes if each.status != 200]:
-        raise FailedError(f"{len(failed)} of {len(outcomes)} requests were not scored: {failed[0]}")
-    took_s = max(each.ended_s for each in outcomes) - min(each.sent_s for each in outcomes)
-    return round(pairs * len(outcomes) / took_s, 2)
+def _rate(clients: ClientProcess, pairs: int, seconds: float) -> float:
+    results = clients.run(in_flight=6, seconds=seconds)
+    if failed := [each.status for each in results if each.status != 200]:
+        raise BenchmarkError(f"{len(failed)} of {len(results)} requests were not scored: {failed[0]}")
+    took_s = max(each.ended_s for each in results) - min(each.sent_s for each in results)
+    return round(pairs * len(results) / took_s, 2)
 
 
 def _summary(device: str, rows: Rows) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device}
     found |= {f"{name}, pairs/s": round(median(row[name] for row in rows), 1) for name in (UVICORN, ONE, TWO)}
-    for what, above, below in (
+    for name, above, below in (
         ("Ray 1 ÷ uvicorn", ONE, UVICORN),
         ("Ray 2 ÷ Ray 1", TWO, ONE),
         ("Ray 2 ÷ uvicorn", TWO, UVICORN),
     ):
         ratios = sorted(row[above] / row[below] for row in rows)
-        found[what] = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        found[name] = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     return found
 
 
 @contextmanager
-def _clustered(setup: Setup) -> Iterator[tuple[Child, str]]:
+def _running_cluster(setup: Setup) -> Iterator[tuple[ChildProcess, str]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with child("benchmarks.serving.ray_host", Cluster(setup, [1, 2], port)) as started:
-        yield started, started.line().decode().split()[-1]
+    with running_child("benchmarks.serving.ray_host", Cluster(setup, [1, 2], port)) as started:
+        yield started, started.read_line().decode().split()[-1]
 
 
 def _write(report: Report, out: Path) -> None:
@@ -152,7 +162,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="ray_replicas", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two short rounds")
-    parser.add_argument("--out", type=Path, help="where to write, less .md and .json")
+    parser.add_argument("--out", type=Path, help="file to write, without .md and .json")
     return parser.parse_args(arguments)
 
 

@@ -1,11 +1,11 @@
 """Speed of the trainer: sampling against diffusers' pipeline, parts of an iteration, waiting, memory.
 
     python -m benchmarks.training --output benchmarks/results    # the miniature on this CPU: about 4 minutes
-    python -m benchmarks.training --repeats 3 --iterations 1     # a quick look
+    python -m benchmarks.training --repeats 3 --iterations 1     # a quick check
     python -m benchmarks.training --full --config configs/karlo.yaml    # random weights, CUDA, bfloat16
 
-On two or more cores the trainer is bound to the first and a scoring service of its own to the second, one
-thread each, so that waiting is for scores and not for the processor. Times are medians, with their range.
+On two or more cores the trainer is bound to the first core and its own reward service to the last, one
+thread each, so that they do not compete for a processor. Times are medians, with their range.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from torch.profiler import ProfilerActivity, profile
 import trainer.rl.sampler
 import trainer.rl.train
 from benchmarks.common.fullsize import measure_full
-from benchmarks.common.results import Report, Rows, Say, machine, positive, refuse, shown
+from benchmarks.common.results import Log, Report, Rows, exit_with_error, machine, positive, visible_arguments
 from reward_service.settings import DEFAULT_CONFIG
 from trainer.config import Sharing, TrainerConfig, load_trainer_config
 from trainer.data.splits import read_splits
-from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, wait_for_address, stop
+from trainer.experiments.workers import SERVICE_STOP_TIMEOUT_S, stop, wait_for_address
 from trainer.rl.policy import DecoderPolicy
 from trainer.rl.rewards import ServiceScorer
 from trainer.rl.rollout import DropCount, collect_rollout, group_keys
@@ -49,7 +49,7 @@ from trainer.runs.setup import load_sampler
 from trainer.runtime.rng import ImageKey
 
 GROUP = 8
-SHARED = Sharing(prior="group", decoder_start="image", super_res="image")
+SHARED_PRIOR = Sharing(prior="group", decoder_start="image", super_res="image")
 
 
 @dataclass
@@ -61,11 +61,11 @@ class TrainingReport(Report):
         "machine": "# Trainer benchmark\n",
         "sampler": "\n## Our sampler against `UnCLIPPipeline`\n\nThe same prompts and images, "
         "alternating in one run; each ratio is the median of the ratios of neighbours.\n",
-        "parts": "\n## Parts of an iteration\n\nScoring goes on beside the others; what is left of it is "
-        "the waiting.\n",
-        "waiting": "\n## Waiting for scores\n\nExposed: with nothing else to do.\n",
+        "parts": "\n## Parts of an iteration\n\nScoring runs in parallel to the others; `waiting` is "
+        "the rest of it.\n",
+        "waiting": "\n## Waiting for scores\n\nExposed: the trainer has nothing else to do.\n",
         "memory": "\n## Memory of the update\n\nMost bytes allocated at one time, beyond the weights.\n",
-        "full": "\n## Karlo's own size, random weights\n\nThe peak is that of a matrix product here.\n",
+        "full": "\n## Karlo's own size, random weights\n\nThe peak is that of a matrix product.\n",
     }
     sampler: Rows = field(default_factory=list)
     parts: Rows = field(default_factory=list)
@@ -78,47 +78,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     options = _options(arguments)
     if options.full and not torch.cuda.is_available():
-        refuse("training", "--full: torch sees no GPU here; leave it out")
-    say: Say = partial(print, file=sys.stderr, flush=True)
+        exit_with_error("training", "--full: torch finds no GPU; leave --full out")
+    log: Log = partial(print, file=sys.stderr, flush=True)
     cores = sorted(os.sched_getaffinity(0))
     if not options.full:
         os.sched_setaffinity(0, cores[:1])
         torch.set_num_threads(1)
     device = torch.device("cuda" if options.full else "cpu")
     dtype = torch.bfloat16 if options.full else torch.float32
-    command = shlex.join(["python", "-m", "benchmarks.training", *shown(arguments or sys.argv[1:])])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.training", *visible_arguments(arguments or sys.argv[1:])]
+    )
     report = TrainingReport(machine(device, dtype, None, command))
     if options.full:
         config = load_trainer_config(options.config, ["precision=bfloat16"])
-        report.full = measure_full(config, "cuda", options.batches, options.repeats, say)
+        report.full = measure_full(config, "cuda", options.batches, options.repeats, log)
     else:
-        measure(report, options, cores, say)
+        measure(report, options, cores, log)
     print(report.json() if options.json else report.markdown())
     if options.output is not None:
         report.write(options.output)
 
 
-def measure(report: TrainingReport, options: argparse.Namespace, cores: Sequence[int], say: Say) -> None:
-    """Fill the report on the miniature."""
+def measure(report: TrainingReport, options: argparse.Namespace, cores: Sequence[int], log: Log) -> None:
+    """Run all measurements on the miniature and fill the report."""
     config = load_trainer_config(options.config, ["threads=1", f"iterations={options.iterations}"])
     prompts = read_splits(config.prompts).train
-    say("our sampler and the pipeline")
+    log("comparing our sampler with the pipeline")
     report.sampler = compare_samplers(config, prompts, options.repeats)
-    say("starting a scoring service")
+    log("starting a reward service")
     with service(options.config, cores[-1]) as url:
         connection = config.service.model_copy(update={"url": url, "ready_timeout_s": 300.0})
         with ServiceScorer.connect(connection) as scorer:
-            say("an iteration's parts")
+            log("measuring the parts of an iteration")
             report.parts, report.waiting = iterations(config, prompts, scorer)
-            say("memory")
-            report.memory = [update_memory(config, prompts, scorer, few) for few in (False, True)]
+            log("measuring memory")
+            report.memory = [
+                update_memory(config, prompts, scorer, checkpointing) for checkpointing in (False, True)
+            ]
 
 
-# ------------------------------------------------------------------------------------------- the sampler
+# Sampler ----------------------------------------------------------------------------------------------
 
 
 def compare_samplers(config: TrainerConfig, prompts: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Two groups of eight images, with the configured guidance and with strong guidance."""
+    """Compare the samplers on two groups of eight images, with the configured and with strong guidance."""
     rows = []
     for guidance in (config.sampling.decoder_guidance, 4.0):
         sampling = config.sampling.model_copy(
@@ -127,12 +131,12 @@ def compare_samplers(config: TrainerConfig, prompts: Sequence[str], repeats: int
         keys = group_keys(prompts[:2], GROUP, seed=0, fold=0, iteration=0)
         seconds = alternating(_samplers(config.model_copy(update={"sampling": sampling}), keys), repeats)
         for name, times in seconds.items():
-            ratios = [mine / other for mine, other in zip(times, seconds["UnCLIPPipeline"], strict=True)]
+            ratios = [own / other for own, other in zip(times, seconds["UnCLIPPipeline"], strict=True)]
             rows.append(
                 {
                     "what": name,
                     "guidance": guidance,
-                    "pictures": len(keys),
+                    "images": len(keys),
                     "seconds": round(median(times), 3),
                     "from": round(min(times), 3),
                     "to": round(max(times), 3),
@@ -161,21 +165,21 @@ def _samplers(config: TrainerConfig, keys: Sequence[ImageKey]) -> dict[str, Call
         )
 
     def ours(share: Sharing) -> object:
-        # A studio without memories: text and prior are computed as the pipeline must.
+        # A new sampler has empty caches: it computes text and prior each time, as the pipeline does.
         return ImageSampler(sampler._karlo, sampler.policy, sampling).sample(keys, share)
 
     return {
         "UnCLIPPipeline": theirs,
         "ours": partial(ours, NOTHING_SHARED),
-        "ours, one image embedding a group": partial(ours, SHARED),
+        "ours, one image embedding a group": partial(ours, SHARED_PRIOR),
     }
 
 
-def alternating(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each function in turn, after one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def alternating(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Run the functions in turn; return the seconds of each run, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
-        for name, run in contestants.items():
+        for name, run in functions.items():
             start = time.perf_counter()
             run()
             if repeat:
@@ -183,7 +187,7 @@ def alternating(contestants: dict[str, Callable[[], object]], repeats: int) -> d
     return seconds
 
 
-# ------------------------------------------------------------------------------------------ an iteration
+# Iteration --------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -193,7 +197,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
+        """Return the same function with its time added to `seconds[name]`."""
 
         def timed(*inputs: Any, **options: Any) -> Any:
             start = time.perf_counter()
@@ -213,7 +217,7 @@ class LapCallback(Callback):
         self.laps: list[dict[str, float]] = []
         self._watch = watch
 
-    def on_iteration(self, training: TrainingState, record: dict[str, Any]) -> bool:
+    def on_iteration(self, training: TrainingState, record: dict[str, Any]) -> bool:  # noqa: ARG002 - interface
         """Append the record and the times, and reset the stopwatch."""
         self.records.append(dict(record))
         self.laps.append(dict(self._watch.seconds))
@@ -224,14 +228,14 @@ class LapCallback(Callback):
 def iterations(
     config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train for some iterations; the first is a warm-up."""
+    """Train after one warm-up iteration; return the rows of the parts and of the waiting."""
     sampler = load_sampler(config)
     sampler.policy.add_lora(config.lora, seed=0)
     watch = Stopwatch()
     callback = LapCallback(watch)
     more = config.model_copy(update={"iterations": config.iterations + 1})
     with ExitStack() as stack:
-        for place, name, label in (
+        for owner, name, label in (
             (trainer.rl.sampler, "encode_text", "text"),
             (trainer.rl.sampler, "sample_prior", "prior"),
             (trainer.rl.sampler, "super_resolve", "super-resolution"),
@@ -239,18 +243,18 @@ def iterations(
             (DecoderPolicy, "sample", "decoder"),
             (DecoderPolicy, "replay", "replay, forward"),
             (Tensor, "backward", "replay, backward"),
-            (ServiceScorer, "score", "encoding, sending and scoring (beside the others)"),
+            (ServiceScorer, "score", "encoding, sending and scoring (in parallel)"),
         ):
-            stack.enter_context(patch.object(place, name, watch.wrap(label, getattr(place, name))))
+            stack.enter_context(patch.object(owner, name, watch.wrap(label, getattr(owner, name))))
         train_fold(sampler, scorer, prompts, more, callback=callback)
     laps, records = callback.laps[1:], callback.records[1:]
     names = list(dict.fromkeys(name for lap in laps for name in lap))
     times = {name: [lap.get(name, 0.0) for lap in laps] for name in names}
     times["waiting"] = [float(record["exposed_wait_s"]) for record in records]
     whole = [float(record["seconds"]) for record in records]
-    beside = "encoding, sending and scoring (beside the others)"
+    parallel = "encoding, sending and scoring (in parallel)"
     times["everything else"] = [
-        total - sum(values[i] for name, values in times.items() if name != beside)
+        total - sum(values[i] for name, values in times.items() if name != parallel)
         for i, total in enumerate(whole)
     ]
     times["an iteration"] = whole
@@ -277,10 +281,10 @@ def iterations(
 
 
 def update_memory(
-    config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer, few: bool
+    config: TrainerConfig, prompts: Sequence[str], scorer: ServiceScorer, checkpointing: bool
 ) -> dict[str, Any]:
     """Return the peak memory of one iteration's update, from the profiler's allocations."""
-    update = config.update.model_copy(update={"gradient_checkpointing": few})
+    update = config.update.model_copy(update={"gradient_checkpointing": checkpointing})
     changed = config.model_copy(update={"update": update})
     sampler = load_sampler(changed)
     sampler.policy.add_lora(config.lora, seed=0)
@@ -299,19 +303,19 @@ def update_memory(
     start = time.perf_counter()
     update_policy(training, rollout, scorer.evaluators, changed, fold=0, iteration=0)
     seconds = time.perf_counter() - start
-    work = partial(update_policy, training, rollout, scorer.evaluators, changed, fold=0, iteration=1)
+    run_update = partial(update_policy, training, rollout, scorer.evaluators, changed, fold=0, iteration=1)
     return {
-        "gradient checkpointing": "on" if few else "off",
+        "gradient checkpointing": "on" if checkpointing else "off",
         "micro-batch": update.micro_batch,
-        "peak, MB": round(allocated_peak(work) / 1e6, 1),
+        "peak, MB": round(allocated_peak(run_update) / 1e6, 1),
         "seconds": round(seconds, 2),
     }
 
 
-def allocated_peak(work: Callable[[], object]) -> int:
-    """Return the peak of bytes that `work` allocates on the CPU."""
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Return the peak of bytes that `run` allocates on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        work()
+        run()
     events = record.profiler.kineto_results.events()
     held = most = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
@@ -322,7 +326,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
 
 @contextmanager
 def service(config: Path, core: int) -> Iterator[str]:
-    """Start a reward service on this core with one thread; yield its address."""
+    """Start a reward service on one core with one thread; yield its address."""
     command = [sys.executable, "-m", "reward_service", "serve", "--config", str(config), "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -340,20 +344,24 @@ def service(config: Path, core: int) -> Iterator[str]:
             stop(process, SERVICE_STOP_TIMEOUT_S)
 
 
-# ---------------------------------------------------------------------------------------- command line
+# Command line -----------------------------------------------------------------------------------------
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="the miniature's by default")
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help="configuration file (the miniature's)"
+    )
     parser.add_argument("--repeats", type=positive, default=9, help="runs of each sampler (9)")
-    parser.add_argument("--iterations", type=positive, default=5, help="of training that count (5)")
-    parser.add_argument("--full", action="store_true", help="Karlo's own size on a CUDA device")
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 8, 16], help="for --full")
+    parser.add_argument("--iterations", type=positive, default=5, help="measured training iterations (5)")
+    parser.add_argument("--full", action="store_true", help="measure Karlo's published size on a CUDA device")
+    parser.add_argument(
+        "--batches", type=positive, nargs="+", default=[1, 4, 8, 16], help="batch sizes for --full (1 4 8 16)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--output", type=Path, help="a folder for training-DEVICE.md and .json")
+    parser.add_argument("--output", type=Path, help="folder for training-DEVICE.md and .json")
     return parser.parse_args(arguments)
 
 

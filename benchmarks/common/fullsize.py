@@ -17,24 +17,37 @@ from trainer.rl.karlo import Condition
 
 
 def measure_full(
-    config: TrainerConfig, device: str, batches: Sequence[int], repeats: int, say: Callable[[str], None]
+    config: TrainerConfig, device: str, batches: Sequence[int], repeats: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Prior, decoder and super-resolution of one batch after another; nothing is shared between images."""
-    say("building random networks")
+    """Measure prior, decoder and super-resolution for each batch size; nothing is shared between images.
+
+    Args:
+        config: configuration of the published size
+        device: torch device
+        batches: batch sizes, in images
+        repeats: runs of each stage; the median counts
+        log: function that reports progress
+
+    Returns:
+        rows of the report, one for each batch size
+    """
+    log("building random networks")
     config = config.model_copy(update={"device": device})
     plan = make_plan(config, len(config.objective.weights))
     per_image = plan.flops["prior"] / plan.counts["image embeddings"]
     per_image += (plan.flops["decoder"] + plan.flops["super-resolution"]) / plan.counts["pictures"]
     blueprint = draft(config, device)
-    place, dtype = torch.device(device), blueprint.decoder.dtype
-    peak = matrix_peak(place, dtype)
+    torch_device, dtype = torch.device(device), blueprint.decoder.dtype
+    peak = matrix_peak(torch_device, dtype)
     rows = []
     for batch in batches:
-        say(f"batch of {batch}")
+        log(f"batch of {batch}")
         stages = _stages(blueprint, config, batch)
-        for work in stages.values():
-            work()
-        times = {name: median(timed(work, place) for _ in range(repeats)) for name, work in stages.items()}
+        for run in stages.values():
+            run()
+        times = {
+            name: median(timed(run, torch_device) for _ in range(repeats)) for name, run in stages.items()
+        }
         rate = batch / sum(times.values())
         rows.append(
             {

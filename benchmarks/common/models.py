@@ -1,14 +1,13 @@
 """Random full-size models in memory: our engine, and the references over the same tensors.
 
-The references' own loops, as people run them, over the very tensors that our towers compute with.
-
-Each takes groups of a prompt and its images and gives one score an image, in order.
+The reference loops are those that the publications show. Each takes groups of a prompt and its images, and
+returns one score for each image, in order.
 
 ==========  ===========================================================================================
 aesthetic   LAION's simple_inference.py: an image at a time, five linear layers on the unit embedding
 clip        OpenAI's README: a pair at a time, cosine
 pickscore   the model card's calc_probs: a prompt with all of its images, transformers' CLIPModel
-hpsv2       hpsv2.img_score.score: a pair at a time. It also loads its 2 GB checkpoint again at every
+hpsv2       hpsv2.img_score.score: a pair at a time. It also reloads its 2 GB checkpoint at every
             call, which is left out here
 ==========  ===========================================================================================
 """
@@ -56,7 +55,7 @@ SIZE_PX = 224
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its images."""
+    """One prompt and its images."""
 
     prompt: str
     images: list[Image.Image]
@@ -66,19 +65,19 @@ Loop: TypeAlias = Callable[[Sequence[Group]], list[float]]
 
 
 def clip_transform() -> Transform:
-    """Return OpenAI's transform."""
+    """Return OpenAI's preprocessing."""
     steps = [
         transforms.Resize(SIZE_PX, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(SIZE_PX),
         transforms.ToTensor(),
         transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
     ]
-    made: Transform = transforms.Compose(steps)
-    return made
+    transform: Transform = transforms.Compose(steps)
+    return transform
 
 
 def hps_transform(image: Image.Image) -> Tensor:
-    """HPSv2's: a float tensor first, then the longest edge to 224, black around, normalised."""
+    """Preprocess as HPSv2 does: to float, longest edge to 224, black padding, normalised; (3, 224, 224)."""
     tensor = functional.to_dtype(functional.pil_to_tensor(image), scale=True)
     scale = SIZE_PX / float(max(image.size))
     new = [round(edge * scale) for edge in tensor.shape[1:]]
@@ -94,7 +93,7 @@ def hps_transform(image: Image.Image) -> Tensor:
 
 
 def aesthetic_loop(clip: Any, head: nn.Module, device: torch.device, dtype: torch.dtype) -> Loop:
-    """LAION's script: the embedding through numpy, the head in float32."""
+    """Return the loop of LAION's script: the embedding through numpy, the head in float32."""
     transform = clip_transform()
 
     def score(image: Image.Image) -> float:
@@ -107,7 +106,7 @@ def aesthetic_loop(clip: Any, head: nn.Module, device: torch.device, dtype: torc
 
 
 def clip_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
-    """OpenAI's README, for each pair."""
+    """Return the loop of OpenAI's README, a pair at a time."""
     transform, tokenizer = clip_transform(), SimpleTokenizer()
 
     def score(prompt: str, image: Image.Image) -> float:
@@ -121,7 +120,7 @@ def clip_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
 
 
 def pickscore_loop(model: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Loop:
-    """The model card's snippet without its softmax; the processor's Pillow half, as it was published with.
+    """Return the loop of the model card's snippet without its softmax, with the published Pillow processor.
 
     Args:
         folder: tokenizer and processor files
@@ -144,7 +143,7 @@ def pickscore_loop(model: Any, folder: Path, device: torch.device, dtype: torch.
 
 
 def hps_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
-    """hpsv2.img_score's inner loop: model(image, prompt), the diagonal of their product."""
+    """Return hpsv2.img_score's inner loop: model(image, prompt), the diagonal of their product."""
     tokenizer = SimpleTokenizer()
 
     def score(prompt: str, image: Image.Image) -> float:
@@ -156,7 +155,7 @@ def hps_loop(clip: Any, device: torch.device, dtype: torch.dtype) -> Loop:
 
 
 def open_clip_model(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
-    """open_clip's model over these very tensors."""
+    """Return open_clip's model over these tensors, not copied."""
     with torch.device("meta"):
         model: Any = open_clip.CLIP(**config)
     model.load_state_dict(state, assign=True)
@@ -168,7 +167,7 @@ def open_clip_model(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
 
 
 def transformers_model(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
-    """transformers' CLIPModel over these very tensors, given its own configuration and names for them."""
+    """Return transformers' CLIPModel over these tensors, not copied, under its own names."""
     # In half precision the published scale of 100 would be rounded, and every score with it.
     state["logit_scale"] = torch.tensor(LOGIT_SCALE, device=state["logit_scale"].device)
     with torch.device("meta"):
@@ -181,7 +180,7 @@ def transformers_model(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
 
 
 def head_module(state: dict[str, Tensor]) -> nn.Module:
-    """LAION's five linear layers with the dropout between them, under its own numbers: 0, 2, 4, 6, 7."""
+    """Return LAION's five linear layers with dropout between them, under its own numbers: 0, 2, 4, 6, 7."""
     layers: list[nn.Module] = []
     for number in (0, 2, 4, 6, 7):
         outputs, inputs = state[f"layers.{number}.weight"].shape
@@ -208,7 +207,7 @@ class Models:
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """Our towers, without repetition."""
+        """The towers by name, each once."""
         return {each.tower_name: each.tower for each in self.engine.evaluators.values()}
 
 
@@ -216,8 +215,11 @@ def build(folder: Path, layers: int | None, device: torch.device, dtype: torch.d
     """Build the models.
 
     Args:
-        folder: a few small files are written here: tokenizer and head
-        layers: cut every transformer to so many; None for the published sizes
+        folder: folder for a few small files: tokenizer and head
+        layers: number of layers of every transformer; None for the published numbers
+        device: device of the towers
+        dtype: dtype of the towers
+        batch: largest batch, in pairs
     """
     head, tokenizers = _small_files(folder)
     configs = {name: model_config(architecture, layers) for name, architecture in ARCHITECTURES.items()}
@@ -252,7 +254,7 @@ def random_engine(
 
 
 def _small_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tokenizer]]:
-    """The head, and tokenizers by tower."""
+    """Return the head's state dict, and the tokenizers by tower."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     write_tokenizer(folder)
     head = torch.load(write_head(folder, seed=0), weights_only=True)
@@ -265,20 +267,20 @@ def _small_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tokenizer]]
 
 
 def _tensors(model: open_clip.CLIP) -> dict[str, Tensor]:
-    """A tower's state dict under open_clip's own names; the tower has wrapped the last block."""
+    """Return a tower's state dict under open_clip's own names; the tower has wrapped the last block."""
     return {key.replace(".block.", "."): tensor for key, tensor in model.state_dict().items()}
 
 
 def _evaluators(towers: dict[str, Tower], head: dict[str, Tensor]) -> dict[str, Evaluator]:
     weight, bias = fold_linear_layers(head, "head")
-    made: dict[str, Evaluator] = {}
+    evaluators: dict[str, Evaluator] = {}
     for kind, name in EVALUATORS.items():
         if name not in towers:
             continue
         linear = LinearHead(weight, bias, "head") if kind == "aesthetic" else None
-        way = reference_preprocessing(kind, towers[name].size_px)  # type: ignore[arg-type]  # the four kinds
-        made[kind] = Evaluator(kind, kind, name, towers[name], way, "random", linear)  # type: ignore[arg-type]
-    return made
+        preprocessing = reference_preprocessing(kind, towers[name].size_px)  # type: ignore[arg-type]  # the four kinds
+        evaluators[kind] = Evaluator(kind, kind, name, towers[name], preprocessing, "random", linear)  # type: ignore[arg-type]
+    return evaluators
 
 
 def _loops(

@@ -1,6 +1,6 @@
 """Report of a benchmark: the machine, then a table for each measurement.
 
-What the benchmarks' command lines have in common.
+Also helpers that the benchmarks' command lines share.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ from typing import Any, ClassVar, NoReturn, TypeAlias
 import torch
 
 
-def shown(arguments: Sequence[str]) -> list[str]:
-    """The command line without the folder of the results, which depends on the machine."""
+def visible_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line without the output folder, which depends on the machine."""
     places = [place for place, argument in enumerate(arguments) if argument in ("--output", "--out")]
     hidden = {place + step for place in places for step in (0, 1)}
     return [argument for place, argument in enumerate(arguments) if place not in hidden]
 
 
-def refuse(program: str, problem: str) -> NoReturn:
-    """End with one line and exit code 2."""
+def exit_with_error(program: str, problem: str) -> NoReturn:
+    """Print one line to stderr and exit with code 2."""
     print(f"{program}: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as an argument's type."""
+    """Return the argument as an integer above 0; for use as an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: the number is below 1
+    """
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
 
 
 Rows: TypeAlias = "list[dict[str, Any]]"
-Say: TypeAlias = Callable[[str], None]
+Log: TypeAlias = Callable[[str], None]
 
 
 @dataclass
@@ -100,7 +104,7 @@ def _cpu_name() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+    """Return rows of equal keys as a Markdown table."""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *[[str(row[key]) for key in head] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common.models import Group, Models
-from benchmarks.common.results import Report, Rows, Say
+from benchmarks.common.results import Log, Report, Rows
 from benchmarks.parity.cases import scene
 from reward_service.engine.preprocessing import Preprocessing
 from reward_service.engine.types import Pair
 
 _WORDS = ("a red fox on a mossy log", "an old harbour at dawn, oil on canvas", "a glass teapot", "two moons")
-# Rows and columns of the matrix product that shows what the hardware can do.
+# Rows and columns of the matrix product that measures the peak of the hardware.
 _PEAK_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
@@ -33,7 +33,7 @@ class EvaluatorReport(Report):
     name = "evaluators"
     titles: ClassVar = {
         "machine": "# Evaluator benchmark\n",
-        "scores": "\n## The same scores\n\nEngine against reference loop, same weights and images.\n",
+        "scores": "\n## Score differences\n\nEngine against reference loop, same weights and images.\n",
         "speed": "\n## Times\n",
         "ratios": "\n## Ratios\n\nEach is the median of the ratios of neighbouring runs.\n",
         "throughput": "\n## Throughput\n\nThe peak is that of a matrix product in this run.\n",
@@ -50,13 +50,13 @@ def measure(
     options: argparse.Namespace,
     accelerations: Sequence[str],
     batches: Sequence[int],
-    say: Say,
+    log: Log,
 ) -> None:
-    """Fill the report."""
+    """Run all measurements and fill the report."""
     groups = workload(options.images, options.per_prompt, options.size_px)
-    say("comparing the scores")
+    log("comparing the scores")
     report.scores = _differences(models, groups)
-    seconds = _alternating(_contestants(models, groups), models, options.repeats, say)
+    seconds = _alternating(_measured_functions(models, groups), models, options.repeats, log)
     report.speed = [
         {
             "what": name,
@@ -67,11 +67,11 @@ def measure(
     ]
     report.ratios = _ratios(seconds)
     if batches:
-        report.throughput = _throughput(models, accelerations, batches, options, say)
+        report.throughput = _throughput(models, accelerations, batches, options, log)
 
 
 def workload(images: int, per_prompt: int, size_px: int) -> list[Group]:
-    """Random images under a few prompts."""
+    """Return random images under a few prompts."""
     pixels = [Image.fromarray(scene(size_px, size_px, seed)) for seed in range(images)]
     starts = range(0, images, per_prompt)
     return [
@@ -86,10 +86,10 @@ def pairs_of(groups: Sequence[Group]) -> list[Pair]:
 
 
 def _differences(models: Models, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    ours = models.engine.score(pairs_of(groups))
+    scored = models.engine.score(pairs_of(groups))
     rows = []
     for name, loop in models.loops.items():
-        found = np.array([pair.raw[name] for pair in ours])
+        found = np.array([pair.raw[name] for pair in scored])
         expected = np.array(loop(groups))
         rows.append(
             {
@@ -102,7 +102,7 @@ def _differences(models: Models, groups: Sequence[Group]) -> list[dict[str, Any]
     return rows
 
 
-def _contestants(models: Models, groups: Sequence[Group]) -> dict[str, Callable[[], object]]:
+def _measured_functions(models: Models, groups: Sequence[Group]) -> dict[str, Callable[[], object]]:
     pairs = pairs_of(groups)
     pixels = _pixels(models, [pair.image for pair in pairs])
     texts = _texts(models, [group.prompt for group in groups])
@@ -116,10 +116,10 @@ def _contestants(models: Models, groups: Sequence[Group]) -> dict[str, Callable[
 
 
 def _pixels(models: Models, images: Sequence[Any]) -> dict[str, Tensor]:
-    """Return each tower's inputs, prepared and on its device."""
+    """Return each tower's preprocessed inputs, on its device."""
     engine = models.engine
-    ways: dict[str, Preprocessing] = {e.tower_name: e.preprocessing for e in engine.evaluators.values()}
-    return {name: way(images).to(engine.device, engine.dtype) for name, way in ways.items()}
+    steps: dict[str, Preprocessing] = {e.tower_name: e.preprocessing for e in engine.evaluators.values()}
+    return {name: step(images).to(engine.device, engine.dtype) for name, step in steps.items()}
 
 
 def _texts(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -130,12 +130,12 @@ def _texts(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _alternating(
-    contestants: Mapping[str, Callable[[], object]], models: Models, repeats: int, say: Say
+    functions: Mapping[str, Callable[[], object]], models: Models, repeats: int, log: Log
 ) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats):
-        for name, run in contestants.items():
-            say(f"run {repeat + 1} of {repeats}: {name}")
+        for name, run in functions.items():
+            log(f"run {repeat + 1} of {repeats}: {name}")
             if name == "engine":
                 for tower in models.towers.values():
                     tower.clear_text_cache()
@@ -144,15 +144,15 @@ def _alternating(
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run, the device's work included."""
-    _finish(device)
+    """Return the seconds of a run, including the device's work."""
+    _synchronize(device)
     start = time.perf_counter()
     run()
-    _finish(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -183,19 +183,19 @@ def _throughput(
     accelerations: Sequence[str],
     batches: Sequence[int],
     options: argparse.Namespace,
-    say: Say,
+    log: Log,
 ) -> list[dict[str, Any]]:
-    """Images a second by batch size: the three towers alone, and the engine with preparation and heads."""
+    """Return images/s by batch size: the three towers alone, and the engine with preprocessing and heads."""
     engine = models.engine
     peak = matrix_peak(engine.device, engine.dtype)
     cost = sum(_flops(config["vision_cfg"]) for config in models.configs.values())
     rows = []
     for mode in accelerations:
-        say(f"preparing acceleration {mode}")
+        log(f"preparing acceleration {mode}")
         for tower in models.towers.values():
             tower.accelerate(mode, max(batches))
         for batch in batches:
-            say(f"throughput: {mode}, batch of {batch}")
+            log(f"throughput: {mode}, batch of {batch}")
             pairs = pairs_of(workload(batch, batch, options.size_px))
             pixels = _pixels(models, [pair.image for pair in pairs])
             towers = _rate(partial(_embed, models, pixels), batch, engine.device)
@@ -224,14 +224,14 @@ def _rate(run: Callable[[], object], batch: int, device: torch.device, repeats: 
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of ten."""
+    """Return the FLOP/s of a large matrix product, the best of ten."""
     size = _PEAK_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
 
 
 def _flops(vision: Mapping[str, Any]) -> float:
-    """FLOPs of one image's forward pass: the blocks' matrix products and the patch embedding."""
+    """Return the FLOPs of one image's forward pass: the blocks' matrix products and the patch embedding."""
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     tokens, width = patches + 1, vision["width"]
     block = 24 * tokens * width**2 + 4 * tokens**2 * width

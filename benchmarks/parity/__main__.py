@@ -1,6 +1,6 @@
-"""`make parity`: prove that our scores are the references' scores, on random weights, in one command.
+"""`make parity`: compare our scores with the references' scores on random weights.
 
-Ends with 0 if every difference is allowed and every known mistake would be noticed, with 1 otherwise.
+Exits with 0 if every difference is within its tolerance and every known mistake would be noticed, else 1.
 """
 
 import os
@@ -8,8 +8,8 @@ import sys
 
 
 def main() -> int:
-    """Prepare what has to come before the imports, and run the program."""
-    # hpsv2 takes any GPU that it sees, and computes in half precision there; and nothing is to be fetched.
+    """Set the environment that the imports need, and run the program."""
+    # hpsv2 uses any visible GPU, in half precision; and nothing may be downloaded.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from benchmarks.parity.references import stub_unused_imports
@@ -24,4 +24,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
-        sys.exit(f"parity: {error.name} is not installed here; say make parity, which makes its environment")
+        sys.exit(f"parity: {error.name} is not installed; run `make parity`, which creates the environment")

@@ -20,7 +20,7 @@ _OTHER_LONG = "a narrow alley at night with " + "three old lanterns, " * 12
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt; `harmless` spells its special tokens so that a reference does not take them for tokens."""
+    """Prompt; `harmless` spells special tokens so that a reference does not read them as tokens."""
 
     name: str
     text: str
@@ -28,13 +28,13 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A file; `unlike` says why `whom` get our flattened image instead of opening the file itself."""
+class ImageCase:
+    """Image file; for `reason`, the named `references` get our flattened image in its place."""
 
     name: str
     path: Path
-    unlike: str = ""
-    whom: tuple[str, ...] = ()
+    reason: str = ""
+    references: tuple[str, ...] = ()
 
 
 PROMPTS = (
@@ -66,19 +66,19 @@ PROMPTS = (
 LONG = ("over 77 tokens", "over 77, other start", "over 77, other end")
 
 
-def write_images(folder: Path) -> list[Picture]:
-    """Write every image."""
+def write_images(folder: Path) -> list[ImageCase]:
+    """Write every image file into a folder and return the cases."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for seed, (name, kind, save, unlike, whom) in enumerate(_IMAGES):
+    cases = []
+    for seed, (name, kind, save, reason, references) in enumerate(_IMAGES):
         path = folder / f"{seed:02d}.{kind}"
         save(path, seed)
-        made.append(Picture(name, path, unlike, whom))
-    return made
+        cases.append(ImageCase(name, path, reason, references))
+    return cases
 
 
 def scene(width: int, height: int, seed: int) -> NDArray[np.uint8]:
-    """A random image with what photographs have: broad areas, edges and fine grain."""
+    """Return a random image with the features of photographs: areas, edges and grain; uint8 (H, W, 3)."""
     rng = np.random.default_rng(seed)
     low = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     broad = np.asarray(low.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -94,7 +94,7 @@ def _rgb(width: int, height: int, seed: int) -> Image.Image:
 
 
 def _alpha(width: int, height: int) -> Image.Image:
-    """Transparent on the left, opaque on the right."""
+    """Return an alpha channel, transparent on the left and opaque on the right."""
     return Image.linear_gradient("L").rotate(90).resize((width, height))
 
 
@@ -126,7 +126,7 @@ def _animated(width: int, height: int, **options: Any) -> Callable[[Path, int], 
     return save
 
 
-def _turned(path: Path, seed: int) -> None:
+def _with_exif_rotation(path: Path, seed: int) -> None:
     image = _rgb(320, 213, seed)
     exif = image.getexif()
     exif[_ORIENTATION] = 6
@@ -144,7 +144,7 @@ def _deep_grey(path: Path, seed: int) -> None:
 
 
 def _deep_colour(path: Path, seed: int) -> None:
-    """16 bits a channel, which Pillow reads but does not write."""
+    """Write a PNG of 16 bits a channel, which Pillow reads but does not write."""
     width, height = 65, 43
     rows = (scene(width, height, seed).astype(">u2") * 256 + 77).reshape(height, -1)
     raw = b"".join(b"\0" + row.tobytes() for row in rows.astype(">u2"))
@@ -163,22 +163,22 @@ _FIRST = ("resized before it is converted to RGB: without interpolation, or as C
 _CLIPPED = ("16-bit grey is clipped to white", _ALL)
 _IGNORED = ("EXIF rotation is ignored", _ALL)
 _FILM = ("Pillow opens it as RGBA, opaque; hpsv2 crashes", ("hpsv2",))
-_NOBODY: tuple[str, tuple[str, ...]] = ("", ())
+_NONE: tuple[str, tuple[str, ...]] = ("", ())
 _IMAGES: tuple[tuple[str, str, Callable[[Path, int], None], str, tuple[str, ...]], ...] = (
-    ("JPEG, large, 1600x1200", "jpg", _saver(1600, 1200, quality=90), *_NOBODY),
-    ("PNG, ICC profile, 224x227", "png", _with_profile, *_NOBODY),
-    ("WebP, lossy, 235x224", "webp", _saver(235, 224, quality=80), *_NOBODY),
+    ("JPEG, large, 1600x1200", "jpg", _saver(1600, 1200, quality=90), *_NONE),
+    ("PNG, ICC profile, 224x227", "png", _with_profile, *_NONE),
+    ("WebP, lossy, 235x224", "webp", _saver(235, 224, quality=80), *_NONE),
     ("PNG, palette, 448x462", "png", _saver(448, 462, "P"), *_FIRST),
     ("PNG, palette and colour key, 97x131", "png", _palette_with_key, *_ALPHA),
     ("PNG, grey and alpha, 131x97", "png", _translucent(131, 97, "LA"), *_ALPHA),
     ("WebP, RGBA, 300x200", "webp", _translucent(300, 200, "RGBA", lossless=True), *_ALPHA),
     ("JPEG, CMYK, 333x500", "jpg", _saver(333, 500, "CMYK", quality=92), *_FIRST),
     ("PNG, 16-bit grey, 211x160", "png", _deep_grey, *_CLIPPED),
-    ("PNG, 16-bit RGB, 65x43", "png", _deep_colour, *_NOBODY),
+    ("PNG, 16-bit RGB, 65x43", "png", _deep_colour, *_NONE),
     ("PNG, 1 bit, 225x301", "png", _saver(225, 301, "1"), *_FIRST),
-    ("JPEG, EXIF rotation, 320x213", "jpg", _turned, *_IGNORED),
+    ("JPEG, EXIF rotation, 320x213", "jpg", _with_exif_rotation, *_IGNORED),
     ("WebP, animated, 128x96", "webp", _animated(128, 96, lossless=True), *_FILM),
-    ("PNG, animated, 90x61", "png", _animated(90, 61), *_NOBODY),
-    ("PNG, extreme, 1200x30", "png", _saver(1200, 30), *_NOBODY),
-    ("PNG, tiny, 7x5", "png", _saver(7, 5), *_NOBODY),
+    ("PNG, animated, 90x61", "png", _animated(90, 61), *_NONE),
+    ("PNG, extreme, 1200x30", "png", _saver(1200, 30), *_NONE),
+    ("PNG, tiny, 7x5", "png", _saver(7, 5), *_NONE),
 )

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.parity import mistakes
-from benchmarks.parity.cases import PROMPTS, Picture, Prompt
+from benchmarks.parity.cases import PROMPTS, ImageCase, Prompt
 from benchmarks.parity.mistakes import Mistake
 from benchmarks.parity.references import Reference
 from reward_service.config import ServiceConfig
@@ -23,7 +23,7 @@ from reward_service.images import decode
 
 #: Largest difference allowed, by kind of evaluator, in the units of its raw score.
 TOLERANCES = {"hpsv2": 1e-6, "clip": 1e-6, "pickscore": 1e-4, "aesthetic": 1e-5}
-#: How much larger than the tolerance a mistake must be, to be sure to be noticed.
+#: Smallest effect of a mistake, in multiples of the tolerance, that is certain to be noticed.
 MARGIN = 10.0
 
 Case = tuple[int, int]
@@ -42,42 +42,42 @@ class Comparison:
 
     @property
     def worst(self) -> float:
-        """The largest difference, in the raw score's units; not a number if one of them is none."""
+        """Largest difference, in the raw score's units; NaN if one of them is NaN."""
         values = self.differences.values()
         return math.nan if any(map(math.isnan, values)) else max(values)
 
     @property
     def faults(self) -> list[str]:
-        """Reason of the failure; empty if there is none."""
+        """Reasons why the comparison does not prove parity; empty if it does."""
         tolerance = TOLERANCES[self.kind]
         name = f"{self.kind} against {self.reference}, {self.model}"
         found = []
         if not self.worst < tolerance:
-            found.append(f"{name}: differs by {self.worst:.1e}, allowed is {tolerance:.0e}")
+            found.append(f"{name}: differs by {self.worst:.1e}; the tolerance is {tolerance:.0e}")
         if self.spread < MARGIN * tolerance:
-            found.append(f"{name}: scores spread by {self.spread:.1e} only; that proves nothing")
+            found.append(f"{name}: scores spread by only {self.spread:.1e}; too small to prove parity")
         found += [
-            f"{name}: {mistake.name} moves the score by {mistake.difference:.1e} only; it could go unnoticed"
+            f"{name}: {mistake.name} changes the score by {mistake.difference:.1e} only; might go unnoticed"
             for mistake in self.mistakes
             if mistake.difference < MARGIN * tolerance
         ]
         return found
 
 
-def all_cases(images: Sequence[Picture]) -> list[Case]:
-    """Every image with every prompt."""
+def all_cases(images: Sequence[ImageCase]) -> list[Case]:
+    """Return every image with every prompt, as indices."""
     return [(image, prompt) for image in range(len(images)) for prompt in range(len(PROMPTS))]
 
 
-def diagonal(images: Sequence[Picture]) -> list[Case]:
-    """Each image with one prompt of its own, each prompt once."""
+def diagonal(images: Sequence[ImageCase]) -> list[Case]:
+    """Return each image with one prompt of its own, each prompt once, as indices."""
     return [(index, index) for index in range(min(len(images), len(PROMPTS)))]
 
 
 def own_scores(
-    config: ServiceConfig, kind: str, images: Sequence[Picture], cases: Sequence[Case]
+    config: ServiceConfig, kind: str, images: Sequence[ImageCase], cases: Sequence[Case]
 ) -> dict[Case, float]:
-    """Our engine's scores, straight from the files' bytes."""
+    """Return our engine's scores by case, from the files' bytes."""
     engine = build_engine(config)
     decoded = [decode(image.path.read_bytes()).rgb for image in images]
     pairs = [Pair(PROMPTS[prompt].text, decoded[image]) for image, prompt in cases]
@@ -88,47 +88,50 @@ def own_scores(
 
 
 def compare(
-    named: tuple[str, str, str],
+    labels: tuple[str, str, str],
     own: dict[Case, float],
     load: Callable[[], Reference],
-    images: Sequence[Picture],
+    images: Sequence[ImageCase],
 ) -> Comparison:
-    """Put a reference's scores beside ours.
+    """Compare a reference's scores with ours.
 
     Args:
-        named: kind of evaluator, reference and model, for the table
+        labels: kind of evaluator, reference and model, for the table
+        own: our scores by case
+        load: function that loads the reference
+        images: the image cases
     """
     reference = load()
-    result = Comparison(*named)
-    theirs = _their_scores(reference, images, list(own))
-    result.differences = {case: abs(own[case] - theirs[case]) for case in own}
-    result.spread = pstdev(theirs.values())
+    result = Comparison(*labels)
+    expected = _reference_scores(reference, images, list(own))
+    result.differences = {case: abs(own[case] - expected[case]) for case in own}
+    result.spread = pstdev(expected.values())
     result.mistakes = mistakes.measure(reference, images)
     _free(reference)
     return result
 
 
-def _their_scores(
-    reference: Reference, images: Sequence[Picture], cases: Sequence[Case]
+def _reference_scores(
+    reference: Reference, images: Sequence[ImageCase], cases: Sequence[Case]
 ) -> dict[Case, float]:
-    files = [given_file(reference, image) for image in images]
+    files = [input_file(reference, image) for image in images]
     found = {}
     for number, prompt in enumerate(PROMPTS):
-        asked = [image for image, of in cases if of == number]
-        text = given_prompt(reference, prompt)
-        scores = reference.score([files[image] for image in asked], text) if asked else []
-        found.update({(image, number): score for image, score in zip(asked, scores, strict=True)})
+        indices = [image for image, prompt_index in cases if prompt_index == number]
+        text = input_prompt(reference, prompt)
+        scores = reference.score([files[image] for image in indices], text) if indices else []
+        found.update({(image, number): score for image, score in zip(indices, scores, strict=True)})
     return found
 
 
-def given_prompt(reference: Reference, prompt: Prompt) -> str:
-    """The prompt itself, or its harmless spelling where the reference would see special tokens in it."""
+def input_prompt(reference: Reference, prompt: Prompt) -> str:
+    """Return the prompt, or its harmless spelling if the reference would read special tokens in it."""
     return prompt.harmless if mistakes.injects(reference, prompt.text) else prompt.text
 
 
-def given_file(reference: Reference, image: Picture) -> Path:
-    """The file itself; where the reference has another policy than ours, our pixels as a plain PNG."""
-    if reference.kind not in image.whom:
+def input_file(reference: Reference, image: ImageCase) -> Path:
+    """Return the image file; if the reference has another policy than ours, our pixels as a plain PNG."""
+    if reference.kind not in image.references:
         return image.path
     path = image.path.with_name(f"{image.path.stem}-flattened.png")
     Image.fromarray(decode(image.path.read_bytes()).rgb).save(path)

@@ -1,7 +1,7 @@
-"""An environment of its own for the references: the project's packages, plus hpsv2 and OpenAI's clip.
+"""Virtual environment of the references: the project's packages, plus hpsv2 and OpenAI's clip.
 
-Cheap to make: a bare virtual environment that sees the project's packages through a .pth file. Only the
-references are installed into it, pinned by hash, so that they cannot change what everything else runs on.
+A .pth file makes the project's packages visible in it. Only the references are installed, pinned by hash, so
+that they cannot change the project's own environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def make(folder: Path) -> None:
-    """Make the environment anew.
+    """Create the environment; an existing one is replaced.
 
     Raises:
         SystemExit: the references cannot be installed
@@ -40,12 +40,14 @@ def make(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         lines = [line for line in found.stderr.splitlines() if "ERROR" in line] or [found.stderr.strip()]
         cause = lines[-1].removeprefix("ERROR: ")[:200]
-        raise SystemExit(f"parity: hpsv2 and clip-anytorch cannot be installed ({cause}); is PyPI reachable?")
+        raise SystemExit(
+            f"parity: cannot install hpsv2 and clip-anytorch ({cause}); check that PyPI is reachable"
+        )
     _copy_vocabulary(packages)
 
 
 def _copy_vocabulary(packages: Path) -> None:
-    """hpsv2's wheel lacks the BPE file that its tokenizer opens; open_clip's is the same file."""
+    """Copy the BPE file that hpsv2's wheel lacks; open_clip's is the same file."""
     from open_clip.tokenizer import default_bpe
 
     source = Path(default_bpe())

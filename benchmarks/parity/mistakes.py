@@ -1,5 +1,7 @@
-"""Known mistakes of public scorers, made on purpose: each must move a score by far more than the tolerance,
-or the comparison would prove nothing."""
+"""Known mistakes of public scorers, made on purpose.
+
+Each must change a score by far more than the tolerance, or the comparison would prove nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.parity.cases import LONG, PROMPTS, Picture
+from benchmarks.parity.cases import LONG, PROMPTS, ImageCase
 from benchmarks.parity.references import FIRST_SPECIAL_ID, Reference
 from reward_service.engine.preprocessing import OPENAI_MEAN, OPENAI_STD
 from reward_service.images import decode
@@ -22,14 +24,14 @@ _PLAIN = PROMPTS[0].text
 
 @dataclass(frozen=True)
 class Mistake:
-    """What was done wrong, and the largest change of a score that it made."""
+    """Name of a mistake, and the largest change of a score that it causes."""
 
     name: str
     difference: float
 
 
-def measure(reference: Reference, images: Sequence[Picture]) -> list[Mistake]:
-    """Make every mistake that this reference's computation allows."""
+def measure(reference: Reference, images: Sequence[ImageCase]) -> list[Mistake]:
+    """Return the effect of every mistake that this reference's computation allows."""
     found = [_activation(reference, images), _antialias(reference, images), _alpha(reference, images)]
     found.append(_half_head(reference, images))
     if reference.reads_prompt:
@@ -37,7 +39,7 @@ def measure(reference: Reference, images: Sequence[Picture]) -> list[Mistake]:
     return found
 
 
-def _activation(reference: Reference, images: Sequence[Picture]) -> Mistake:
+def _activation(reference: Reference, images: Sequence[ImageCase]) -> Mistake:
     right = _score(reference, _pixels(reference, images[0]))
     with _other_activation(reference) as name:
         wrong = _score(reference, _pixels(reference, images[0]))
@@ -46,7 +48,7 @@ def _activation(reference: Reference, images: Sequence[Picture]) -> Mistake:
 
 @contextmanager
 def _other_activation(reference: Reference) -> Iterator[str]:
-    """GELU for QuickGELU, or the other way round."""
+    """Replace GELU by QuickGELU or the reverse, while the block runs; yield the mistake's name."""
     holders = [
         (module, name)
         for module in reference.activations()
@@ -67,8 +69,8 @@ class _QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def _antialias(reference: Reference, images: Sequence[Picture]) -> Mistake:
-    """The large image, made small by bicubic interpolation alone."""
+def _antialias(reference: Reference, images: Sequence[ImageCase]) -> Mistake:
+    """Resize the large image by bicubic interpolation without antialiasing."""
     image = _flattened(images[0])
     right = reference.pixels(image)
     unit = torch.from_numpy(decode(images[0].path.read_bytes()).rgb).permute(2, 0, 1)[None].float() / 255
@@ -95,32 +97,32 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def _alpha(reference: Reference, images: Sequence[Picture]) -> Mistake:
-    """RGBA without white: the colours that lie hidden under the transparency show."""
-    rgb = next(rgb for rgb in images if "RGBA" in rgb.name)
-    with Image.open(rgb.path) as image:
+def _alpha(reference: Reference, images: Sequence[ImageCase]) -> Mistake:
+    """Drop the alpha channel, so that hidden colours show, in place of blending with white."""
+    case = next(case for case in images if "RGBA" in case.name)
+    with Image.open(case.path) as image:
         wrong = _score(reference, reference.pixels(image.convert("RGB")))
-    return Mistake("RGBA without white", abs(wrong - _score(reference, _pixels(reference, rgb))))
+    return Mistake("RGBA without white", abs(wrong - _score(reference, _pixels(reference, case))))
 
 
-def _half_head(reference: Reference, images: Sequence[Picture]) -> Mistake:
-    """Embeddings rounded to bf16 before the cosine or the head; the mildest form of the mistake."""
+def _half_head(reference: Reference, images: Sequence[ImageCase]) -> Mistake:
+    """Round embeddings to bf16 before the cosine or the head; the mildest form of the mistake."""
     text = _text(reference, _PLAIN)
     worst = 0.0
-    for rgb in images[:4]:
-        image = reference.embed_image(_pixels(reference, rgb))
+    for case in images[:4]:
+        image = reference.embed_image(_pixels(reference, case))
         wrong = reference.combine(image.bfloat16().float(), text.bfloat16().float())
         worst = max(worst, abs(wrong - reference.combine(image, text)))
     return Mistake("bf16 head", worst)
 
 
-def _end_cut_off(reference: Reference, images: Sequence[Picture]) -> Mistake:
-    """Ids sliced at 77, end token and all."""
+def _end_cut_off(reference: Reference, images: Sequence[ImageCase]) -> Mistake:
+    """Slice the ids at 77, which cuts off the end token."""
     image = reference.embed_image(_pixels(reference, images[0]))
     worst = 0.0
     for prompt in (prompt for prompt in PROMPTS if prompt.name in LONG):
         right = reference.ids(prompt.text)
-        # The token before the end stands for the one that a slice would have there.
+        # A slice would have another token at the end; the one before it stands for it.
         wrong = [*right[:-1], right[-2]]
         scores = [reference.combine(image, reference.embed_ids(ids)) for ids in (right, wrong)]
         worst = max(worst, abs(scores[0] - scores[1]))
@@ -135,14 +137,14 @@ def _score(reference: Reference, pixels: Tensor) -> float:
     return reference.combine(reference.embed_image(pixels), _text(reference, _PLAIN))
 
 
-def _pixels(reference: Reference, image: Picture) -> Tensor:
+def _pixels(reference: Reference, image: ImageCase) -> Tensor:
     return reference.pixels(_flattened(image))
 
 
-def _flattened(image: Picture) -> Image.Image:
+def _flattened(image: ImageCase) -> Image.Image:
     return Image.fromarray(decode(image.path.read_bytes()).rgb)
 
 
 def injects(reference: Reference, prompt: str) -> bool:
-    """Whether the reference takes some of the prompt's characters for a start or an end."""
+    """Return whether the reference reads some of the prompt's characters as a start or end token."""
     return reference.reads_prompt and sum(token >= FIRST_SPECIAL_ID for token in reference.ids(prompt)) != 2

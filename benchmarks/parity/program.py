@@ -15,10 +15,10 @@ from typing import Any
 
 import open_clip
 from hpsv2.src import open_clip as bundled
-from transformers.utils import logging as chatter
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.parity import report, weights
-from benchmarks.parity.cases import Picture, write_images
+from benchmarks.parity.cases import ImageCase, write_images
 from benchmarks.parity.comparison import Case, Comparison, all_cases, compare, diagonal, own_scores
 from benchmarks.parity.references import Aesthetic, Hps, OpenAI, PickScore, TransformersClip
 from reward_service.config import ServiceConfig
@@ -30,16 +30,16 @@ def run() -> int:
     """Run every comparison, print and write the table.
 
     Returns:
-        0 if every difference is allowed and every known mistake would be noticed, else 1
+        0 if every difference is within its tolerance and every known mistake would be noticed, else 1
     """
     parser = argparse.ArgumentParser(prog="parity", description="Compare with the references.")
-    parser.add_argument("--quick", action="store_true", help="2-layer models only; nothing is written")
-    parser.add_argument("--folder", type=Path, help="where 4 GB of random weights may lie for a while")
+    parser.add_argument("--quick", action="store_true", help="use 2-layer models only, and write no file")
+    parser.add_argument("--folder", type=Path, help="folder for 4 GB of temporary random weights")
     options = parser.parse_args()
     _quiet()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        images = write_images(Path(folder) / "pictures")
+        images = write_images(Path(folder) / "images")
         found = list(_comparisons(Path(folder), images, full=not options.quick))
         command = "make parity" + (" PARITY=--quick" if options.quick else "")
         text = report.markdown(found, images, command, time.monotonic() - start)
@@ -48,27 +48,27 @@ def run() -> int:
         RESULT.write_text(text, encoding="utf-8")
     faults = [fault for comparison in found for fault in comparison.faults]
     for fault in faults:
-        _note(fault)
+        _log(fault)
     return 1 if faults else 0
 
 
-def _comparisons(folder: Path, images: Sequence[Picture], *, full: bool) -> Iterator[Comparison]:
+def _comparisons(folder: Path, images: Sequence[ImageCase], *, full: bool) -> Iterator[Comparison]:
     yield from _of_size(folder, images, all_cases(images), 2)
     if full:
         yield from _of_size(folder, images, diagonal(images), None)
 
 
 def _of_size(
-    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[ImageCase], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
-    place = folder / "weights"
+    weights_folder = folder / "weights"
     for compared in (_hpsv2, _pickscore, _openai):
-        yield from compared(place, images, cases, layers)
-        shutil.rmtree(place)
+        yield from compared(weights_folder, images, cases, layers)
+        shutil.rmtree(weights_folder)
 
 
 def _hpsv2(
-    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[ImageCase], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     config = weights.model_config("ViT-H-14", layers)
     architecture = "ViT-H-14" if layers is None else f"ViT-H-14-{layers}-layers"
@@ -80,44 +80,46 @@ def _hpsv2(
         bundled.factory.add_model_config(registered)
     tower = _tower("open_clip", path, architecture=architecture)
     own = own_scores(_config("hpsv2", tower), "hpsv2", images, cases)
-    _note(f"hpsv2, {_size(layers)}: our {len(own)} scores are there, the reference's follow")
-    named = ("hpsv2", "hpsv2", f"ViT-H/14 {_size(layers)}")
-    yield compare(named, own, lambda: Hps(path, architecture), images)
+    _log(f"hpsv2, {_size(layers)}: {len(own)} own scores computed; computing the reference's")
+    labels = ("hpsv2", "hpsv2", f"ViT-H/14 {_size(layers)}")
+    yield compare(labels, own, lambda: Hps(path, architecture), images)
 
 
 def _pickscore(
-    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[ImageCase], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     config = weights.model_config("ViT-H-14", layers)
-    place = folder / "pickscore"
-    weights.write_huggingface(place, config, weights.random_state(config, seed=2))
-    tower = _tower("huggingface", place / "model.safetensors")
+    weights_folder = folder / "pickscore"
+    weights.write_huggingface(weights_folder, config, weights.random_state(config, seed=2))
+    tower = _tower("huggingface", weights_folder / "model.safetensors")
     own = own_scores(_config("pickscore", tower), "pickscore", images, cases)
-    _note(f"pickscore, {_size(layers)}: our {len(own)} scores are there, the reference's follow")
-    named = ("pickscore", "transformers", f"ViT-H/14 {_size(layers)}")
-    yield compare(named, own, lambda: PickScore(place), images)
+    _log(f"pickscore, {_size(layers)}: {len(own)} own scores computed; computing the reference's")
+    labels = ("pickscore", "transformers", f"ViT-H/14 {_size(layers)}")
+    yield compare(labels, own, lambda: PickScore(weights_folder), images)
 
 
 def _openai(
-    folder: Path, images: Sequence[Picture], cases: Sequence[Case], layers: int | None
+    folder: Path, images: Sequence[ImageCase], cases: Sequence[Case], layers: int | None
 ) -> Iterator[Comparison]:
     model = f"ViT-L/14 {_size(layers)}"
     config = weights.model_config("ViT-L-14-quickgelu", layers)
     state = weights.random_state(config, seed=3, half=True)
-    openai, place = weights.write_openai(folder / "openai", state), folder / "clip"
-    weights.write_huggingface(place, config, state)
+    openai, weights_folder = weights.write_openai(folder / "openai", state), folder / "clip"
+    weights.write_huggingface(weights_folder, config, state)
     head = weights.write_head(folder / "aesthetic", seed=4)
-    tower = _tower("huggingface", place / "model.safetensors", text_cleaning="openai")
+    tower = _tower("huggingface", weights_folder / "model.safetensors", text_cleaning="openai")
     own = own_scores(_config("clip", tower), "clip", images, cases)
-    beauty = own_scores(_config("aesthetic", tower, head), "aesthetic", images, _once(cases))
-    _note(f"clip and aesthetic, {_size(layers)}: our scores are there, the references' follow")
+    own_aesthetic = own_scores(
+        _config("aesthetic", tower, head), "aesthetic", images, _one_prompt_each(cases)
+    )
+    _log(f"clip and aesthetic, {_size(layers)}: own scores computed; computing the references'")
     yield compare(("clip", "OpenAI clip", model), own, lambda: OpenAI(openai), images)
-    yield compare(("clip", "transformers", model), own, lambda: TransformersClip(place), images)
-    yield compare(("aesthetic", "LAION MLP", model), beauty, lambda: Aesthetic(openai, head), images)
+    yield compare(("clip", "transformers", model), own, lambda: TransformersClip(weights_folder), images)
+    yield compare(("aesthetic", "LAION MLP", model), own_aesthetic, lambda: Aesthetic(openai, head), images)
 
 
-def _once(cases: Sequence[Case]) -> list[Case]:
-    """Each image once: this evaluator reads no prompt."""
+def _one_prompt_each(cases: Sequence[Case]) -> list[Case]:
+    """Return each image once, for an evaluator that reads no prompt."""
     return list({image: (image, prompt) for image, prompt in cases}.values())
 
 
@@ -126,13 +128,13 @@ def _tower(layout: str, path: Path, **more: str) -> dict[str, Any]:
 
 
 def _config(kind: str, tower: dict[str, Any], head: Path | None = None) -> ServiceConfig:
-    """A service of one evaluator over one tower, in fp32 on the CPU."""
+    """Return the configuration of one evaluator over one tower, in fp32 on the CPU."""
     evaluator: dict[str, Any] = {"kind": kind, "tower": "tower"}
     if head is not None:
         evaluator["head"] = {"origin": {"folder": head.parent}, "weights": {"file": head.name}}
     section = {"towers": {"tower": tower}, "evaluators": {kind: evaluator}}
-    computing = {"calibration": "unused.json", "device": "cpu", "dtype": "float32"}
-    return ServiceConfig.model_validate(section | computing)
+    device = {"calibration": "unused.json", "device": "cpu", "dtype": "float32"}
+    return ServiceConfig.model_validate(section | device)
 
 
 def _size(layers: int | None) -> str:
@@ -141,10 +143,10 @@ def _size(layers: int | None) -> str:
 
 def _quiet() -> None:
     """Silence the references' own output."""
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
 
 
-def _note(line: str) -> None:
+def _log(line: str) -> None:
     print(f"parity: {line}", file=sys.stderr, flush=True)

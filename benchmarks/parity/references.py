@@ -1,4 +1,4 @@
-"""The references: their own code, called as they publish it, one pair at a time, in fp32 on the CPU.
+"""References: their own code, called as published, one pair at a time, in fp32 on the CPU.
 
 =========  =====================================================================================
 hpsv2      `hpsv2.img_score.score` of the package hpsv2 1.2.0, untouched
@@ -7,7 +7,7 @@ clip       OpenAI's `clip.load`, its transform, tokenizer and model; also transf
 aesthetic  improved-aesthetic-predictor's simple_inference.py over OpenAI's `clip.load`
 =========  =====================================================================================
 
-Each also gives its parts (pixels, token ids, embeddings), from which mistakes.py makes known mistakes.
+Each also offers its steps (pixels, token ids, embeddings), in which mistakes.py makes known mistakes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FIRST_SPECIAL_ID = 49406
 
 
 def stub_unused_imports() -> None:
-    """Modules that the references import and these paths never use; none of them is worth installing."""
+    """Register empty modules for imports of the references that are never used here."""
     for name, contents in (
-        ("turtle", {"forward": None}),  # an editor's slip in hpsv2; the real one wants tkinter
-        ("clint", {}),  # a progress bar of hpsv2's downloads
+        ("turtle", {"forward": None}),  # imported by mistake in hpsv2; the real one needs tkinter
+        ("clint", {}),  # progress bar of hpsv2's downloads
         ("clint.textui", {"progress": None}),
-        ("pkg_resources", {"packaging": packaging}),  # setuptools gave it up; clip compares torch's version
+        ("pkg_resources", {"packaging": packaging}),  # removed from setuptools; clip compares torch's version
     ):
         module = ModuleType(name)
         vars(module).update(contents)
@@ -45,41 +45,41 @@ def stub_unused_imports() -> None:
 class Reference(Protocol):
     """Interface of a reference."""
 
-    #: The kind of evaluator that it is the reference of.
+    #: Kind of the evaluator that this is the reference of.
     kind: str
     reads_prompt: bool
 
     def score(self, paths: Sequence[Path], prompt: str) -> list[float]:
-        """Scores of some images by one prompt, as published."""
+        """Return the scores of image files with one prompt, as published."""
         ...
 
     def ids(self, prompt: str) -> list[int]:
-        """Token ids, padding left out as far as it is told from the end token."""
+        """Return the token ids without padding, as far as padding differs from the end token."""
         ...
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """An image as the model's input, float32 (3, 224, 224)."""
+        """Return an image as the model's input, float32 (3, 224, 224)."""
         ...
 
     def embed_image(self, pixels: Tensor) -> Tensor:
-        """Unit embedding of one prepared image, (D,)."""
+        """Return the unit embedding of one preprocessed image, (D,)."""
         ...
 
     def embed_ids(self, ids: Sequence[int]) -> Tensor:
-        """Unit embedding of one row of token ids, (D,)."""
+        """Return the unit embedding of one row of token ids, (D,)."""
         ...
 
     def combine(self, image: Tensor, text: Tensor) -> float:
-        """The score of two unit embeddings."""
+        """Return the score of two unit embeddings."""
         ...
 
     def activations(self) -> list[nn.Module]:
-        """The modules whose `gelu` or `activation_fn` is the activation function."""
+        """Return the modules whose `gelu` or `activation_fn` is the activation function."""
         ...
 
 
 class Hps:
-    """hpsv2's package; the weights come from a file at each call, as it does it."""
+    """Package hpsv2; it loads the weights from a file at each call."""
 
     kind, reads_prompt = "hpsv2", True
 
@@ -88,7 +88,7 @@ class Hps:
         from hpsv2.src import open_clip as bundled
 
         self._checkpoint, self._package = checkpoint, img_score
-        # What initialize_model does, without the download of weights that score() replaces anyway.
+        # As initialize_model, without the download of weights that score() replaces anyway.
         model, _, preprocess = bundled.create_model_and_transforms(
             architecture, precision="amp", device="cpu", light_augmentation=True, output_dict=True
         )
@@ -132,14 +132,14 @@ class Hps:
 
 
 class PickScore:
-    """The snippet of PickScore's model card."""
+    """Snippet of PickScore's model card."""
 
     kind, reads_prompt = "pickscore", True
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
-        # The card's processor is of transformers 4, whose resize was Pillow's; 5 defaults to torchvision's.
+        # The card used transformers 4, which resizes with Pillow; transformers 5 defaults to torchvision.
         self._processor = CLIPProcessor(
             AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
         )
@@ -162,7 +162,7 @@ class PickScore:
 
     @torch.no_grad()
     def _normalised(self, features: Callable[..., Any], inputs: Any) -> Tensor:
-        # transformers 5 answers with an output object where the snippet expects a tensor.
+        # transformers 5 returns an output object; the snippet expects a tensor.
         embedding: Tensor = features(**inputs).pooler_output
         return _unit(embedding)
 
@@ -193,7 +193,7 @@ class PickScore:
 
 
 class OpenAI:
-    """OpenAI's package: the cosine of its two embeddings."""
+    """OpenAI's package; the score is the cosine of its two embeddings."""
 
     kind, reads_prompt = "clip", True
 
@@ -210,7 +210,7 @@ class OpenAI:
         return [self.combine(self.image(path), text) for path in paths]
 
     def image(self, path: Path) -> Tensor:
-        """Unit embedding of a file."""
+        """Return the unit embedding of an image file, (D,)."""
         if path not in self._images:
             with Image.open(path) as image:
                 self._images[path] = self.embed_image(self.pixels(image))
@@ -322,13 +322,13 @@ class _Predictor(nn.Module):
         )
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Scores (N, 1) of unit embeddings (N, D)."""
+        """Return scores (N, 1) of unit embeddings (N, D)."""
         scores: Tensor = self.layers(embedding)
         return scores
 
 
 def _unit(embedding: Tensor) -> Tensor:
-    """The one row of (1, D) at length 1, as PickScore's snippet and OpenAI's model do it."""
+    """Return the row of (1, D) at length 1, as PickScore's snippet and OpenAI's model do."""
     unit: Tensor = embedding / embedding.norm(dim=-1, keepdim=True)
     return unit[0]
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from benchmarks.parity.cases import PROMPTS, Picture
+from benchmarks.parity.cases import PROMPTS, ImageCase
 from benchmarks.parity.comparison import MARGIN, TOLERANCES, Comparison
 
 _PACKAGES = (
@@ -15,10 +15,14 @@ _PACKAGES = (
 )
 
 
-def markdown(found: Sequence[Comparison], images: Sequence[Picture], command: str, seconds: float) -> str:
-    """Results of all comparisons."""
+def markdown(found: Sequence[Comparison], images: Sequence[ImageCase], command: str, seconds: float) -> str:
+    """Return the results of all comparisons as Markdown."""
     faults = [fault for comparison in found for fault in comparison.faults]
-    verdict = "Every difference is allowed, and every mistake would be noticed." if not faults else "FAILED"
+    verdict = (
+        "Every difference is within its tolerance, and every mistake would be noticed."
+        if not faults
+        else "FAILED"
+    )
     parts = [
         "# Our scores against the references' own code",
         f"`{command}`: {seconds / 60:.1f} minutes on {_machine()}. {verdict}",
@@ -26,15 +30,15 @@ def markdown(found: Sequence[Comparison], images: Sequence[Picture], command: st
         _ABOUT,
         "## Largest differences",
         _summary(found),
-        "## What known mistakes would do",
-        f"Made on purpose on the reference's side; each must exceed the allowed difference {MARGIN:g}-fold.",
+        "## Effects of known mistakes",
+        f"Made on purpose on the reference's side; each must exceed the tolerance {MARGIN:g}-fold.",
         _mistakes(found),
         "## By image: largest difference over its prompts",
         _by_case(found, [image.name for image in images], 0),
         "## By prompt: largest difference over its images",
         _by_case([one for one in found if one.kind != "aesthetic"], [prompt.name for prompt in PROMPTS], 1),
-        "## Where a reference was given something else",
-        _given(images),
+        "## Cases with another input for a reference",
+        _other_inputs(images),
         "## Versions",
         ", ".join(f"{name} {version(name)}" for name in _PACKAGES) + f"; Python {platform.python_version()}.",
     ]
@@ -69,7 +73,7 @@ def _summary(found: Sequence[Comparison]) -> str:
         "model",
         "pairs",
         "largest difference",
-        "allowed",
+        "tolerance",
         "spread (σ)",
     )
     return _table(head, rows)
@@ -95,22 +99,22 @@ def _by_case(found: Sequence[Comparison], names: Sequence[str], part: int) -> st
     return _table(("", *(f"{_label(one)}, {one.model}" for one in found)), rows)
 
 
-def _given(images: Sequence[Picture]) -> str:
+def _other_inputs(images: Sequence[ImageCase]) -> str:
     rows = [
-        (image.name, image.unlike, "all" if len(image.whom) > 3 else ", ".join(image.whom))
+        (image.name, image.reason, "all" if len(image.references) > 3 else ", ".join(image.references))
         for image in images
-        if image.whom
+        if image.references
     ]
     rows += [
         (f"`{prompt.text}`", f"special tokens are injected; given `{prompt.harmless}`", "those that inject")
         for prompt in PROMPTS
         if prompt.harmless
     ]
-    said = (
-        "Here our policy differs on purpose (docs/images.md): the reference got our flattened pixels as a "
-        "PNG, or the prompt with its special tokens set apart."
+    introduction = (
+        "Our policy differs on purpose (docs/images.md): the reference got our flattened pixels as a PNG, or "
+        "the prompt with its special tokens set apart."
     )
-    return f"{said}\n\n" + _table(("case", "why", "whom"), rows)
+    return f"{introduction}\n\n" + _table(("case", "reason", "references"), rows)
 
 
 def _label(one: Comparison) -> str:

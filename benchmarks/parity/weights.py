@@ -1,9 +1,8 @@
-"""Random weights in the published layouts, as well-behaved as trained ones and rough enough to tell images
-apart.
+"""Random weights in the published layouts, numerically as stable as trained ones.
 
 Branches of the residual stream are scaled by 1/√layers, so that activations stay of unit size and rounding
 errors do not grow with depth; biases, positions and attention are wide enough that every token and every
-image leaves its mark. (open_clip's own initialisation gives almost the same score to everything.)
+image affects the score. (With open_clip's own initialisation, all scores are almost the same.)
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _PROJECTIONS = ("visual.proj", "text_projection")
 
 
 def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
-    """open_clip's configuration of an architecture; with `layers`, cut to so many in both halves."""
+    """Return open_clip's configuration of an architecture, optionally with fewer layers in both halves."""
     config = open_clip.get_model_config(name)
     if layers is not None:
         config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
@@ -41,10 +40,12 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def random_state(config: Mapping[str, Any], seed: int, *, half: bool = False) -> dict[str, Tensor]:
-    """A state dict under open_clip's and OpenAI's names.
+    """Return a random state dict under open_clip's and OpenAI's names.
 
     Args:
-        half: round to what fp16 can hold, as OpenAI's published weights are
+        config: open_clip's configuration of the model
+        seed: seed of the weights
+        half: round the weights to fp16, as OpenAI's published ones are
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -53,33 +54,33 @@ def random_state(config: Mapping[str, Any], seed: int, *, half: bool = False) ->
     state = {}
     for name, shape in shapes.items():
         layers = depth["visual" if name.startswith("visual") else "text"]
-        drawn = torch.empty(shape).normal_(generator=generator) if shape else torch.tensor(LOGIT_SCALE)
-        drawn = _scaled(name, drawn, layers)
-        state[name] = drawn.half().float() if half else drawn
+        values = torch.empty(shape).normal_(generator=generator) if shape else torch.tensor(LOGIT_SCALE)
+        values = _scaled(name, values, layers)
+        state[name] = values.half().float() if half else values
     return state
 
 
-def _scaled(name: str, drawn: Tensor, layers: int) -> Tensor:
+def _scaled(name: str, values: Tensor, layers: int) -> Tensor:
     if name == "logit_scale":
-        return drawn
+        return values
     if re.search(r"ln_\w+\.weight$", name):
-        return drawn.mul_(0.2).add_(1.0)
+        return values.mul_(0.2).add_(1.0)
     if name.endswith("bias"):
-        return drawn.mul_(0.2)
+        return values.mul_(0.2)
     if name in _UNIT:
-        return drawn
+        return values
     if name.endswith("positional_embedding"):
-        return drawn.mul_(0.5)
+        return values.mul_(0.5)
     if name in _PROJECTIONS:
-        return drawn.div_(math.sqrt(drawn.shape[0]))
-    inputs = drawn[0].numel()
+        return values.div_(math.sqrt(values.shape[0]))
+    inputs = values[0].numel()
     gain = next((gain for suffix, gain in _GAINS.items() if name.endswith(suffix)), 1.0)
     branch_ends = name.endswith(("out_proj.weight", "c_proj.weight"))
-    return drawn.mul_(gain / math.sqrt(inputs) / (math.sqrt(2 * layers) if branch_ends else 1.0))
+    return values.mul_(gain / math.sqrt(inputs) / (math.sqrt(2 * layers) if branch_ends else 1.0))
 
 
 def write_open_clip(folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """HPSv2's layout: `{"state_dict": …}` under open_clip's names."""
+    """Write HPSv2's layout, `{"state_dict": …}` under open_clip's names, and return its path."""
     folder.mkdir(parents=True)
     path = folder / "HPS_random.pt"
     torch.save({"state_dict": dict(state)}, path)
@@ -87,7 +88,7 @@ def write_open_clip(folder: Path, state: Mapping[str, Tensor]) -> Path:
 
 
 def write_openai(folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """A state dict that OpenAI's `clip.load` reads."""
+    """Write a state dict that OpenAI's `clip.load` reads, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ViT-random.pt"
     torch.save(dict(state), path)
@@ -95,21 +96,24 @@ def write_openai(folder: Path, state: Mapping[str, Tensor]) -> Path:
 
 
 def write_huggingface(folder: Path, config: Mapping[str, Any], state: dict[str, Tensor]) -> None:
-    """transformers' layout, from a state dict under open_clip's names, which is used up."""
+    """Write transformers' layout from a state dict under open_clip's names, which is emptied."""
     folder.mkdir(parents=True)
-    named = huggingface_names(config, state)
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    renamed = huggingface_names(config, state)
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(huggingface_config(config)))
     write_tokenizer(folder)
 
 
 def huggingface_names(config: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under transformers' names, mostly the same storage too; `state` is used up.
+    """Return the same tensors under transformers' names, mostly sharing storage; `state` is emptied.
 
-    The names are put together the other way round from the service's own conversion, on purpose: this is
-    the second witness.
+    It is written independently of the service's own conversion, in the reverse direction, so that one checks
+    the other.
+
+    Raises:
+        ValueError: `state` has weights that transformers' layout does not have
     """
-    named: dict[str, Tensor] = {"logit_scale": state.pop("logit_scale")}
+    renamed: dict[str, Tensor] = {"logit_scale": state.pop("logit_scale")}
     vision, text = "vision_model", "text_model"
     for key, target in (
         ("visual.class_embedding", f"{vision}.embeddings.class_embedding"),
@@ -118,30 +122,30 @@ def huggingface_names(config: Mapping[str, Any], state: dict[str, Tensor]) -> di
         ("token_embedding.weight", f"{text}.embeddings.token_embedding.weight"),
         ("positional_embedding", f"{text}.embeddings.position_embedding.weight"),
     ):
-        named[target] = state.pop(key)
+        renamed[target] = state.pop(key)
     for key, target in (
         ("visual.ln_pre", f"{vision}.pre_layrnorm"),
         ("visual.ln_post", f"{vision}.post_layernorm"),
         ("ln_final", f"{text}.final_layer_norm"),
     ):
         for kind in ("weight", "bias"):
-            named[f"{target}.{kind}"] = state.pop(f"{key}.{kind}")
-    named["visual_projection.weight"] = state.pop("visual.proj").T.contiguous()
-    named["text_projection.weight"] = state.pop("text_projection").T.contiguous()
+            renamed[f"{target}.{kind}"] = state.pop(f"{key}.{kind}")
+    renamed["visual_projection.weight"] = state.pop("visual.proj").T.contiguous()
+    renamed["text_projection.weight"] = state.pop("text_projection").T.contiguous()
     for prefix, half, part in (("visual.", vision, "vision_cfg"), ("", text, "text_cfg")):
         for number in range(config[part]["layers"]):
             block = f"{prefix}transformer.resblocks.{number}"
-            _move_block(state, named, block, f"{half}.encoder.layers.{number}")
+            _move_block(state, renamed, block, f"{half}.encoder.layers.{number}")
     if state:
         raise ValueError(f"weights without a place in transformers' layout: {sorted(state)}")
-    return named
+    return renamed
 
 
-def _move_block(state: dict[str, Tensor], named: dict[str, Tensor], block: str, layer: str) -> None:
+def _move_block(state: dict[str, Tensor], renamed: dict[str, Tensor], block: str, layer: str) -> None:
     for kind in ("weight", "bias"):
         thirds = state.pop(f"{block}.attn.in_proj_{kind}").chunk(3)
         for letter, third in zip("qkv", thirds, strict=True):
-            named[f"{layer}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
+            renamed[f"{layer}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
         for old, new in (
             ("attn.out_proj", "self_attn.out_proj"),
             ("ln_1", "layer_norm1"),
@@ -149,11 +153,11 @@ def _move_block(state: dict[str, Tensor], named: dict[str, Tensor], block: str, 
             ("mlp.c_fc", "mlp.fc1"),
             ("mlp.c_proj", "mlp.fc2"),
         ):
-            named[f"{layer}.{new}.{kind}"] = state.pop(f"{block}.{old}.{kind}")
+            renamed[f"{layer}.{new}.{kind}"] = state.pop(f"{block}.{old}.{kind}")
 
 
 def huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' `config.json` of the same architecture."""
+    """Return transformers' `config.json` of the same architecture."""
     vision, text, width = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     vision_config = {
@@ -166,7 +170,7 @@ def huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_act": activation,
         "projection_dim": width,
     }
-    # The published files carry transformers' old token numbers, by which it still looks for the last token.
+    # The published files have transformers' old token numbers, which select its code for the last token.
     text_config = {
         "hidden_size": text["width"],
         "intermediate_size": 4 * text["width"],
@@ -207,7 +211,7 @@ _PROCESSOR = {
 
 
 def write_tokenizer(folder: Path) -> None:
-    """transformers' CLIP tokenizer from OpenAI's BPE file, 49,408 tokens, and its image processor."""
+    """Write transformers' CLIP tokenizer of OpenAI's BPE file, 49,408 tokens, and its image processor."""
     merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[1 : _MERGES + 1]
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges)]
@@ -222,7 +226,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_head(folder: Path, seed: int) -> Path:
-    """LAION's aesthetic head: `layers.N.weight` and `.bias`, N = 0, 2, 4, 6, 7 (dropout between)."""
+    """Write LAION's aesthetic head (`layers.N.weight` and `.bias`, N = 0, 2, 4, 6, 7) and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -230,7 +234,7 @@ def write_head(folder: Path, seed: int) -> Path:
         weight = torch.empty(outputs, inputs).normal_(generator=generator)
         state[f"layers.{number}.weight"] = weight * (1.6 / math.sqrt(inputs))
         state[f"layers.{number}.bias"] = torch.empty(outputs).normal_(generator=generator) * 0.1
-    # A unit embedding times five random layers is small; the published head answers on a scale of 1 to 10.
+    # A unit embedding times five random layers is small; the published head scores from 1 to 10.
     state["layers.7.weight"] *= 2.5
     state["layers.7.bias"] += 5.0
     path = folder / "head.pth"

@@ -1,4 +1,4 @@
-"""Request bodies in each form that the service takes. No torch."""
+"""Request bodies in each format that the service accepts. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reward_service.images import Pixels
 from reward_service.protocol import JSON, MSGPACK, Item, Picture, ScoreRequest, encode
 
 RAW = "msgpack, raw"
-#: Name → content type, and format of the images.
+#: Content type and image format by name.
 FORMS: dict[str, tuple[str, str]] = {
     RAW: (MSGPACK, "raw"),
     "msgpack, WebP lossless": (MSGPACK, "webp"),
@@ -34,14 +34,14 @@ _SAVING: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Body:
-    """What is sent."""
+    """Encoded body of one request."""
 
     content: bytes
     content_type: str
 
 
-def body(form: str, prompts: Sequence[str], images: Sequence[Pixels]) -> Body:
-    """A request for the pairs of prompts and images."""
+def make_body(form: str, prompts: Sequence[str], images: Sequence[Pixels]) -> Body:
+    """Return a request for the pairs of prompts and images, in one of `FORMS`."""
     content_type, kind = FORMS[form]
     if content_type.startswith("multipart"):
         return _multipart(prompts, [_file(pixels, kind) for pixels in images], kind)
@@ -50,7 +50,7 @@ def body(form: str, prompts: Sequence[str], images: Sequence[Pixels]) -> Body:
 
 
 def scene(size_px: int, seed: int) -> Pixels:
-    """An image that compresses as drawings do: gradients, discs and a little noise."""
+    """Return an image that compresses as drawings do: gradients, discs and some noise, uint8 (H, W, 3)."""
     rng = np.random.default_rng(seed)
     down, across = np.mgrid[0:size_px, 0:size_px] / size_px
     slopes, starts = rng.uniform(-90, 90, (2, 3)), rng.uniform(60, 190, 3)

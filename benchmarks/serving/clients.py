@@ -1,10 +1,11 @@
 """Clients in their own process: `python -m benchmarks.serving.clients`. No torch.
 
-A line of JSON on stdin says who they are (`Crowd`), each further one what they do (`Errand`);
-each is answered by a line of JSON on stdout: the bytes of a body, then every request's `Outcome`.
+The first line of JSON on stdin configures the clients (`ClientSetup`), each further line starts a load
+(`Load`). The process replies with a line of JSON on stdout: the size of a body in bytes, then every
+`RequestResult` of a load.
 
-With a rate, requests are due at the points of a Poisson process, whatever becomes of earlier ones, and their
-latency counts from when they were due: a service that is slow does not slow down what is asked of it.
+With a rate, requests are due at the points of a Poisson process, independent of earlier responses, and
+latency counts from when a request was due: a slow service does not lower the offered load.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 
-from benchmarks.serving.bodies import RAW, Body, body, scene
+from benchmarks.serving.bodies import RAW, Body, make_body, scene
 from reward_service.protocol import MSGPACK
 
 _TIMEOUT_S = 120.0
-_MOST_UNDER_WAY = 1024
+_MAX_IN_FLIGHT = 1024
 _PROMPTS = 32
 _OK, _BUSY = 200, (429, 503)
 
 
-class Crowd(msgspec.Struct, frozen=True):
-    """Clients with prepared bodies; neighbouring bodies differ in every image."""
+class ClientSetup(msgspec.Struct, frozen=True):
+    """Clients and their prepared bodies; neighbouring bodies differ in every image."""
 
     url: str
     clients: list[str]
@@ -45,11 +46,16 @@ class Crowd(msgspec.Struct, frozen=True):
     form: str = RAW
 
 
-class Errand(msgspec.Struct, frozen=True):
-    """What the callers do from `start_s` on, on the clock of this machine.
+class Load(msgspec.Struct, frozen=True):
+    """Load that the clients generate.
 
-    `rate`: requests a second of all together, by chance; None: each has `in_flight` under way all the
-    time. It ends after `seconds`, or after so many `requests`; what is under way then is waited for.
+    Attributes:
+        start_s: start on the monotonic clock of this machine
+        rate: requests a second of all clients together, as a Poisson process (open loop); None: each client
+            keeps `in_flight` requests open all the time (closed loop)
+        in_flight: open requests of each client, without a rate
+        seconds: duration; open requests are awaited after it
+        requests: end after this many requests; None for no limit
     """
 
     start_s: float
@@ -59,10 +65,12 @@ class Errand(msgspec.Struct, frozen=True):
     requests: int | None = None
 
 
-class Outcome(msgspec.Struct, frozen=True, array_like=True):
-    """One request; times in seconds on the clock of this machine.
+class RequestResult(msgspec.Struct, frozen=True, array_like=True):
+    """Result of one request; times in seconds on the monotonic clock of this machine.
 
-    `status` is 0 if there was no answer. `in_order`: answered with scores, or told when to come again.
+    Attributes:
+        status: HTTP status; 0 without a response
+        accepted: the response has scores, or is a 429 or 503 with a `Retry-After` of at least 1 s
     """
 
     client: str
@@ -70,11 +78,11 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
     sent_s: float
     ended_s: float
     status: int
-    in_order: bool
+    accepted: bool
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """The points of a Poisson process of `rate` a second within `seconds`."""
+    """Return the points of a Poisson process of `rate` a second within `seconds`."""
     rng = np.random.default_rng(seed)
     points: list[float] = []
     at = rng.exponential(1 / rate)
@@ -84,66 +92,68 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return points
 
 
-class Callers:
-    """A crowd with its connections.
+class ClientPool:
+    """Clients with their connections.
 
-    Threads on blocking sockets: megabytes go out at a tenth of what they cost an event loop, and callers
+    Threads on blocking sockets: sending megabytes costs a tenth of the CPU time of an event loop, and clients
     that are short of CPU time would measure themselves.
     """
 
-    def __init__(self, crowd: Crowd) -> None:
-        self._crowd, url = crowd, urlsplit(crowd.url)
+    def __init__(self, setup: ClientSetup) -> None:
+        self._setup, url = setup, urlsplit(setup.url)
         self._address, self._path = url.netloc, f"{url.path}/v1/score"
-        self.bodies = list(_bodies(crowd))
+        self.bodies = list(_bodies(setup))
         self._idle: list[HTTPConnection] = []
-        self._threads = ThreadPoolExecutor(_MOST_UNDER_WAY)
+        self._threads = ThreadPoolExecutor(_MAX_IN_FLIGHT)
         self._turns = count()
-        self._errands = count()
+        self._runs = count()
 
-    def run(self, errand: Errand) -> list[Outcome]:
-        """Run the plan."""
-        if errand.rate is None:
-            return self._without_pause(errand)
-        seed = self._crowd.seed + 1000 * next(self._errands)
-        due = [errand.start_s + at for at in arrivals(errand.rate, errand.seconds, seed)]
-        clients = np.random.default_rng(seed).choice(self._crowd.clients, len(due))
-        asked = []
+    def run(self, load: Load) -> list[RequestResult]:
+        """Generate a load and return the result of every request."""
+        if load.rate is None:
+            return self._run_closed_loop(load)
+        seed = self._setup.seed + 1000 * next(self._runs)
+        due = [load.start_s + at for at in arrivals(load.rate, load.seconds, seed)]
+        clients = np.random.default_rng(seed).choice(self._setup.clients, len(due))
+        pending = []
         for at, client in zip(due, clients, strict=True):
             time.sleep(max(0.0, at - time.monotonic()))
-            asked.append(self._threads.submit(self._ask, str(client), at))
-        return [each.result() for each in asked]
+            pending.append(self._threads.submit(self._send, str(client), at))
+        return [each.result() for each in pending]
 
-    def _without_pause(self, errand: Errand) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        left = count(errand.requests or sys.maxsize, -1)
+    def _run_closed_loop(self, load: Load) -> list[RequestResult]:
+        results: list[RequestResult] = []
+        left = count(load.requests or sys.maxsize, -1)
 
-        def call(client: str) -> None:
-            while time.monotonic() < errand.start_s + errand.seconds and next(left) > 0:
-                outcomes.append(self._ask(client))
+        def send_repeatedly(client: str) -> None:
+            while time.monotonic() < load.start_s + load.seconds and next(left) > 0:
+                results.append(self._send(client))
 
-        time.sleep(max(0.0, errand.start_s - time.monotonic()))
-        places = [client for _ in range(errand.in_flight) for client in self._crowd.clients]
-        list(self._threads.map(call, places))
-        return outcomes
+        time.sleep(max(0.0, load.start_s - time.monotonic()))
+        clients = [client for _ in range(load.in_flight) for client in self._setup.clients]
+        list(self._threads.map(send_repeatedly, clients))
+        return results
 
-    def _ask(self, client: str, due_s: float | None = None) -> Outcome:
-        sent = self.bodies[next(self._turns) % len(self.bodies)]
-        headers = {"Content-Type": sent.content_type, "Accept": MSGPACK, "X-Client-Id": client}
+    def _send(self, client: str, due_s: float | None = None) -> RequestResult:
+        body = self.bodies[next(self._turns) % len(self.bodies)]
+        headers = {"Content-Type": body.content_type, "Accept": MSGPACK, "X-Client-Id": client}
         sent_s = time.monotonic()
         connection = self._connection()
         try:
-            answer = _answer(connection, self._path, sent, headers)
-            status, again = answer.status, answer.getheader("retry-after") or ""
+            response = _exchange(connection, self._path, body, headers)
+            status, retry_after = response.status, response.getheader("retry-after") or ""
         except (OSError, HTTPException):
             connection.close()
-            status, again = 0, ""
+            status, retry_after = 0, ""
         else:
             self._idle.append(connection)
-        in_order = status == _OK or (status in _BUSY and again.isdigit() and int(again) >= 1)
-        return Outcome(client, sent_s if due_s is None else due_s, sent_s, time.monotonic(), status, in_order)
+        accepted = status == _OK or (status in _BUSY and retry_after.isdigit() and int(retry_after) >= 1)
+        return RequestResult(
+            client, sent_s if due_s is None else due_s, sent_s, time.monotonic(), status, accepted
+        )
 
     def _connection(self) -> HTTPConnection:
-        """One that is idle and that the service has not closed meanwhile, or a new one."""
+        """Return an idle connection that the service has not closed meanwhile, or a new one."""
         while True:
             try:
                 connection = self._idle.pop()
@@ -154,38 +164,38 @@ class Callers:
             connection.close()
 
 
-def _answer(connection: HTTPConnection, path: str, sent: Body, headers: dict[str, str]) -> HTTPResponse:
-    """The answer, read to its end."""
-    # One that was refused before its body was read may be answered and closed while it is sent.
+def _exchange(connection: HTTPConnection, path: str, body: Body, headers: dict[str, str]) -> HTTPResponse:
+    """Send a request and return its response, read to the end."""
+    # The service may refuse a request before it has read the body, and close while the client still sends.
     with suppress(BrokenPipeError, ConnectionResetError):
-        connection.request("POST", path, sent.content, headers)
-    answer = connection.getresponse()
-    answer.read()
-    return answer
+        connection.request("POST", path, body.content, headers)
+    response = connection.getresponse()
+    response.read()
+    return response
 
 
-def _bodies(crowd: Crowd) -> Iterator[Body]:
-    for number in range(crowd.bodies):
-        first = number * crowd.pairs
+def _bodies(setup: ClientSetup) -> Iterator[Body]:
+    for number in range(setup.bodies):
+        first = number * setup.pairs
         prompts = [
-            f"{crowd.clients[0]} draws {n % _PROMPTS} discs" for n in range(first, first + crowd.pairs)
+            f"{setup.clients[0]} draws {n % _PROMPTS} discs" for n in range(first, first + setup.pairs)
         ]
-        seeds = range(crowd.seed + first, crowd.seed + first + crowd.pairs)
-        yield body(crowd.form, prompts, [scene(crowd.size_px, seed) for seed in seeds])
+        seeds = range(setup.seed + first, setup.seed + first + setup.pairs)
+        yield make_body(setup.form, prompts, [scene(setup.size_px, seed) for seed in seeds])
 
 
-def _say(value: object) -> None:
+def _write_line(value: object) -> None:
     print(msgspec.json.encode(value).decode(), flush=True)
 
 
 def main() -> None:
     """Serve the parent process."""
-    crowd = msgspec.json.decode(sys.stdin.readline(), type=Crowd)
-    os.sched_setaffinity(0, crowd.cores)
-    callers = Callers(crowd)
-    _say(len(callers.bodies[0].content))
+    setup = msgspec.json.decode(sys.stdin.readline(), type=ClientSetup)
+    os.sched_setaffinity(0, setup.cores)
+    clients = ClientPool(setup)
+    _write_line(len(clients.bodies[0].content))
     for line in sys.stdin:
-        _say(callers.run(msgspec.json.decode(line, type=Errand)))
+        _write_line(clients.run(msgspec.json.decode(line, type=Load)))
 
 
 if __name__ == "__main__":

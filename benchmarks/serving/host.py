@@ -1,12 +1,12 @@
 """Service in its own process that reports its work on request: `python -m benchmarks.serving.host`.
 
-It is `reward-service serve` in everything but the engine, which is watched, and may be of full size or have a
-device that sleeps. A line of JSON on stdin says which (`Setup`); after `listening on` a line there
-is a question, answered by a line of JSON:
+It is `reward-service serve` in everything but the engine, which is recorded, and may be of full size or have
+a device that sleeps. The first line of JSON on stdin configures it (`Setup`). After `listening on URL` on
+stdout, each further line on stdin is a command, and its result is a line of JSON on stdout:
 
 `cpu`      seconds of CPU time: of the process, and of the engine in it
-`batches`  what the device did since it was last asked: `Batch`
-`again`    score the same batches once more without the service; seconds
+`batches`  batches of the device since the last such command: `Batch`
+`rescore`  score those batches once more without the service; seconds
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ _logger = logging.getLogger(__name__)
 class Setup(msgspec.Struct, frozen=True):
     """Service to start: overrides of the miniature's configuration, and its engine.
 
-    `sleep_s`: a device that takes so long for any batch. `full`: towers of ViT-L/14 and ViT-H/14 with
-    random weights, of so many `layers`, None for all.
+    Attributes:
+        overrides: `KEY=VALUE` settings of the service
+        cores: CPU cores that the process is bound to
+        sleep_s: use a device that takes this long for any batch
+        full: use towers of ViT-L/14 and ViT-H/14 with random weights
+        layers: number of layers of each of these towers; None for all
+        dtype: dtype of these towers
     """
 
     overrides: list[str]
@@ -53,7 +58,7 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """A run of the engine, on the clock of this machine; `light` pairs have a prompt that begins so."""
+    """One run of the engine, on the monotonic clock; `light`: pairs whose prompt begins with "light"."""
 
     start_s: float
     end_s: float
@@ -68,11 +73,12 @@ class Cpu(msgspec.Struct, frozen=True):
     engine: float
 
 
-class Watch:
-    """Stands before the engine's `score`.
+class EngineRecorder:
+    """Recorder of the engine's batches; it wraps the engine's `score`.
 
     Args:
-        keep: keep the pairs too, for `again`
+        score: the wrapped method
+        keep: keep the pairs too, for `rescore`
     """
 
     def __init__(self, score: Callable[..., Any], *, keep: bool) -> None:
@@ -82,7 +88,7 @@ class Watch:
         self._device_s = 0.0
 
     def __call__(self, pairs: Sequence[Pair], *options: Any, **more: Any) -> Any:
-        """Score, and note it."""
+        """Score a batch and record it."""
         cpu_s, start_s = time.thread_time(), time.monotonic()
         try:
             return self._score(pairs, *options, **more)
@@ -91,52 +97,52 @@ class Watch:
             light = sum(pair.prompt.startswith("light") for pair in pairs)
             self._done.append(Batch(start_s, time.monotonic(), len(pairs), light))
             if self._keep:
-                unprepared = [replace(pair, inputs={}) for pair in pairs]
+                unprepared = [replace(pair, preprocessed={}) for pair in pairs]
                 self._kept.append(partial(self._score, unprepared, *options, **more))
 
     def cpu(self) -> Cpu:
-        """The engine's is its caller's while in it, and that of its own threads and torch's."""
-        return Cpu(time.process_time(), self._device_s + _helping_s())
+        """Return the CPU time; the engine's is that of its `score`, its own threads and torch's threads."""
+        return Cpu(time.process_time(), self._device_s + _helper_threads_s())
 
     def batches(self) -> list[Batch]:
-        """Since the last time."""
+        """Return the batches since the last call."""
         done, self._done = self._done, []
         self._last, self._kept = self._kept, []
         return done
 
-    def again(self) -> float:
-        """Score the batches that were told last, on a thread as the scheduler does; seconds."""
-        taken: list[float] = []
+    def rescore(self) -> float:
+        """Score the batches returned last again, on a thread as the scheduler does; return the seconds."""
+        elapsed: list[float] = []
 
         def run() -> None:
             started = time.perf_counter()
             for score in self._last:
                 score()
-            taken.append(time.perf_counter() - started)
+            elapsed.append(time.perf_counter() - started)
 
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-        return taken[0]
+        return elapsed[0]
 
 
-def _helping_s() -> float:
-    """CPU seconds of the threads that prepare images, and of those that Python did not start."""
-    ours = {
+def _helper_threads_s() -> float:
+    """Return the CPU seconds of the threads that preprocess images and of those that Python did not start."""
+    other = {
         thread.native_id
         for thread in threading.enumerate()
         if not thread.name.startswith(("preprocess", "prefetch"))
     }
     nanoseconds = 0
     for task in Path("/proc/self/task").iterdir():
-        if int(task.name) not in ours:
-            with suppress(OSError):  # it has just ended
+        if int(task.name) not in other:
+            with suppress(OSError):  # the thread has just ended
                 nanoseconds += int((task / "schedstat").read_text().split()[0])
     return nanoseconds / 1e9
 
 
-def sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
-    """In place of its `score`: a device that takes so long for any batch."""
+def sleeping_score(engine: RewardEngine, seconds: float) -> Callable[..., list[PairScores]]:
+    """Return a replacement for the engine's `score`: a device that takes this long for any batch."""
     from reward_service.engine.types import PairScores
 
     def score(
@@ -150,8 +156,8 @@ def sleeping(engine: RewardEngine, seconds: float) -> Callable[..., list[PairSco
     return score
 
 
-def full_size(setup: Setup, batch_pairs: int) -> RewardEngine:
-    """Towers of ViT-L/14 and ViT-H/14 with random weights."""
+def full_size_engine(setup: Setup, batch_pairs: int) -> RewardEngine:
+    """Return an engine over towers of ViT-L/14 and ViT-H/14 with random weights."""
     import torch
 
     from benchmarks.common.models import random_engine
@@ -168,7 +174,7 @@ def main() -> None:
     os.sched_setaffinity(0, setup.cores)
     configure_openmp()
     from reward_service.config import load_config
-    from reward_service.scoring import service as service
+    from reward_service.scoring import service
     from reward_service.web import server
 
     def build(config: Any) -> RewardEngine:
@@ -177,11 +183,11 @@ def main() -> None:
         from reward_service.engine.loading import build_engine
 
         torch.set_num_threads(config.threads)
-        engine = full_size(setup, config.batch_pairs) if setup.full else build_engine(config)
-        score = engine.score if setup.sleep_s is None else sleeping(engine, setup.sleep_s)
-        watch = Watch(score, keep=setup.full)
-        engine.score = watch  # type: ignore[method-assign]
-        threading.Thread(target=_answer, args=(watch,), daemon=True).start()
+        engine = full_size_engine(setup, config.batch_pairs) if setup.full else build_engine(config)
+        score = engine.score if setup.sleep_s is None else sleeping_score(engine, setup.sleep_s)
+        recorder = EngineRecorder(score, keep=setup.full)
+        engine.score = recorder  # type: ignore[method-assign]
+        threading.Thread(target=_serve_commands, args=(recorder,), daemon=True).start()
         return engine
 
     config = load_config(overrides=[f"threads={len(setup.cores)}", "port=0", *setup.overrides])
@@ -190,18 +196,18 @@ def main() -> None:
     sys.exit(failure)
 
 
-def _answer(watch: Watch) -> None:
-    questions: dict[str, Callable[[], object]] = {
-        "cpu": watch.cpu,
-        "batches": watch.batches,
-        "again": watch.again,
+def _serve_commands(recorder: EngineRecorder) -> None:
+    commands: dict[str, Callable[[], object]] = {
+        "cpu": recorder.cpu,
+        "batches": recorder.batches,
+        "rescore": recorder.rescore,
     }
-    # Whatever ends this ends the process, for whoever started it waits for an answer or is gone.
+    # When this thread ends, the process ends: the parent waits for a result, or it has ended itself.
     try:
         for line in sys.stdin:
-            print(msgspec.json.encode(questions[line.strip()]()).decode(), flush=True)
+            print(msgspec.json.encode(commands[line.strip()]()).decode(), flush=True)
     except Exception:
-        _logger.exception("a question could not be answered")
+        _logger.exception("a command of the benchmark failed")
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,7 +1,7 @@
 """The service on Ray Serve, in processes of their own: `python -m benchmarks.serving.ray_host`.
 
-A line of JSON on stdin says which (`Cluster`); `listening on URL` on stdout says that all of them
-are ready: with 1 replica below `URL/1`, with 2 below `URL/2`. It ends at SIGTERM.
+A line of JSON on stdin configures it (`Cluster`). The line `listening on URL` on stdout means that all
+deployments are ready: 1 replica at `URL/1`, 2 replicas at `URL/2`. The process ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from benchmarks.serving.host import Setup, full_size, sleeping
+from benchmarks.serving.host import Setup, full_size_engine, sleeping_score
 
 if TYPE_CHECKING:
     from reward_service.config import ServiceConfig
@@ -26,7 +26,7 @@ _MEMORY = 256 * 2**20
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Service to start; one deployment for each number of replicas."""
+    """Service to start, with one deployment for each number of replicas."""
 
     setup: Setup
     replicas: list[int]
@@ -41,12 +41,12 @@ def main() -> None:
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
-        # As urgent as uvicorn's process; by default Ray's give way to all others.
+        # The same priority as uvicorn's process; by default Ray lowers that of its workers.
         "RAY_worker_niceness": "0",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints to stdout too
     import ray
     from ray import serve
 
@@ -62,7 +62,7 @@ def main() -> None:
         for replicas in cluster.replicas:
             options = {"num_replicas": replicas}
             serve.run(_application(cluster.setup, options), name=str(replicas), route_prefix=f"/{replicas}")
-        print(f"listening on http://127.0.0.1:{cluster.port}", file=answers, flush=True)
+        print(f"listening on http://127.0.0.1:{cluster.port}", file=output, flush=True)
         signal.pause()
     finally:
         ray.shutdown()
@@ -71,10 +71,10 @@ def main() -> None:
 
 def _application(setup: Setup, options: dict[str, Any]) -> Any:
     from reward_service import ray_app
-    from reward_service.scoring import service as service
+    from reward_service.scoring import service
 
     class Replica(ray_app.Replica):
-        """With the engine of the benchmark."""
+        """Replica with the benchmark's engine."""
 
         def __init__(self, config: str, overrides: list[str]) -> None:
             service.build_default_engine = lambda config: _engine(setup, config)
@@ -89,13 +89,13 @@ def _engine(setup: Setup, config: ServiceConfig) -> RewardEngine:
     from reward_service.engine.loading import build_engine
 
     torch.set_num_threads(config.threads or 1)
-    engine = full_size(setup, config.batch_pairs) if setup.full else build_engine(config)
+    engine = full_size_engine(setup, config.batch_pairs) if setup.full else build_engine(config)
     if setup.sleep_s is not None:
-        engine.score = sleeping(engine, setup.sleep_s)  # type: ignore[method-assign]
+        engine.score = sleeping_score(engine, setup.sleep_s)  # type: ignore[method-assign]
     return engine
 
 
 if __name__ == "__main__":
-    from benchmarks.serving import ray_host  # by its name, for the replicas to import
+    from benchmarks.serving import ray_host  # by name, so that the replicas can import it
 
     ray_host.main()

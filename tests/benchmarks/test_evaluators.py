@@ -1,4 +1,4 @@
-"""The evaluator benchmark, run as a person runs it, on towers of one layer."""
+"""Evaluator benchmark through its command line, on towers of one layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_engine_and_reference_loops_give_the_same_scores(tmp_path: Path) -> None:
-    """Within the stated tolerances, and what is written down has no path of this machine in it."""
+    """Within the documented tolerances; the written reports contain no path of this machine."""
     sizes = ["--layers", "1", "--images", "2", "--per-prompt", "2", "--repeats", "1", "--batches", "1"]
     finished = run(*sizes, "--json", "--output", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
@@ -38,8 +38,8 @@ def test_engine_and_reference_loops_give_the_same_scores(tmp_path: Path) -> None
         assert str(tmp_path) not in text
 
 
-def test_graphs_without_a_gpu_are_refused() -> None:
-    """In one line, before anything is built."""
+def test_graphs_without_a_gpu_are_a_usage_error() -> None:
+    """One line, before any model is built."""
     finished = run("--acceleration", "graphs")
     assert finished.returncode == 2
     assert finished.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.coverage import measured
+from benchmarks.coverage import as_measurement
 from trainer.config import ConfigError, EvaluationConfig, TrainerConfig
 from trainer.evaluation.guard import GuardVerdict, check_guard, rotated_guard, with_guard
 from trainer.evaluation.intervals import Floats
@@ -35,7 +35,7 @@ def verdict_of(
     noise = rng.normal(0, spread, (24, 1, 2))
     gained = base + np.array([dark, red]) + noise - noise.mean(axis=0)
     config = configured(evaluator="dark", **guard)
-    return check_guard(measured(base), measured(gained), NAMES, config, None, looks)
+    return check_guard(as_measurement(base), as_measurement(gained), NAMES, config, None, looks)
 
 
 def test_guard_trips_on_reward_hacking() -> None:
@@ -96,7 +96,7 @@ def stopped_share(share: bool, runs: int = 300, looks: int = 8, prompts: int = 2
         for wandered in honest_gains(rng, looks, prompts):
             gained = base + np.stack([wandered, np.ones(prompts)], axis=-1)[:, None]
             verdict = check_guard(
-                measured(base), measured(gained), NAMES, config, None, looks if share else 1
+                as_measurement(base), as_measurement(gained), NAMES, config, None, looks if share else 1
             )
             if verdict.tripped:
                 trips += 1
@@ -114,7 +114,7 @@ def test_guard_counts_near_duplicates_once() -> None:
     base = np.random.default_rng(0).normal(size=(24, 2, 2))
     fallen = np.where(np.arange(24) < 16, -0.5, 0.0) + np.random.default_rng(1).normal(0, 0.05, 24)
     gained = base + np.stack([fallen, np.ones(24)], axis=-1)[:, None]
-    both = measured(base), measured(gained)
+    both = as_measurement(base), as_measurement(gained)
     config = configured(evaluator="dark")
     assert check_guard(*both, NAMES, config, None, 3).tripped
     assert not check_guard(*both, NAMES, config, [0] * 16 + list(range(1, 9)), 3).tripped
@@ -122,7 +122,7 @@ def test_guard_counts_near_duplicates_once() -> None:
 
 def test_guard_unknown_to_the_service_raises_config_error() -> None:
     """The message names the setting and the evaluators of the service."""
-    both = measured(np.zeros((3, 2, 2)))
+    both = as_measurement(np.zeros((3, 2, 2)))
     with pytest.raises(ConfigError, match=r"trainer\.guard\.evaluator: .* blue; it has dark, red"):
         check_guard(both, both, NAMES, configured(evaluator="blue"), None, 1)
 
@@ -131,7 +131,12 @@ def test_guard_does_not_trip_on_one_prompt() -> None:
     """A trial run on one prompt is no evidence, and its JSON is valid."""
     base = np.zeros((1, 2, 2))
     verdict = check_guard(
-        measured(base), measured(base + np.array([-1.0, 1.0])), NAMES, configured(evaluator="dark"), None, 0
+        as_measurement(base),
+        as_measurement(base + np.array([-1.0, 1.0])),
+        NAMES,
+        configured(evaluator="dark"),
+        None,
+        0,
     )
     assert not verdict.tripped
     json.dumps(verdict.to_dict(), allow_nan=False)

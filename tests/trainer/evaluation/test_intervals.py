@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.coverage import CONFIG, EFFECTS, GROUPINGS, experiment, measured, misses
+from benchmarks.coverage import CONFIG, EFFECTS, GROUPINGS, experiment, as_measurement, miss_rates
 from trainer.evaluation.comparison import compare, compare_pooled
 from trainer.evaluation.intervals import Groups, Interval, bootstrap_interval, count_groups, standard_error
 
@@ -35,20 +35,20 @@ def interval_of(values: object, groups: Groups = None, confidence: float = 0.95)
 )
 def test_interval_misses_at_most_75_of_1000_null_experiments(effect: str, grouping: str, count: int) -> None:
     """Through `compare`, for few, unequal, skewed and correlated groups."""
-    ours, _ = misses(EFFECTS[effect], GROUPINGS[grouping], count, 500, seed=1)
+    ours, _ = miss_rates(EFFECTS[effect], GROUPINGS[grouping], count, 500, seed=1)
     assert ours <= 0.075
 
 
 def test_interval_beats_the_percentile_bootstrap() -> None:
     """The experiments distinguish a good interval from an overconfident one."""
-    ours, plain = misses(EFFECTS[NORMAL], GROUPINGS[CORRELATED], 8, 500, seed=1)
+    ours, plain = miss_rates(EFFECTS[NORMAL], GROUPINGS[CORRELATED], 8, 500, seed=1)
     assert ours <= 0.075 < plain
 
 
 def test_interval_is_not_too_wide() -> None:
     """It misses now and then, and for 50 normal prompts it is within a tenth of Student's."""
     rng = np.random.default_rng(0)
-    ours, _ = misses(EFFECTS[NORMAL], GROUPINGS[ALONE], 50, 500, seed=2)
+    ours, _ = miss_rates(EFFECTS[NORMAL], GROUPINGS[ALONE], 50, 500, seed=2)
     assert ours > 0.02
     widths = []
     for _ in range(100):
@@ -188,5 +188,5 @@ def test_compare_of_400_prompts_is_fast() -> None:
     names = tuple("abcdefg")
     config = CONFIG.model_copy(update={"resamples": 5000})
     start = time.process_time()
-    compare(measured(z), measured(z + z[::-1]), names, dict.fromkeys(names, 1.0), config)
+    compare(as_measurement(z), as_measurement(z + z[::-1]), names, dict.fromkeys(names, 1.0), config)
     assert time.process_time() - start < 1.5
