@@ -259,8 +259,8 @@ def _add_health_routes(app: FastAPI, service: ScoringService) -> None:
 
 
 def _add_pages(app: FastAPI) -> None:
-    # An environment that lacks the package serves everything else; its /docs stays blank.
-    swagger_ui = [SWAGGER_UI_PACKAGE] if find_spec(SWAGGER_UI_PACKAGE[0]) else []
+    # An environment without the package serves everything else; its /docs stays blank.
+    swagger_ui: list[str | tuple[str, str]] = [SWAGGER_UI_PACKAGE] if find_spec(SWAGGER_UI_PACKAGE[0]) else []
     files = _PageFiles(directory=STATIC_FILES, packages=swagger_ui)
 
     async def docs(request: Request) -> Response:
