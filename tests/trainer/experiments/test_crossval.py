@@ -1,4 +1,4 @@
-"""Cross-validation on the tiny Karlo: folds, early stopping, the guard, the one look at the test."""
+"""Cross-validation on the tiny Karlo: folds, early stopping, guard, one measurement on the test prompts."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ TEST = tuple(f"a quiet {thing} under a wide {colour} sky" for colour in COLOURS[
 
 @pytest.fixture
 def config(tmp_path: Path, karlo_folder: Path) -> TrainerConfig:
-    """Three folds of two evaluations each; a run takes seconds."""
+    """Return a configuration of three folds with two evaluations each; a run takes seconds."""
     (tmp_path / "train.txt").write_text("\n".join(POOL))
     (tmp_path / "test.txt").write_text("\n".join(TEST))
     return TrainerConfig.model_validate(
@@ -53,49 +53,49 @@ def config(tmp_path: Path, karlo_folder: Path) -> TrainerConfig:
     )
 
 
-def learning(config: TrainerConfig, karlo: Path, changes: Mapping[str, Any]) -> TrainerConfig:
-    """The same with a Karlo and settings with which something is learned."""
-    planted = {key.replace("__", "."): value for key, value in LEARNABLE.items()}
+def learnable(config: TrainerConfig, karlo: Path, changes: Mapping[str, Any]) -> TrainerConfig:
+    """Return the configuration with a Karlo and settings with which training has an effect."""
+    settings = {key.replace("__", "."): value for key, value in LEARNABLE.items()}
     more = {"karlo.path": str(karlo), "crossval.folds": 2, "checkpoints.keep": 100}
     more |= {"iterations": 15, "evaluation.every": 5, "evaluation.images_per_prompt": 4}
     more |= {"early_stopping.patience": 0, "sampling.decoder_steps": SAMPLING.decoder_steps}
-    return with_values(config, planted | more | dict(changes))
+    return with_values(config, settings | more | dict(changes))
 
 
 def crossval(config: TrainerConfig, scorer: FakeScorer | None = None, path: Path | None = None) -> Path:
-    """Begin the experiment, or go on with it; returns its folder."""
+    """Start or resume the experiment; return its folder."""
     experiment = Experiment.open(config, path)
     cross_validate(experiment, config, scorer or FakeScorer(), Console(quiet=True), ())
     return experiment.path
 
 
-def outcome(path: Path) -> dict[str, Any]:
-    """Everything that is reported."""
+def results(path: Path) -> dict[str, Any]:
+    """Return the content of crossval.json and test.json."""
     return {name: json.loads((path / name).read_text()) for name in ("crossval.json", "test.json")}
 
 
-class Listening(FakeScorer):
-    """Writes down which prompts it was asked about."""
+class RecordingScorer(FakeScorer):
+    """Records the prompts of each request."""
 
     def __init__(self, fault: Callable[[Sequence[str]], None] = len) -> None:  # type: ignore[assignment]
         super().__init__(fault)
-        self.asked: list[frozenset[str]] = []
+        self.requests: list[frozenset[str]] = []
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
-        self.asked.append(frozenset(prompts))
+        self.requests.append(frozenset(prompts))
         return super().score(prompts, images)
 
 
-def test_every_prompt_is_validated_once_and_the_test_is_seen_last(config: TrainerConfig) -> None:
-    """No score of a test prompt is asked for before all folds are done."""
-    scorer = Listening()
+def test_test_prompts_are_scored_after_all_folds(config: TrainerConfig) -> None:
+    """Every other prompt is validated in one fold; the final fit trains on all of them."""
+    scorer = RecordingScorer()
     path = crossval(config, scorer)
-    folds, test = outcome(path)["crossval.json"], outcome(path)["test.json"]
+    folds, test = results(path)["crossval.json"], results(path)["test.json"]
     assert sum(fold["prompts"] for fold in folds["folds"]) == len(POOL) == folds["pooled"]["prompts"]
     assert test["prompts"] == len(TEST)
-    seen = [bool(asked & set(TEST)) for asked in scorer.asked]
-    assert not any(seen[: seen.index(True)])
-    before_test = set().union(*scorer.asked[: seen.index(True)])
+    with_test = [bool(prompts & set(TEST)) for prompts in scorer.requests]
+    assert not any(with_test[: with_test.index(True)])
+    before_test = set().union(*scorer.requests[: with_test.index(True)])
     assert before_test == set(POOL)
     kept = json.loads((path / "final" / "prompts.json").read_text())
     assert set(kept["train"]) == set(POOL)
@@ -104,48 +104,48 @@ def test_every_prompt_is_validated_once_and_the_test_is_seen_last(config: Traine
     assert finished["done"] == finished["reached"] == folds["chosen_iterations"]
 
 
-def test_a_finished_experiment_is_not_done_again(config: TrainerConfig) -> None:
-    """The same command asks for no score then."""
-    first = outcome(crossval(config))
-    scorer = Listening()
-    assert outcome(crossval(config, scorer)) == first
-    assert scorer.asked == []
+def test_finished_experiment_is_not_repeated(config: TrainerConfig) -> None:
+    """The same command then requests no scores."""
+    first = results(crossval(config))
+    scorer = RecordingScorer()
+    assert results(crossval(config, scorer)) == first
+    assert scorer.requests == []
 
 
-def test_what_is_deleted_of_a_fold_is_made_again(config: TrainerConfig) -> None:
-    """As the message about a damaged file advises; from the checkpoints, with the same numbers."""
+def test_deleted_results_of_a_fold_are_restored(config: TrainerConfig) -> None:
+    """They are computed from the checkpoints, with the same numbers, as the message on damaged files says."""
     path = crossval(config)
-    first = outcome(path)
+    first = results(path)
     for name in ("tuned.npz", "evaluation.json"):
         (path / "folds" / "1" / name).unlink()
-        assert outcome(crossval(config)) == first
+        assert results(crossval(config)) == first
 
 
-def test_an_interrupted_experiment_ends_with_the_same_numbers(config: TrainerConfig, tmp_path: Path) -> None:
-    """However often it was ended: in the first fold, in a later one, and in the final fit."""
+def test_interrupted_experiment_ends_with_the_same_numbers(config: TrainerConfig, tmp_path: Path) -> None:
+    """It is interrupted in the first fold, in a later one, and in the final fit."""
 
-    class EndedError(BaseException):
+    class InterruptedByTest(BaseException):
         pass
 
     counting = FakeScorer()
-    whole = outcome(crossval(config, counting, tmp_path / "whole"))
+    whole = results(crossval(config, counting, tmp_path / "whole"))
     moments = [int(counting.calls * share) for share in (0.1, 0.3, 0.3, 0.25)]
 
-    for left in moments:
-        asked = iter(range(left))
+    for allowed in moments:
+        requests = iter(range(allowed))
 
-        def fault(_: Sequence[str], asked: Iterator[int] = asked) -> None:
-            if next(asked, None) is None:
-                raise EndedError
+        def fault(_: Sequence[str], requests: Iterator[int] = requests) -> None:
+            if next(requests, None) is None:
+                raise InterruptedByTest
 
-        with pytest.raises(EndedError):
+        with pytest.raises(InterruptedByTest):
             crossval(config, FakeScorer(fault), tmp_path / "cut")
     assert (tmp_path / "cut" / "final").exists()
-    assert outcome(crossval(config, path=tmp_path / "cut")) == whole
+    assert results(crossval(config, path=tmp_path / "cut")) == whole
 
 
-def test_an_experiment_of_other_settings_is_not_gone_on_with(config: TrainerConfig) -> None:
-    """The one setting that differs is named, with both values."""
+def test_experiment_with_other_settings_is_not_resumed(config: TrainerConfig) -> None:
+    """The message names the setting that differs, with both values."""
     Experiment.open(config)
     other = with_values(config, {"update.learning_rate": 1e-3})
     with pytest.raises(
@@ -153,14 +153,14 @@ def test_an_experiment_of_other_settings_is_not_gone_on_with(config: TrainerConf
     ):
         Experiment.open(other)
     Experiment.open(with_values(config, {"crossval.workers": 2, "service.url": "http://127.0.0.1:1"}))
-    for longer in ({"iterations": 6}, {"evaluation.every": 1}):  # a run may; folds would be of two kinds
+    for longer in ({"iterations": 6}, {"evaluation.every": 1}):  # free in a run, but folds would differ
         with pytest.raises(ConfigError, match=next(iter(longer))):
             Experiment.open(with_values(config, longer))
 
 
-def test_folds_of_other_settings_are_not_fitted_on(config: TrainerConfig) -> None:
-    """With and without a search's winner are two things: where folds have the one, the other is refused."""
-    cut = with_values(config, {"update.learning_rate": 1e-3})  # as a search's winner has it
+def test_folds_with_other_settings_are_refused(config: TrainerConfig) -> None:
+    """Folds trained with the settings of a search's winner do not count for an experiment without them."""
+    winner = with_values(config, {"update.learning_rate": 1e-3})  # with the winner's setting
 
     def fault(prompts: Sequence[str]) -> None:
         if set(prompts) & set(TEST):
@@ -168,16 +168,16 @@ def test_folds_of_other_settings_are_not_fitted_on(config: TrainerConfig) -> Non
 
     experiment = Experiment.open(config)
     with pytest.raises(KeyboardInterrupt):
-        cross_validate(experiment, cut, FakeScorer(fault), Console(quiet=True), ())
+        cross_validate(experiment, winner, FakeScorer(fault), Console(quiet=True), ())
     (experiment.path / "final" / "config.yaml").unlink()  # as if killed before the final fit began
-    scorer = Listening()
+    scorer = RecordingScorer()
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.005, but .*folds/0 began with 0\.001"):
         crossval(config, scorer)
-    assert scorer.asked == []
+    assert scorer.requests == []
 
 
-def test_splits_edited_after_a_fold_are_refused(config: TrainerConfig) -> None:
-    """What fold 0 has trained on cannot become what it is validated on, nor a fold come or go."""
+def test_splits_edited_after_training_are_refused(config: TrainerConfig) -> None:
+    """Training prompts of fold 0 cannot become its validation prompts, and no fold can be added."""
     path = crossval(config)
     text = (path / "splits.json").read_text()
     edited = json.loads(text)
@@ -195,33 +195,33 @@ def test_splits_edited_after_a_fold_are_refused(config: TrainerConfig) -> None:
 # ------------------------------------------------------------------------------------ early stopping
 
 
-class Overfitting(FakeScorer):
-    """Training prompts like red without end; the others like a little of it, and ever less what is beyond."""
+class OverfittingScorer(FakeScorer):
+    """Scores of held-out prompts are highest at a redness of `peak`; those of other prompts rise with red."""
 
-    def __init__(self, held_out: Sequence[str], most: float) -> None:
+    def __init__(self, held_out: Sequence[str], peak: float) -> None:
         super().__init__()
-        self._held_out, self._most = frozenset(held_out), most
+        self._held_out, self._peak = frozenset(held_out), peak
 
     def score(self, prompts: Sequence[str], images: Images) -> Scores:
         scores = super().score(prompts, images)
         held_out = np.array([prompt in self._held_out for prompt in prompts])
         red = scores.raw[:, 1]
         raw = scores.raw.copy()
-        raw[:, 1] = np.where(held_out, -abs(red - self._most), red)
+        raw[:, 1] = np.where(held_out, -abs(red - self._peak), red)
         return Scores(raw, 10 * raw)
 
 
 @pytest.mark.slow
-def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
+def test_overfitting_fold_stops_within_patience_and_saves_its_best(
     config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
-    """Not its last: the LoRA and the evaluation are those of the checkpoint at the peak."""
-    patient = learning(
+    """The LoRA and the evaluation are those of the checkpoint at the peak, not of the last one."""
+    patient = learnable(
         config,
         fitted_karlo_folder,
         {"evaluation.every": 1, "early_stopping.patience": 3, "early_stopping.min_delta": 0},
     )
-    scorer = Overfitting(TEST, most=-0.1)
+    scorer = OverfittingScorer(TEST, peak=-0.1)
     run = RunFolder.create(patient, tmp_path / "run")
     split = Split(POOL, TEST, tuple(range(len(TEST))))
     result = train_run(patient, split, scorer, run, Console(quiet=True))
@@ -237,9 +237,9 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
     assert result.done == peak
     assert result.evaluation.comparison.composite.after == pytest.approx(curve[peak - 1], abs=1e-9)
     best, _ = decode(read_stored(run.checkpoints / f"iteration-{peak:06d}"))
-    shipped = load_file(run.lora / LORA_FILE)
+    saved = load_file(run.lora / LORA_FILE)
     averages = [tensor for name, tensor in best.tensors.items() if name.startswith("average/")]
-    assert sorted(float(t.double().sum()) for t in shipped.values()) == pytest.approx(
+    assert sorted(float(t.double().sum()) for t in saved.values()) == pytest.approx(
         sorted(float(t.double().sum()) for t in averages)
     )
 
@@ -248,40 +248,40 @@ def test_a_fold_that_overfits_stops_within_patience_and_ships_its_best(
 
 
 @pytest.mark.slow
-def test_a_guard_that_falls_while_the_composite_rises_ends_the_run(
+def test_guard_that_falls_while_the_composite_rises_ends_the_run(
     config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
-    """Red images are not dark: trained on red alone, with "dark" on guard, no final fit comes of it."""
+    """ "dark" guards a training on "red", which is its opposite: there is no final fit."""
 
-    class Opposed(FakeScorer):
+    class OpposedScorer(FakeScorer):
         def score(self, prompts: Sequence[str], images: Images) -> Scores:
             red = super().score(prompts, images).raw[:, 1]
             raw = np.stack([-red, red], axis=1)
             return Scores(raw, 10 * raw)
 
-    guarded = learning(config, fitted_karlo_folder, {"guard.evaluator": "dark"})
+    guarded = learnable(config, fitted_karlo_folder, {"guard.evaluator": "dark"})
     with pytest.raises(GuardError, match="guard tripped in fold 0"):
-        crossval(guarded, Opposed(), tmp_path / "hacked")
+        crossval(guarded, OpposedScorer(), tmp_path / "hacked")
     rows = json.loads((tmp_path / "hacked" / "crossval.json").read_text())["folds"]
     assert all(row["stopped"]["by"] == "guard" and row["iterations"] < 15 for row in rows)
     assert not (tmp_path / "hacked" / "test.json").exists()
-    with pytest.raises(GuardError):  # nor does it go on when asked again
-        crossval(guarded, Opposed(), tmp_path / "hacked")
+    with pytest.raises(GuardError):  # running it again does not continue it
+        crossval(guarded, OpposedScorer(), tmp_path / "hacked")
 
 
 @pytest.mark.slow
-def test_an_honest_run_does_not_trip_its_guard(
+def test_guard_that_rises_with_the_composite_does_not_trip(
     config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
-    """An evaluator that rises with what is trained on guards in peace."""
+    """An evaluator that agrees with the rewards is no sign of reward hacking."""
 
-    class Allied(FakeScorer):
+    class AgreeingScorer(FakeScorer):
         def score(self, prompts: Sequence[str], images: Images) -> Scores:
             red = super().score(prompts, images).raw[:, 1]
             raw = np.stack([red, red], axis=1)
             return Scores(raw, 10 * raw)
 
-    guarded = learning(config, fitted_karlo_folder, {"guard.evaluator": "dark", "iterations": 5})
-    path = crossval(guarded, Allied(), tmp_path / "honest")
-    assert not any(fold["guard"]["tripped"] for fold in outcome(path)["crossval.json"]["folds"])
-    assert outcome(path)["test.json"]["guard"]["tripped"] is False
+    guarded = learnable(config, fitted_karlo_folder, {"guard.evaluator": "dark", "iterations": 5})
+    path = crossval(guarded, AgreeingScorer(), tmp_path / "honest")
+    assert not any(fold["guard"]["tripped"] for fold in results(path)["crossval.json"]["folds"])
+    assert results(path)["test.json"]["guard"]["tripped"] is False
