@@ -24,7 +24,7 @@ from trainer.evaluation.comparison import Measurement, compare_pooled
 from trainer.evaluation.guard import ROTATE, with_guard
 from trainer.evaluation.stopping import reward_hacking_reason
 from trainer.experiments.experiment import Experiment
-from trainer.experiments.workers import Job, run_side_by_side
+from trainer.experiments.workers import WorkerCommand, run_side_by_side
 from trainer.rl.rewards import Scorer
 from trainer.runs.folder import BASE_FILE, TUNED_FILE, RunFolder, is_finished, pin_prompts
 from trainer.runs.train import train_run
@@ -77,7 +77,7 @@ def train_folds(
             train_one_fold(experiment, config, scorer, console, fold)
         return
     jobs = [
-        Job(f"fold {fold}", [*command, str(fold)], experiment.path / FOLDS / f"{fold}.log")
+        WorkerCommand(f"fold {fold}", [*command, str(fold)], experiment.path / FOLDS / f"{fold}.log")
         for fold in unfinished
     ]
     run_side_by_side(jobs, config.crossval.workers, console)

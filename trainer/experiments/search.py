@@ -46,7 +46,7 @@ from trainer.experiments.trial import (
     search_sentences,
     trial_table,
 )
-from trainer.experiments.workers import Job, run_side_by_side
+from trainer.experiments.workers import WorkerCommand, run_side_by_side
 from trainer.rl.rewards import Scorer
 from trainer.runs.folder import MUTABLE_SETTINGS, RunFolder
 from trainer.runs.setup import load_sampler
@@ -113,7 +113,7 @@ def _run_workers(experiment: Experiment, config: TrainerConfig, console: Console
         command += ["--set", f"threads={max(1, config.threads // config.search.workers)}"]
     workers = min(config.search.workers, config.search.trials + config.search.null_trial)
     jobs = [
-        Job(f"worker {n}", command, experiment.path / SEARCH / f"worker-{n}.log")
+        WorkerCommand(f"worker {n}", command, experiment.path / SEARCH / f"worker-{n}.log")
         for n in range(1, workers + 1)
     ]
     run_side_by_side(jobs, workers, console)

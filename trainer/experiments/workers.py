@@ -36,7 +36,7 @@ Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class WorkerCommand:
     """A command to run in a process."""
 
     name: str  # in messages
@@ -44,13 +44,13 @@ class Job:
     log: Path  # its output is appended
 
 
-def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> None:
+def run_side_by_side(jobs: Sequence[WorkerCommand], workers: int, console: Console) -> None:
     """Run all jobs, at most `workers` at a time.
 
     Raises:
         JobError: A job failed. The other jobs were terminated first, so that they can be resumed.
     """
-    waiting, running = deque(jobs), dict[Job, Process]()
+    waiting, running = deque(jobs), dict[WorkerCommand, Process]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -71,13 +71,13 @@ def run_side_by_side(jobs: Sequence[Job], workers: int, console: Console) -> Non
             stop(process, STOP_TIMEOUT_S)
 
 
-def _start_job(job: Job) -> Process:
+def _start_job(job: WorkerCommand) -> Process:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as output, delayed_signals():
         return _start(job.command, output)
 
 
-def _check_exit_code(job: Job, code: int) -> None:
+def _check_exit_code(job: WorkerCommand, code: int) -> None:
     if code != 0:
         raise JobError(f"{job.name} ended with code {code}: {last_line(job.log)} (see {job.log})")
 

@@ -251,7 +251,7 @@ def test_overfitting_fold_stops_within_patience_and_saves_its_best(
 def test_guard_that_falls_while_the_composite_rises_ends_the_run(
     config: TrainerConfig, fitted_karlo_folder: Path, tmp_path: Path
 ) -> None:
-    """ "dark" guards a training on "red", which is its opposite: there is no final fit."""
+    """The guard "dark" is the opposite of "red", which is trained on: there is no final fit."""
 
     class OpposedScorer(FakeScorer):
         def score(self, prompts: Sequence[str], images: Images) -> Scores:

@@ -16,7 +16,7 @@ from trainer.config import ConfigError, TrainerConfig
 from trainer.experiments.experiment import Experiment
 from trainer.experiments.search import search, search_winner
 from trainer.experiments.trial import State, Trial, choose_winner
-from trainer.experiments.workers import Job
+from trainer.experiments.workers import WorkerCommand
 from trainer.rl.rewards import Images, Scores, ScoringError
 from trainer.runs.folder import METRICS_FILE
 from trainer.runtime.errors import DivergenceError, EvaluationError, RolloutError
@@ -281,7 +281,7 @@ def test_workers_use_the_reward_service_of_their_own_search(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A simultaneous search may have overwritten the file that workers read."""
-    jobs: list[Job] = []
+    jobs: list[WorkerCommand] = []
     monkeypatch.setattr(
         "trainer.experiments.search.run_side_by_side", lambda started, *_: jobs.extend(started)
     )

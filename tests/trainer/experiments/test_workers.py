@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trainer.experiments.workers import Job, run_side_by_side
+from trainer.experiments.workers import WorkerCommand, run_side_by_side
 from trainer.runtime.errors import JobError
 
 QUIET = Console(quiet=True)
 WAIT_S = 200.0  # generous: a loaded machine starts processes slowly
 
 
-def job(folder: Path, name: str, code: str) -> Job:
-    return Job(name, [sys.executable, "-c", code], folder / f"{name}.log")
+def job(folder: Path, name: str, code: str) -> WorkerCommand:
+    return WorkerCommand(name, [sys.executable, "-c", code], folder / f"{name}.log")
 
 
 def is_alive(pid: int) -> bool:
