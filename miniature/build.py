@@ -1,8 +1,8 @@
 """All models of the miniature from one seed, stage by stage.
 
-A finished stage is kept in the work folder, so a build that was interrupted goes on where it stopped.
-Every stage has random streams of its own: leaving one out, or running them in another order, changes
-no other. Results repeat on one machine; another processor's rounding gives slightly different models.
+A finished stage is kept in the work folder, so that an interrupted build resumes. Every stage has its own
+random streams, so that the order of the stages does not matter. Results repeat on one machine; the rounding
+of another processor gives slightly different models.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from trainer.data.near_duplicates import jaccard
 
 M = TypeVar("M", bound=nn.Module)
 
-# Optimiser steps of each stage at effort 1, and images drawn for each part of the world.
+# Optimizer steps of each stage at effort 1, and images drawn for each part of the world.
 STEPS = {
     "clip": 900,
     "aesthetic": 1500,
@@ -40,25 +40,25 @@ STEPS = {
 POOL = {Part.EVALUATORS: 40_000, Part.GENERATOR: 60_000}
 TRAIN_PROMPTS, VALIDATION_PROMPTS = 256, 96
 HEADER = "# Captions of the miniature world, one a line. Written by `python -m miniature build`. CC0 1.0."
-NEAR_DUPLICATE = 0.77  # similarity below which the test prompts stay with all others
+NEAR_DUPLICATE = 0.77  # largest Jaccard similarity of a test prompt to any other prompt
 
 Content = tuple[int, ...]  # of a scene: shape, figure, background, size, texture
 
 
 @dataclass
 class Build:
-    """One build. `effort` scales the number of optimiser steps: 0.01 tries the machinery in a minute."""
+    """One build; `effort` scales the number of optimizer steps, and 0.01 takes a minute (for tests)."""
 
     work: Path
     seed: int = 0
     effort: float = 1.0
 
     def steps(self, stage: str) -> int:
-        """Optimiser steps of a stage at this effort."""
+        """Return the number of optimizer steps of a stage at this effort."""
         return max(2, round(STEPS[stage] * self.effort))
 
     def stream(self, number: int) -> torch.Generator:
-        """A random stream of its own for each stage."""
+        """Return the random generator of a stage, independent of other stages."""
         return torch.Generator().manual_seed(1000 * self.seed + number)
 
     @cached_property
@@ -84,12 +84,12 @@ class Build:
 
     @cached_property
     def clip(self) -> CLIPModel:
-        """The CLIP that alignment and aesthetic share."""
+        """CLIP that the evaluators clip and aesthetic share."""
         return self._clip("clip", "quick_gelu", "clip", 2, "evaluators_pool")
 
     @cached_property
     def preference_base(self) -> CLIPModel:
-        """The CLIP that both preference models start from."""
+        """CLIP that both preference models are fine-tuned from."""
         return self._clip("base", "gelu", "preference base", 4, "evaluators_pool")
 
     @cached_property
@@ -144,7 +144,7 @@ class Build:
 
     @cached_property
     def generator_clip(self) -> CLIPModel:
-        """The generator's own CLIP: its text half is shipped, its image half is what the prior predicts."""
+        """The generator's own CLIP: its text half is shipped, its image half defines the prior's targets."""
         return self._clip("gclip", "quick_gelu", "generator clip", 12, "generator_pool")
 
     @cached_property
@@ -238,7 +238,7 @@ def write_probe(build: Build, models: Path) -> None:
 
 
 def write_prompts(folder: Path, seed: int = 0) -> None:
-    """Training prompts of the generator's part of the world; validation and test prompts of the held-out."""
+    """Write training prompts of the generator's part; validation and test prompts of the held-out part."""
     rng = torch.Generator().manual_seed(1000 * seed + 31)
     train = distinct_captions(Part.GENERATOR, TRAIN_PROMPTS, rng)
     validation = distinct_captions(Part.HELD_OUT, VALIDATION_PROMPTS, rng)
@@ -246,13 +246,13 @@ def write_prompts(folder: Path, seed: int = 0) -> None:
     for name, captions in (
         ("train.txt", train),
         ("validation.txt", validation),
-        ("test.txt", unlike_captions(Part.HELD_OUT, validation, rng)),
+        ("test.txt", distant_captions(Part.HELD_OUT, validation, rng)),
     ):
         (folder / name).write_text("\n".join([HEADER, *captions.values()]) + "\n")
 
 
 def distinct_captions(part: Part, count: int, rng: torch.Generator) -> dict[Content, str]:
-    """Captions of distinct content, most of them stating size and texture."""
+    """Return captions by content, all distinct, most of them stating size and texture."""
     found: dict[Content, str] = {}
     while len(found) < count:
         for content, text in _captions(part, count, rng):
@@ -263,20 +263,20 @@ def distinct_captions(part: Part, count: int, rng: torch.Generator) -> dict[Cont
     return {content: text for text, content in list(first.items())[:count]}
 
 
-def unlike_captions(part: Part, others: dict[Content, str], rng: torch.Generator) -> dict[Content, str]:
-    """A caption of each combination of shape and colours, none with the content or the wording of the others.
+def distant_captions(part: Part, others: dict[Content, str], rng: torch.Generator) -> dict[Content, str]:
+    """Return one caption for each combination of shape and colours, unlike the others in content and wording.
 
-    Size or texture is another one than the others state, and no two captions are near-duplicates.
+    No two captions are near-duplicates.
     """
     found: dict[tuple[int, ...], tuple[Content, str]] = {}
-    known = list(others.values())
+    texts = list(others.values())
     while len(found) < len(world.combinations(part)):
         for content, text in _captions(part, 1, rng):
             if content[:3] in found or content in others:
                 continue
-            if max(jaccard(text, other) for other in known) < NEAR_DUPLICATE:
+            if max(jaccard(text, other) for other in texts) < NEAR_DUPLICATE:
                 found[content[:3]] = content, text
-                known.append(text)
+                texts.append(text)
     return dict(found.values())
 
 

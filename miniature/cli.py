@@ -28,16 +28,18 @@ Config = Annotated[Path, typer.Option("--config", help="Configuration of the mod
 @app.command()
 def build(
     out: Annotated[Path, typer.Option(help="Folder that the models are written to.")] = MODELS,
-    work: Annotated[Path, typer.Option(help="Folder for finished stages; a build goes on from them.")] = Path(
+    work: Annotated[Path, typer.Option(help="Folder for finished stages; a build resumes from them.")] = Path(
         "runs/miniature-build"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
-    effort: Annotated[float, typer.Option(min=0.0, help="Scale of the training; 0.01 tries it out.")] = 1.0,
+    effort: Annotated[
+        float, typer.Option(min=0.0, help="Scale of the training; 0.01 for a quick check.")
+    ] = 1.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
 ) -> None:
-    """Train every model of the miniature from a seed. About an hour of CPU time at effort 1."""
+    """Train every model of the miniature from a seed. Takes about an hour of CPU time at effort 1."""
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)  # now, not when the hour is over
+    out.mkdir(parents=True, exist_ok=True)  # before an hour of training
     work.mkdir(parents=True, exist_ok=True)
     stages = Build(work, seed, effort)
     write_evaluators(stages, out)
@@ -71,7 +73,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out scenes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure the evaluators and the generator on scenes that no model has seen."""
+    """Measure the evaluators and the generator on held-out scenes."""
     found = measures.measure(load_config(config), load_trainer_config(config), MODELS / PROBE, seed)
     if as_json:
         print(json.dumps(_plain(found), indent=2))
@@ -96,7 +98,7 @@ def _tables(found: measures.Quality) -> list[Table]:
     evaluators = Table(title="Evaluators on held-out scenes")
     for column in ("evaluator", "measure", "value"):
         evaluators.add_column(column, justify="right" if column == "value" else "left")
-    evaluators.add_row("aesthetic", "correlation with its stated target", f"{found.aesthetic:.3f}")
+    evaluators.add_row("aesthetic", "correlation with the stated target", f"{found.aesthetic:.3f}")
     for name, hits in found.retrieval.items():
         evaluators.add_row(
             name, f"caption retrieval among {measures.RETRIEVAL_SCENES}, top-1", f"{hits.top1:.1%}"
@@ -111,30 +113,30 @@ def _tables(found: measures.Quality) -> list[Table]:
         together.add_column(column, justify="right" if column == "r" else "left")
     for (a, b), r in found.correlation.items():
         together.add_row(a, b, f"{r:+.3f}")
-    drawn = Table(title="Base generator on held-out prompts, read by an independent CNN")
-    for column in ("attribute", "shown as requested", "the CNN's own accuracy"):
-        drawn.add_column(column, justify="left" if column == "attribute" else "right")
+    generated = Table(title="Base generator on held-out prompts, read by the probe (an independent CNN)")
+    for column in ("attribute", "shown as requested", "accuracy of the probe"):
+        generated.add_column(column, justify="left" if column == "attribute" else "right")
     for name, share in found.generated.items():
         own = f"{found.probe[name]:.1%}" if name in found.probe else "(mean of 0 to 1)"
-        drawn.add_row(name, f"{share:.1%}", own)
-    return [evaluators, together, drawn]
+        generated.add_row(name, f"{share:.1%}", own)
+    return [evaluators, together, generated]
 
 
 def main() -> None:
-    """Entry point: a user error is one line on stderr and exit code 2."""
+    """Run the command line; a user error is one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
-        _leave(error.format_message())
+        _exit_with_error(error.format_message())
     except (ConfigError, ModelError) as error:
-        _leave(str(error))
+        _exit_with_error(str(error))
     except OSError as error:
         if error.filename is None:
             raise
-        _leave(f"{error.filename}: {error.strerror}; name another path")
+        _exit_with_error(f"{error.filename}: {error.strerror}; name another path")
 
 
-def _leave(message: str) -> None:
+def _exit_with_error(message: str) -> None:
     print(f"miniature: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

@@ -1,7 +1,6 @@
 """Quality of the committed miniature, measured on held-out scenes through the product's own code.
 
-The evaluators are loaded by the service's engine and the generator by the trainer's sampler: what is measured
-here is what a user gets.
+The service's engine loads the evaluators and the trainer's sampler the generator, as in production.
 """
 
 from collections.abc import Sequence
@@ -75,11 +74,11 @@ def measure(service: ServiceConfig, trainer: TrainerConfig, probe_file: Path, se
     )
 
 
-# Judges -------------------------------------------------------------------------------------------
+# Evaluators ---------------------------------------------------------------------------------------
 
 
 def as_uint8(pixels: Tensor) -> NDArray[np.uint8]:
-    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, as a caller of the service would send them."""
+    """Convert images (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3), as clients of the service send them."""
     images: NDArray[np.uint8] = (
         (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     )
@@ -90,19 +89,19 @@ def score(
     engine: RewardEngine,
     prompts: list[str],
     images: NDArray[np.uint8],
-    what: str,
+    progress: str,
     names: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
-    """Raw scores (N,) of N pairs by the named evaluators, or by all."""
+    """Return raw scores (N,) of N pairs by evaluator, for the named evaluators or all."""
     pairs = [Pair(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     rows = []
-    for start in tqdm(range(0, len(pairs), 256), desc=what):
+    for start in tqdm(range(0, len(pairs), 256), desc=progress):
         rows += [result.raw for result in engine.score(pairs[start : start + 256], names)]
     return {name: np.array([row[name] for row in rows]) for name in names or engine.evaluators}
 
 
 def distinct_held_out(n: int, rng: torch.Generator) -> Scenes:
-    """n held-out scenes, no two of the same content."""
+    """Return n held-out scenes of distinct content."""
     scenes = world.sample_scenes(50 * n, Part.HELD_OUT, rng)
     first: dict[tuple[int, ...], int] = {}
     for i, content in enumerate(scenes.content.tolist()):
@@ -111,7 +110,7 @@ def distinct_held_out(n: int, rng: torch.Generator) -> Scenes:
 
 
 def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval]:
-    """Full captions against images of every quality, for each evaluator that reads the prompt."""
+    """Return the retrieval of captions among images of every quality, by evaluator that reads prompts."""
     scenes = distinct_held_out(RETRIEVAL_SCENES, rng)
     pixels = list(as_uint8(world.draw(scenes, rng)))
     captions = world.describe(scenes, rng, drop=0.0).text
@@ -126,9 +125,9 @@ def retrieval(engine: RewardEngine, rng: torch.Generator) -> dict[str, Retrieval
 
 
 def preference_accuracy(engine: RewardEngine, kind: str, rng: torch.Generator) -> float:
-    """Share of held-out pairs in which the evaluator prefers what its stated utility prefers."""
+    """Return the share of held-out pairs whose preferred image agrees with the stated utility."""
     scenes = world.sample_scenes(PREFERENCE_PAIRS, Part.HELD_OUT, rng)
-    other = evaluators.rival(scenes, Part.HELD_OUT, rng)
+    other = evaluators.sample_alternatives(scenes, Part.HELD_OUT, rng)
     captions = world.describe(scenes, rng)
     sides = [
         score(engine, captions.text, as_uint8(world.draw(s, rng)), f"preferences of {kind}", [kind])[kind]
@@ -141,7 +140,7 @@ def preference_accuracy(engine: RewardEngine, kind: str, rng: torch.Generator) -
 
 
 def aesthetic_correlation(engine: RewardEngine, rng: torch.Generator) -> float:
-    """Pearson correlation of the aesthetic score with the world's stated aesthetic, held-out scenes."""
+    """Return the Pearson correlation of the aesthetic score with the stated aesthetic on held-out scenes."""
     scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
     images = as_uint8(world.draw(scenes, rng))
     found = score(engine, [""] * len(scenes), images, "aesthetic", ["aesthetic"])["aesthetic"]
@@ -154,25 +153,25 @@ def aesthetic_correlation(engine: RewardEngine, rng: torch.Generator) -> float:
 def generate(
     sampler: ImageSampler, prompts: tuple[str, ...], each: int
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """`each` images of every prompt by the base policy, (P * each, H, W, 3), and the prompt of each."""
+    """Generate `each` images of every prompt; return images (P * each, H, W, 3) and their prompts."""
     keys = [ImageKey(0, 0, -2, prompt, image) for prompt in prompts for image in range(each)]
     starts = tqdm(range(0, len(keys), 64), desc="generating")
-    drawn = [sampler.sample(keys[start : start + 64]).images for start in starts]
-    return np.concatenate(drawn), [key.prompt for key in keys]
+    batches = [sampler.sample(keys[start : start + 64]).images for start in starts]
+    return np.concatenate(batches), [key.prompt for key in keys]
 
 
 def correlations(raw: dict[str, Scores]) -> dict[tuple[str, str], float]:
-    """Pearson correlation of every two evaluators over the same images."""
+    """Return the Pearson correlation of every two evaluators over the same images."""
     names = list(raw)
     matrix = correlation(np.cov([raw[name] for name in names]))
     return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of the base generator's scores on its training prompts, by evaluator.
+    """Return mean and standard deviation of the base generator's scores on training prompts, by evaluator.
 
-    The scale's deviation is that over all images, so that foreign images too get a unit inside (0, 1).
-    The pooled within-prompt deviation stands beside it as a note: a trainer divides by its own.
+    The scale uses the deviation over all images, so that other images also get a unit score inside (0, 1).
+    The pooled within-prompt deviation is informative only: a trainer divides by its own.
     """
     prompts = read_prompts(trainer.prompts.train)
     images, requested = generate(load_sampler(trainer), prompts, CALIBRATION_IMAGES_PER_PROMPT)
@@ -189,14 +188,14 @@ def calibrate(service: ServiceConfig, trainer: TrainerConfig) -> dict[str, dict[
 
 
 def probe_accuracy(probe_file: Path, rng: torch.Generator) -> dict[str, float]:
-    """How well the probe itself reads held-out scenes."""
+    """Return the accuracy of the probe on held-out scenes, by attribute."""
     scenes = world.sample_scenes(AESTHETIC_SCENES, Part.HELD_OUT, rng)
     reading = load_probe(probe_file).read(world.draw(scenes, rng) * 2 - 1)
-    return reading.faithful(scenes.content)
+    return reading.accuracy(scenes.content)
 
 
 def fidelity(probe_file: Path, prompts: list[str], images: NDArray[np.uint8]) -> dict[str, float]:
-    """Share of images that show what their prompt states, and their mean quality, read by the probe."""
+    """Return the share of images that show what their prompt states, and their mean quality, by the probe."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     reading = load_probe(probe_file).read(pixels)
     return {**_stated_shown(prompts, reading), **_mean_quality(reading)}
@@ -204,10 +203,10 @@ def fidelity(probe_file: Path, prompts: list[str], images: NDArray[np.uint8]) ->
 
 def _stated_shown(prompts: list[str], reading: Reading) -> dict[str, float]:
     shown: dict[str, list[bool]] = {}
-    for prompt, seen in zip(prompts, reading.content.tolist(), strict=True):
+    for prompt, values in zip(prompts, reading.content.tolist(), strict=True):
         for i, (name, value) in enumerate(stated(prompt).items()):
             if value is not None:
-                shown.setdefault(name, []).append(seen[i] == value)
+                shown.setdefault(name, []).append(values[i] == value)
     return {name: float(np.mean(hits)) for name, hits in shown.items()}
 
 
@@ -219,17 +218,17 @@ def stated(prompt: str) -> dict[str, int | None]:
     """Return what a caption states, by attribute; None for an attribute that it leaves out."""
     words = prompt.replace(",", " ").split()
 
-    def the(options: tuple[str, ...]) -> list[int]:
+    def mentioned(options: tuple[str, ...]) -> list[int]:
         return [options.index(word) for word in words if word in options]
 
     def first(found: list[int]) -> int | None:
         return found[0] if found else None
 
-    colours = the(world.COLOURS)
+    colours = mentioned(world.COLOURS)
     return {
-        "shape": first(the(world.SHAPES)),
+        "shape": first(mentioned(world.SHAPES)),
         "figure": first(colours),
         "background": first(colours[1:]),
-        "size": first(the(world.SIZES)),
-        "texture": first(the(world.TEXTURES)),
+        "size": first(mentioned(world.SIZES)),
+        "texture": first(mentioned(world.TEXTURES)),
     }

@@ -1,7 +1,7 @@
 """The evaluators' models: two CLIPs, the aesthetic head, and the two preference models.
 
 As with the published four: aesthetic and alignment share one QuickGELU CLIP; PickScore and HPSv2 are
-fine-tuned from a second, GELU one. All learn from the evaluators' part of the world only.
+fine-tuned from a second one with GELU. All learn from the evaluators' part of the world only.
 """
 
 from itertools import pairwise
@@ -22,7 +22,7 @@ EMBED = 96
 
 
 def clip_config(activation: str, vision_width: int = 64) -> CLIPConfig:
-    """The configuration of a small CLIP; text width equals the projection, as unCLIP's prior expects."""
+    """Return a small CLIP's configuration; text width equals the projection, as unCLIP's prior expects."""
     vocabulary = len(tokenizer.vocabulary())
     special = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
     text = {
@@ -49,28 +49,28 @@ def clip_config(activation: str, vision_width: int = 64) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBED)
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """Images in [-1, 1] as a CLIP vision tower takes them."""
+def normalise(pixels: Tensor) -> Tensor:
+    """Normalise images in [-1, 1] for a CLIP vision tower."""
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return (pixels * 0.5 + 0.5 - mean) / std
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """(N, E) projections of images in [-1, 1], not normalised to length 1."""
-    pooled = model.vision_model(pixel_values=normalised(pixels)).pooler_output
+    """Return (N, E) projections of images in [-1, 1], not normalise to length 1."""
+    pooled = model.vision_model(pixel_values=normalise(pixels)).pooler_output
     projected: Tensor = model.visual_projection(pooled)
     return projected
 
 
 def embed_texts(model: CLIPModel, words: CLIPTokenizer, text: list[str]) -> Tensor:
-    """(N, E) projections of captions, not normalised to length 1."""
+    """Return (N, E) projections of captions, not normalise to length 1."""
     ids = words(text, padding="longest", truncation=True, return_tensors="pt").input_ids
     projected: Tensor = model.text_projection(model.text_model(input_ids=ids).pooler_output)
     return projected
 
 
 def similarity(model: CLIPModel, words: CLIPTokenizer, text: list[str], pixels: Tensor) -> Tensor:
-    """(N, M) exp(logit_scale) * cosine of captions and images."""
+    """Return (N, M) exp(logit_scale) * cosine of captions and images."""
     texts = F.normalize(embed_texts(model, words, text), dim=-1)
     images = F.normalize(embed_images(model, pixels), dim=-1)
     logits: Tensor = model.logit_scale.exp().clamp(max=100.0) * texts @ images.T
@@ -78,7 +78,7 @@ def similarity(model: CLIPModel, words: CLIPTokenizer, text: list[str], pixels: 
 
 
 def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
-    """Cross-entropy both ways, every true pair of the batch sharing the target. logits, positives: (N, N)."""
+    """Return the two-way cross-entropy; all true pairs of a row share the target. Both arguments: (N, N)."""
     rows = positives.float() / positives.sum(1, keepdim=True)
     columns = positives.float().T / positives.T.sum(1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns))
@@ -87,7 +87,7 @@ def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
 def train_clip(
     name: str, pool: Pool, words: CLIPTokenizer, config: CLIPConfig, steps: int, rng: torch.Generator
 ) -> CLIPModel:
-    """A contrastive CLIP; a share of its captions speaks of quality, so that the embedding keeps it."""
+    """Train a contrastive CLIP; a share of its captions states the quality, so that embeddings encode it."""
     torch.manual_seed(rng.initial_seed())
     model = CLIPModel(config)
 
@@ -95,13 +95,13 @@ def train_clip(
         scenes, pixels = pool.batch(pool.hard_index(256, 10, rng))
         captions = world.describe(scenes, rng, quality_share=0.4)
         logits = similarity(model, words, captions.text, pixels)
-        return contrastive_loss(logits, world.true_of(captions, scenes, scenes))
+        return contrastive_loss(logits, world.is_true_of(captions, scenes, scenes))
 
     return fit(name, model, loss_of_batch, steps, lr=1.5e-3)
 
 
 def aesthetic_head() -> nn.Sequential:
-    """Five linear layers without activation, shaped and numbered as in LAION's linear MSE head."""
+    """Return five linear layers without activation, shaped and numbered as in LAION's linear MSE head."""
     widths = [EMBED, 64, 32, 16, 8, 1]
     layers: list[nn.Module] = [nn.Linear(a, b) for a, b in pairwise(widths)]
     for place in (1, 3, 5):  # dropout stands between LAION's layers, hence the numbers 0 2 4 6 7
@@ -126,10 +126,10 @@ def train_aesthetic(clip: CLIPModel, pool: Pool, steps: int, rng: torch.Generato
     return fit("aesthetic head", head, loss_of_batch, steps, lr=3e-3)
 
 
-def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
+def sample_alternatives(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
     """Return scenes to compare with: other quality and, in half the cases, one or two attributes changed.
 
-    A change that would leave the part of the world is taken back.
+    A change that would leave the part of the world is undone.
     """
     n = len(scenes)
     blur, fade, noise = world.sample_quality(n, rng)
@@ -140,14 +140,14 @@ def rival(scenes: Scenes, part: Part, rng: torch.Generator) -> Scenes:
         other = torch.randint(count, (n,), generator=rng)
         columns[name] = torch.where(changed[:, i], other, getattr(scenes, name))
     shape, figure, background = columns["shape"], columns["figure"], columns["background"]
-    allowed = (figure != background) & world.belongs(shape, figure, background, part)
+    allowed = (figure != background) & world.is_in_part(shape, figure, background, part)
     for name in ("shape", "figure", "background"):
         columns[name] = torch.where(allowed, columns[name], getattr(scenes, name))
     return scenes.replace(**columns)
 
 
 def utilities(kind: str, captions: Captions, scenes: Scenes, imaged: Scenes) -> Tensor:
-    """(N,) the stated utility of each image for its own caption; `kind` is "pickscore" or "hpsv2"."""
+    """Return the stated utility (N,) of each image for its own caption; `kind` is "pickscore" or "hpsv2"."""
     utility = {"pickscore": world.pick_utility, "hpsv2": world.hps_utility}[kind]
     truth = world.agreement(captions, scenes, imaged).diagonal()
     return utility(imaged, truth)
@@ -158,20 +158,20 @@ def train_preference(
 ) -> CLIPModel:
     """Fine-tune on synthetic pairwise preferences, Bradley-Terry over the stated utility.
 
-    A contrastive term keeps the captions from being forgotten.
+    A contrastive term preserves the alignment with captions.
     """
 
     def loss_of_batch() -> Tensor:
         index = pool.hard_index(96, 8, rng)
         scenes, pixels = pool.batch(index)
-        other = rival(scenes, Part.EVALUATORS, rng)
+        other = sample_alternatives(scenes, Part.EVALUATORS, rng)
         other_pixels = world.draw(other, rng) * 2 - 1
         captions = world.describe(scenes, rng)
         logits = similarity(base, words, captions.text, torch.cat([pixels, other_pixels]))
         margin = logits.diagonal() - logits[:, len(scenes) :].diagonal()
         gap = utilities(kind, captions, scenes, scenes) - utilities(kind, captions, scenes, other)
         preference = F.binary_cross_entropy_with_logits(margin, torch.sigmoid(2 * gap))
-        truth = world.true_of(captions, scenes, scenes)
+        truth = world.is_true_of(captions, scenes, scenes)
         return preference + 0.3 * contrastive_loss(logits[:, : len(scenes)], truth)
 
     return fit(kind, base, loss_of_batch, steps, lr=4e-4)

@@ -31,11 +31,11 @@ class Pool:
         return Pool(scenes, (torch.cat(chunks) * 255).to(torch.uint8))
 
     def batch(self, index: Tensor) -> tuple[Scenes, Tensor]:
-        """The chosen scenes and their images (B, 3, 32, 32) in [-1, 1]."""
+        """Return the chosen scenes and their images (B, 3, 32, 32) in [-1, 1]."""
         return self.scenes[index], self.pixels[index].float() / 127.5 - 1
 
     def hard_index(self, n: int, colour_pairs: int, rng: torch.Generator) -> Tensor:
-        """n positions, half of them of a few colourings only, so that shape, size and texture must tell."""
+        """Return n positions, half of them of a few colourings, to make shape, size and texture matter."""
         easy = torch.randint(len(self.scenes), (n - n // 2,), generator=rng)
         pair = self.scenes.figure * len(world.COLOURS) + self.scenes.background
         kinds = pair.unique()
@@ -53,7 +53,7 @@ def fit(
     ema_decay: float = 0.0,
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> M:
-    """Minimise the loss with AdamW, warm-up and cosine decay; the (averaged) model, in eval mode.
+    """Minimise the loss with AdamW, warm-up and cosine decay; return the (averaged) model in eval mode.
 
     `ema_decay` > 0 returns an exponential moving average of the weights instead of the last ones.
     """

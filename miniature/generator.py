@@ -1,7 +1,7 @@
 """The generator's models: a small Karlo, stage by stage, in diffusers' own classes.
 
-Learns from the generator's part of the world only, with images of every quality, and is left
-deliberately imperfect: blur, fading and noise are part of what it has learnt to generate.
+They are trained on the generator's part of the world only, with images of every quality, and are imperfect
+on purpose: they also generate blur, fading and noise.
 """
 
 from copy import deepcopy
@@ -21,7 +21,7 @@ from miniature.fitting import Pool, fit
 DECODER_PX = 16
 DROP_CAPTION = 0.1
 EXTRA_TOKENS = 4
-# Lengths of the transitions that the variance channels learn: those of 6 to 25 denoising steps.
+# Lengths of the transitions that the variance channels are trained for: of 6 to 25 denoising steps.
 STRIDES = (40, 170)
 
 
@@ -35,7 +35,7 @@ class Conditioning:
 
 
 def text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
-    """The text half of a CLIP as Karlo stores it."""
+    """Return the text half of a CLIP as Karlo stores it."""
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
     parts = {k: v for k, v in clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
     encoder.load_state_dict(parts)
@@ -44,7 +44,7 @@ def text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
 
 @torch.no_grad()
 def condition(encoder: CLIPTextModelWithProjection, words: CLIPTokenizer, text: list[str]) -> Conditioning:
-    """Encode captions exactly as UnCLIPPipeline does: padded to the full context, mask kept beside."""
+    """Encode captions exactly as UnCLIPPipeline does: padded to the full context, with the mask."""
     tokens = words(
         text, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
     )
@@ -52,15 +52,15 @@ def condition(encoder: CLIPTextModelWithProjection, words: CLIPTokenizer, text: 
     return Conditioning(out.last_hidden_state, out.text_embeds, tokens.attention_mask.bool())
 
 
-def some_dropped(captions: list[str], rng: torch.Generator) -> tuple[list[str], Tensor]:
-    """Captions with a share replaced by the empty one (for guidance), and which (N,) were."""
+def drop_captions(captions: list[str], rng: torch.Generator) -> tuple[list[str], Tensor]:
+    """Replace a share of the captions by "" (for guidance); return them and the mask (N,) of dropped ones."""
     dropped = torch.rand(len(captions), generator=rng) < DROP_CAPTION
     return ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)], dropped
 
 
 @torch.no_grad()
 def image_embeddings(clip: CLIPModel, pool: Pool) -> Tensor:
-    """(N, E) unnormalised CLIP projections of all images of the pool."""
+    """Return (N, E) unnormalised CLIP projections of all images of the pool."""
     chunks = torch.arange(len(pool.scenes)).split(512)
     return torch.cat([evaluators.embed_images(clip, pool.batch(index)[1]) for index in chunks])
 
@@ -76,7 +76,7 @@ def train_prior(
     steps: int,
     rng: torch.Generator,
 ) -> PriorTransformer:
-    """Caption -> standardised image embedding by diffusion that predicts x0."""
+    """Train the prior: from captions to standardised image embeddings, by diffusion that predicts x0."""
     torch.manual_seed(rng.initial_seed())
     prior = PriorTransformer(
         num_attention_heads=4,
@@ -96,15 +96,15 @@ def train_prior(
     def loss_of_batch() -> Tensor:
         index = torch.randint(len(target), (192,), generator=rng)
         captions = world.describe(pool.scenes[index], rng, quality_share=0.2)
-        given = condition(encoder, words, some_dropped(captions.text, rng)[0])
+        conditioning = condition(encoder, words, drop_captions(captions.text, rng)[0])
         z0, t = target[index], torch.randint(1000, (len(index),), generator=rng)
         zt = scheduler.add_noise(z0, torch.randn(z0.shape, generator=rng), t)
         predicted = prior(
             zt,
             timestep=t,
-            proj_embedding=given.projected,
-            encoder_hidden_states=given.hidden,
-            attention_mask=given.mask,
+            proj_embedding=conditioning.projected,
+            encoder_hidden_states=conditioning.hidden,
+            attention_mask=conditioning.mask,
         ).predicted_image_embedding
         return F.mse_loss(predicted, z0)
 
@@ -112,7 +112,7 @@ def train_prior(
 
 
 def prior_scheduler() -> UnCLIPScheduler:
-    """Predicts the embedding itself, as Karlo's prior does."""
+    """Return a scheduler that predicts the embedding itself, as Karlo's prior does."""
     return UnCLIPScheduler(
         variance_type="fixed_small_log", clip_sample=True, clip_sample_range=5.0, prediction_type="sample"
     )
@@ -149,17 +149,19 @@ class DecoderWithProjection(nn.Module):
             norm_num_groups=8,
         )
 
-    def forward(self, x: Tensor, t: Tensor, image: Tensor, given: Conditioning, dropped: Tensor) -> Tensor:
-        """(N, 6, H, W) noise and variance; `dropped` (N,) rows see the learned empty image embedding."""
+    def forward(
+        self, x: Tensor, t: Tensor, image: Tensor, conditioning: Conditioning, dropped: Tensor
+    ) -> Tensor:
+        """Return noise and variance (N, 6, H, W); rows in `dropped` (N,) get the learned empty embedding."""
         empty = self.text_proj.learned_classifier_free_guidance_embeddings
         image = torch.where(dropped[:, None], empty[None], image)
         context, time_embedding = self.text_proj(
             image_embeddings=image,
-            prompt_embeds=given.projected,
-            text_encoder_hidden_states=given.hidden,
+            prompt_embeds=conditioning.projected,
+            text_encoder_hidden_states=conditioning.hidden,
             do_classifier_free_guidance=False,
         )
-        mask = F.pad(given.mask, (EXTRA_TOKENS, 0), value=True)
+        mask = F.pad(conditioning.mask, (EXTRA_TOKENS, 0), value=True)
         predicted: Tensor = self.unet(
             x, t, encoder_hidden_states=context, class_labels=time_embedding, attention_mask=mask
         ).sample
@@ -167,7 +169,7 @@ class DecoderWithProjection(nn.Module):
 
 
 def decoder_scheduler() -> UnCLIPScheduler:
-    """Predicts noise and a variance between its bounds, as Karlo's decoder does."""
+    """Return a scheduler that predicts noise and a variance between its bounds, as Karlo's decoder does."""
     return UnCLIPScheduler(
         variance_type="learned_range", clip_sample=True, clip_sample_range=1.0, prediction_type="epsilon"
     )
@@ -181,7 +183,7 @@ def train_decoder(
     steps: int,
     rng: torch.Generator,
 ) -> DecoderWithProjection:
-    """Noise prediction weighted by min-SNR-5, and a variational bound for the variance channels."""
+    """Train by noise prediction weighted by min-SNR-5, and a variational bound for the variance channels."""
     torch.manual_seed(rng.initial_seed())
     model = DecoderWithProjection()
     alpha_bar = decoder_scheduler().alphas_cumprod
@@ -190,20 +192,20 @@ def train_decoder(
         index = torch.randint(len(embeddings), (96,), generator=rng)
         scenes, pixels = pool.batch(index)
         x0 = F.adaptive_avg_pool2d(pixels, DECODER_PX)
-        text, dropped = some_dropped(world.describe(scenes, rng, quality_share=0.2).text, rng)
-        given = condition(encoder, words, text)
+        text, dropped = drop_captions(world.describe(scenes, rng, quality_share=0.2).text, rng)
+        conditioning = condition(encoder, words, text)
         t = torch.randint(1000, (len(index),), generator=rng)
         stride = torch.randint(*STRIDES, (len(index),), generator=rng)
         noise = torch.randn(x0.shape, generator=rng)
         a_t = alpha_bar[t][:, None, None, None]
         xt = a_t.sqrt() * x0 + (1 - a_t).sqrt() * noise
-        out = model(xt, t, embeddings[index], given, dropped)
+        out = model(xt, t, embeddings[index], conditioning, dropped)
         predicted, v = out.split(3, dim=1)
         weight = (5 * (1 - a_t) / a_t).clamp(max=1.0)
         simple = (weight * (predicted - noise) ** 2).mean()
-        earlier = t - stride
-        a_p = torch.where(earlier >= 0, alpha_bar[earlier.clamp(min=0)], 1.0)[:, None, None, None]
-        bound = variance_bound(x0, xt, predicted.detach(), v, a_t, a_p)[earlier >= 0].mean()
+        t_previous = t - stride
+        a_p = torch.where(t_previous >= 0, alpha_bar[t_previous.clamp(min=0)], 1.0)[:, None, None, None]
+        bound = variance_bound(x0, xt, predicted.detach(), v, a_t, a_p)[t_previous >= 0].mean()
         loss: Tensor = simple + 0.3 * bound
         return loss
 
@@ -211,9 +213,9 @@ def train_decoder(
 
 
 def variance_bound(x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, a_t: Tensor, a_p: Tensor) -> Tensor:
-    """KL(q(x_p | x_t, x0) || p(x_p | x_t)) in nats a dimension, (N, C, H, W).
+    """Return KL(q(x_p | x_t, x0) || p(x_p | x_t)) in nats a dimension, (N, C, H, W).
 
-    The transition of Nichol & Dhariwal (2021) with a stride: the mean is held, the variance learns.
+    The transition of Nichol & Dhariwal (2021) with a stride; only the variance gets a gradient.
     """
     beta = 1 - a_t / a_p
     posterior = beta * (1 - a_p) / (1 - a_t)
@@ -228,7 +230,7 @@ def variance_bound(x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, a_t: Tensor, 
 
 
 def super_resolution_unet() -> UNet2DModel:
-    """Reads noisy and upscaled image side by side."""
+    """Return a UNet that reads the noisy and the upscaled image side by side."""
     return UNet2DModel(
         sample_size=world.SIZE_PX,
         in_channels=6,
@@ -244,21 +246,21 @@ def super_resolution_unet() -> UNet2DModel:
 
 
 def super_resolution_scheduler() -> UnCLIPScheduler:
-    """Predicts the image, not the noise: at this size noise prediction gives colour casts."""
+    """Return a scheduler that predicts the image; noise prediction gives colour casts at this size."""
     return UnCLIPScheduler(
         variance_type="fixed_small_log", clip_sample=True, clip_sample_range=1.0, prediction_type="sample"
     )
 
 
 def upscaled(small: Tensor) -> Tensor:
-    """(N, 3, 32, 32) as UnCLIPPipeline upscales the decoder's image."""
+    """Upscale the decoder's images to (N, 3, 32, 32) as UnCLIPPipeline does."""
     return F.interpolate(
         small, size=[world.SIZE_PX, world.SIZE_PX], mode="bicubic", align_corners=False, antialias=True
     )
 
 
 def train_super_resolution(pool: Pool, steps: int, rng: torch.Generator) -> tuple[UNet2DModel, UNet2DModel]:
-    """The first UNet denoises from any timestep; the last refines what the first left at t = 0."""
+    """Train the first UNet to denoise from any timestep, and the last to refine its output at t = 0."""
     torch.manual_seed(rng.initial_seed())
     scheduler = super_resolution_scheduler()
 
@@ -272,7 +274,7 @@ def train_super_resolution(pool: Pool, steps: int, rng: torch.Generator) -> tupl
 
     def first_loss() -> Tensor:
         pixels, guide = pair()
-        # half at the start of the chain, where few-step sampling spends its time
+        # Half of them at the start of the chain, which matters most with few steps.
         t = torch.randint(1000, (len(pixels),), generator=rng)
         t = torch.where(torch.rand(len(pixels), generator=rng) < 0.5, 999, t)
         xt = scheduler.add_noise(pixels, torch.randn(pixels.shape, generator=rng), t)

@@ -1,4 +1,4 @@
-"""Writes the models in the published checkpoints' own layouts, so that the real loaders read them.
+"""Writers of the models in the published checkpoints' own layouts, for the real loaders.
 
 ====================  ==========================================================  =========================
 folder                looks like                                                  files
@@ -44,7 +44,7 @@ _MODEL_INDEX = {
 
 
 def write_clip(model: CLIPModel, folder: Path) -> None:
-    """A CLIPModel with its tokenizer and preprocessing, as on the hub."""
+    """Write a CLIPModel with its tokenizer and preprocessing, as on the hub."""
     model.half().save_pretrained(folder)
     model.float()
     tokenizer.save_hf(folder)
@@ -67,14 +67,14 @@ def write_clip(model: CLIPModel, folder: Path) -> None:
 
 
 def write_aesthetic(head: nn.Sequential, folder: Path) -> None:
-    """The head as LAION saved it: a bare state dict, layers.0, 2, 4, 6, 7."""
+    """Write the head as LAION saved it: a bare state dict, layers.0, 2, 4, 6, 7."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"layers.{name}": tensor.clone() for name, tensor in head.state_dict().items()}
     torch.save(state, folder / AESTHETIC_FILE)
 
 
 def write_hps(model: CLIPModel, folder: Path) -> None:
-    """The preference model under open_clip's names in a training checkpoint, as HPSv2 was published."""
+    """Write the preference model under open_clip's names in a training checkpoint, as HPSv2 was published."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.to_json_file(folder / "config.json", use_diff=False)
     architecture = convert_config(folder / "config.json")
@@ -89,7 +89,7 @@ def write_hps(model: CLIPModel, folder: Path) -> None:
 
 
 def write_karlo_text(encoder: CLIPTextModelWithProjection, folder: Path) -> None:
-    """The text encoder and its tokenizer, and the pipeline's index."""
+    """Write the text encoder, its tokenizer, and the pipeline's index."""
     encoder.half().save_pretrained(folder / "text_encoder")
     encoder.float()
     tokenizer.save_hf(folder / "tokenizer")
@@ -97,27 +97,27 @@ def write_karlo_text(encoder: CLIPTextModelWithProjection, folder: Path) -> None
 
 
 def write_prior(prior: PriorTransformer, folder: Path) -> None:
-    """The prior and its scheduler."""
+    """Write the prior and its scheduler."""
     _save(prior, folder / "prior")
     generator.prior_scheduler().save_pretrained(folder / "prior_scheduler")
 
 
 def write_decoder(model: generator.DecoderWithProjection, folder: Path) -> None:
-    """The decoder, its text projection and its scheduler."""
+    """Write the decoder, its text projection and its scheduler."""
     _save(model.unet, folder / "decoder")
     _save(model.text_proj, folder / "text_proj")
     generator.decoder_scheduler().save_pretrained(folder / "decoder_scheduler")
 
 
 def write_super_resolution(first: UNet2DModel, last: UNet2DModel, folder: Path) -> None:
-    """Both super-resolution UNets and their scheduler."""
+    """Write both super-resolution UNets and their scheduler."""
     _save(first, folder / "super_res_first")
     _save(last, folder / "super_res_last")
     generator.super_resolution_scheduler().save_pretrained(folder / "super_res_scheduler")
 
 
 def _save(model: ModelMixin, folder: Path) -> None:
-    """Half precision, without the path that diffusers notes of where the model was loaded from."""
+    """Save in half precision, without the source path that diffusers records."""
     model.half().save_pretrained(folder)
     model.float()
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Independent probe: a small CNN that reads an image's attributes.
 
-It takes no part in scoring or learning. It shows whether a gain in reward is a gain in the images.
+It takes no part in scoring or training, and verifies that a gain in reward is a gain in the images.
 """
 
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ class Reading:
     content: Tensor
     quality: Tensor
 
-    def faithful(self, content: Tensor) -> dict[str, float]:
-        """Share of images that show each attribute as requested, content (N, 5)."""
+    def accuracy(self, content: Tensor) -> dict[str, float]:
+        """Return the share of images that show each attribute as in `content` (N, 5)."""
         return dict(zip(CONTENT, (self.content == content).float().mean(0).tolist(), strict=True))
 
 
 class Probe(nn.Module):
-    """Convolutions to one vector, then a linear reading of every attribute."""
+    """Convolutions to one vector, then a linear layer for every attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Probe(nn.Module):
         self.head = nn.Linear(128, sum(CONTENT.values()) + len(QUALITY))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Logits of each content attribute, then quality (N, 3), for images (N, 3, 32, 32) in [-1, 1]."""
+        """Return logits of each content attribute, then quality (N, 3); images (N, 3, 32, 32) in [-1, 1]."""
         split = self.head(self.trunk(pixels)).split([*CONTENT.values(), len(QUALITY)], dim=1)
         return list(split)
 
@@ -64,12 +64,12 @@ class Probe(nn.Module):
 
 
 def quality_of(scenes: Scenes) -> Tensor:
-    """(N, 3) sharpness, vividness and cleanness in [0, 1]."""
+    """Return sharpness, vividness and cleanness in [0, 1], (N, 3)."""
     return torch.stack([world.sharpness(scenes), world.vividness(scenes), world.cleanness(scenes)], 1)
 
 
 def train_probe(pools: list[Pool], steps: int, rng: torch.Generator) -> Probe:
-    """Learn to read images of the evaluators' and the generator's parts; held-out scenes stay unseen."""
+    """Train on images of the evaluators' and the generator's parts, without held-out scenes."""
     torch.manual_seed(rng.initial_seed())
     probe = Probe()
 

@@ -1,7 +1,7 @@
 """A CLIP tokenizer for the miniature world, written in the published checkpoints' own files.
 
 Byte-level BPE with CLIP's vocabulary order: 256 bytes, the same 256 ending a word, the merges, the
-two special tokens. Every word of the world is one token; any other text falls apart into bytes.
+two special tokens. Every word of the world is one token; other text becomes bytes.
 """
 
 import gzip
@@ -17,7 +17,7 @@ CONTEXT_LENGTH = 24
 
 
 def words() -> list[str]:
-    """Every word that a caption of the world can contain."""
+    """Return every word that a caption of the world can contain."""
     empty = dict.fromkeys(("size", "texture", "figure", "shape", "background"), "")
     sentences = " ".join(template.format(**empty) for template in world.TEMPLATES)
     glue = [*sentences.replace(",", " , ").split(), "an", "and", "of"]
@@ -27,7 +27,7 @@ def words() -> list[str]:
 
 
 def merges() -> list[tuple[str, str]]:
-    """BPE merges, most frequent pair first (ties by spelling), until every word is a single symbol."""
+    """Return BPE merges, most frequent pair first (ties by spelling), until every word is a single symbol."""
     spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words()}
     learned: list[tuple[str, str]] = []
     while any(len(symbols) > 1 for symbols in spelt.values()):
@@ -49,21 +49,21 @@ def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _byte_symbols() -> list[str]:
-    """CLIP's printable stand-ins for the 256 byte values, in the order of its vocabulary."""
+    """Return CLIP's printable symbols of the 256 byte values, in the order of its vocabulary."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [b for b in range(256) if b not in kept]
     return [chr(b) for b in kept] + [chr(256 + i) for i in range(len(moved))]
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> id, in CLIP's order."""
+    """Return token ids by token, in CLIP's order."""
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges()), START, END]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def save_hf(folder: Path) -> None:
-    """vocab.json, merges.txt and the two configurations of a transformers CLIPTokenizer."""
+    """Write vocab.json, merges.txt and the two configurations of a transformers CLIPTokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -81,7 +81,7 @@ def save_hf(folder: Path) -> None:
 
 
 def save_open_clip(path: Path) -> None:
-    """The merges as open_clip's SimpleTokenizer reads them: a header line, no newline at the end."""
+    """Write the merges as open_clip's SimpleTokenizer reads them: a header line, no newline at the end."""
     text = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges())])
     path.parent.mkdir(parents=True, exist_ok=True)
     # mtime=0 keeps the file the same from build to build

@@ -1,13 +1,13 @@
 """A procedurally drawn world of coloured shapes with captions.
 
 A scene has content (shape, figure colour, background colour, size, texture) and quality
-(blur, fading, noise). Content decides whether a caption is true; quality decides whether the
-image is good. All attributes are columns of equal length N, so that thousands of scenes are
-drawn by a few tensor operations.
+(blur, fading, noise). Content decides whether a caption is true, quality whether the
+image is good. All attributes are columns of equal length N, so that a few tensor operations draw thousands
+of scenes.
 
 The 660 combinations of shape, figure and background are divided into three disjoint parts by a
-fixed hash: one that only the evaluators see, one that only the generator sees, and one that no model
-sees and everything is measured on.
+fixed hash: one for training the evaluators, one for training the generator, and a held-out one for all
+measurements.
 """
 
 from dataclasses import dataclass, fields
@@ -70,7 +70,7 @@ class Scenes:
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def replace(self, **columns: Tensor) -> "Scenes":
-        """The same scenes with some columns changed."""
+        """Return the same scenes with some columns changed."""
         return Scenes(**({f.name: getattr(self, f.name) for f in fields(self)} | columns))
 
     @property
@@ -89,15 +89,15 @@ class Captions:
 
 
 def combinations(part: Part) -> Tensor:
-    """(M, 3) shape, figure, background of one part of the world."""
+    """Return (M, 3) shape, figure, background of one part of the world."""
     sizes = (len(SHAPES), len(COLOURS), len(COLOURS))
     rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
     shape, figure, background = rows.T
-    return rows[(figure != background) & belongs(shape, figure, background, part)]
+    return rows[(figure != background) & is_in_part(shape, figure, background, part)]
 
 
-def belongs(shape: Tensor, figure: Tensor, background: Tensor, part: Part) -> Tensor:
-    """(N,) whether combinations are of a part; each part has every shape and colour about equally often."""
+def is_in_part(shape: Tensor, figure: Tensor, background: Tensor, part: Part) -> Tensor:
+    """Return (N,) whether combinations are in a part; parts have shapes and colours about equally often."""
     place = (3 * shape + 5 * figure + 2 * background + figure * background) % 7
     if part is Part.HELD_OUT:
         return place == 0
@@ -119,22 +119,22 @@ def sample_scenes(n: int, part: Part, rng: torch.Generator, colour_pairs: int | 
 
 
 def sample_quality(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Blur in pixels, fading in [0, MAX_FADE] and noise (standard deviation; none in half)."""
+    """Return blur in pixels, fading in [0, MAX_FADE] and noise (standard deviation; 0 in half of them)."""
     blur, fade, noise, has_noise = torch.rand(4, n, generator=rng)
     return blur * MAX_BLUR_PX, fade * MAX_FADE, noise * MAX_NOISE * (has_noise < 0.5)
 
 
 def perfect(scenes: Scenes) -> Scenes:
-    """The same content without blur, fading or noise."""
+    """Return the same content without blur, fading or noise."""
     zero = torch.zeros(len(scenes))
     return scenes.replace(blur_px=zero, fade=zero, noise=zero)
 
 
 def draw(scenes: Scenes, rng: torch.Generator, size_px: int = SIZE_PX) -> Tensor:
-    """Images (N, 3, size, size) in [0, 1], rounded to the 256 levels of a file.
+    """Return images (N, 3, size, size) in [0, 1], rounded to the 256 levels of a file.
 
-    The same scene is drawn at any resolution by averaging 32-pixel images, so that the decoder's
-    16-pixel targets show what the super-resolution's 32-pixel targets show.
+    Other sizes are averages of the 32-pixel images, so that the targets of the decoder (16 pixels) and of
+    the super-resolution (32 pixels) show the same.
     """
     colours = torch.tensor(list(PALETTE.values()))
     jitter = 0.04 * torch.randn(2, len(scenes), 3, generator=rng)
@@ -159,14 +159,14 @@ def _grid() -> tuple[Tensor, Tensor]:
 
 
 def _stripes(scenes: Scenes) -> Tensor:
-    """(N, H, W) in [0, 1]: where a striped figure lets its background shine through."""
+    """Return (N, H, W) in [0, 1]: transparency of the figure at its stripes."""
     y, _ = _grid()
     wave = (torch.sin(2 * torch.pi * y / STRIPE_PERIOD_PX) * 2 + 0.5).clamp(0, 1)
     return wave * scenes.texture[:, None, None]
 
 
 def _coverage(scenes: Scenes, rng: torch.Generator) -> Tensor:
-    """(N, H, W) antialiased coverage of the figure, from signed distances in pixels."""
+    """Return (N, H, W) antialiased coverage of the figure, from signed distances in pixels."""
     y, x = _grid()
     shift = 1.5 * (2 * torch.rand(2, len(scenes), 1, 1, generator=rng) - 1)
     angle = 0.15 * (2 * torch.rand(len(scenes), 1, 1, generator=rng) - 1)
@@ -181,7 +181,7 @@ def _coverage(scenes: Scenes, rng: torch.Generator) -> Tensor:
 
 
 def _signed_distances(u: Tensor, v: Tensor, r: Tensor) -> list[Tensor]:
-    """Signed distance to each shape of SHAPES, negative inside, in that order."""
+    """Return the signed distance to each shape of SHAPES, negative inside, in that order."""
     circle = (u * u + v * v).sqrt() - r
     square = torch.maximum(u.abs(), v.abs()) - 0.86 * r
     slope = 3**0.5 / 2
@@ -196,7 +196,7 @@ def _signed_distances(u: Tensor, v: Tensor, r: Tensor) -> list[Tensor]:
 
 
 def _blurred(image: Tensor, blur_px: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of its own for each image, edges repeated."""
+    """Return images after a Gaussian blur of a standard deviation per image, edges repeated."""
     n, c, h, w = image.shape
     taps = torch.arange(-6, 7, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (taps / blur_px.clamp(min=0.05)[:, None]) ** 2)
@@ -224,7 +224,7 @@ def describe(
     drop: float = 0.4,
     quality_share: float = 0.0,
 ) -> Captions:
-    """True captions: size and texture are left out with probability `drop`; some end with a quality word."""
+    """Return true captions, without size or texture with probability `drop`, some with a quality word."""
     n = len(scenes)
     keep = torch.rand(n, 2, generator=rng) >= drop
     which = torch.randint(len(TEMPLATES), (n,), generator=rng)
@@ -250,52 +250,52 @@ def _sentence(content: list[int], keep: list[bool], template: int, quality: int)
 
 
 def quality_words(scenes: Scenes) -> Tensor:
-    """(N, 3) for blur, fading and noise: the index in QUALITY_WORDS of the word that is true."""
+    """Return (N, 3) for blur, fading and noise: the index in QUALITY_WORDS of the true word."""
     bad = torch.stack([1 - sharpness(scenes), 1 - vividness(scenes), 1 - cleanness(scenes)], 1) > 0.5
     return bad + 2 * torch.arange(3)
 
 
 def agreement(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
-    """(N, M) share of the attributes stated by caption i (written for scene i) that hold in image j."""
+    """Return (N, M) share of the attributes stated by caption i (written for scene i) that image j shows."""
     same = caption_of.content[:, None] == imaged.content[None]
     stated = captions.stated[:, None].float()
     return (same * stated).sum(-1) / stated.sum(-1)
 
 
-def true_of(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
-    """(N, M) whether caption i, written for scene i, is true of image j, its quality word included."""
+def is_true_of(captions: Captions, caption_of: Scenes, imaged: Scenes) -> Tensor:
+    """Return (N, M) whether caption i, written for scene i, is true of image j, also its quality word."""
     content = agreement(captions, caption_of, imaged) > 0.999
-    spoken = (captions.quality[:, None, None] == quality_words(imaged)[None]).any(-1)
-    return content & (spoken | (captions.quality < 0)[:, None])
+    quality = (captions.quality[:, None, None] == quality_words(imaged)[None]).any(-1)
+    return content & (quality | (captions.quality < 0)[:, None])
 
 
 # Quality -------------------------------------------------------------------------------------
 
 
 def harmony(figure: Tensor, background: Tensor) -> Tensor:
-    """Stated colour harmony in [0, 1]: how far apart figure and background are in RGB."""
+    """Return the stated colour harmony in [0, 1]: the RGB distance of figure and background."""
     colours = torch.tensor(list(PALETTE.values()))
     distance: Tensor = torch.linalg.vector_norm(colours[figure] - colours[background], dim=-1)
     return distance / 3**0.5
 
 
 def sharpness(scenes: Scenes) -> Tensor:
-    """(N,) 1 without blur, 0 at the most blur."""
+    """Return (N,) 1 without blur, 0 at the most blur."""
     return 1 - scenes.blur_px / MAX_BLUR_PX
 
 
 def vividness(scenes: Scenes) -> Tensor:
-    """(N,) 1 without fading, 0 at the most fading."""
+    """Return (N,) 1 without fading, 0 at the most fading."""
     return 1 - scenes.fade / MAX_FADE
 
 
 def cleanness(scenes: Scenes) -> Tensor:
-    """(N,) 1 without noise, 0 at the most noise."""
+    """Return (N,) 1 without noise, 0 at the most noise."""
     return 1 - scenes.noise / MAX_NOISE
 
 
 def aesthetic(scenes: Scenes) -> Tensor:
-    """The world's stated aesthetic, (N,) on a scale of 1 to 10. It does not read captions."""
+    """Return the world's stated aesthetic, (N,) on a scale of 1 to 10; it does not depend on captions."""
     return 1 + 9 * (
         0.30 * sharpness(scenes)
         + 0.30 * vividness(scenes)
@@ -305,11 +305,11 @@ def aesthetic(scenes: Scenes) -> Tensor:
 
 
 def pick_utility(scenes: Scenes, truth: Tensor) -> Tensor:
-    """Stated utility of the miniature's PickScore: a true caption (truth in [0, 1]), then sharpness."""
+    """Return the utility of the miniature's PickScore: a true caption (truth in [0, 1]), then sharpness."""
     return 6 * truth + 2.0 * sharpness(scenes) + 0.5 * vividness(scenes) + 0.8 * cleanness(scenes)
 
 
 def hps_utility(scenes: Scenes, truth: Tensor) -> Tensor:
-    """Stated utility of the miniature's HPSv2: a true caption, then vivid and harmonious colours."""
+    """Return the utility of the miniature's HPSv2: a true caption, then vivid and harmonious colours."""
     colour = vividness(scenes) * (1 + harmony(scenes.figure, scenes.background))
     return 6 * truth + 0.5 * sharpness(scenes) + 1.6 * colour

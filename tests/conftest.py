@@ -15,18 +15,18 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
-# A shell's `&` has what it starts ignore Ctrl-C, and so would all that the tests start and interrupt.
+# A background process of a shell ignores SIGINT, and its children inherit that; tests send SIGINT to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @cache
 def _no_engine() -> str | None:
-    """Why no container engine can be used here, or None."""
+    """Return the reason why no container engine can be used, or None."""
     if shutil.which("docker") is None:
         return "no docker command on this machine"
     if subprocess.run(["docker", "info"], capture_output=True, check=False, timeout=60).returncode != 0:
-        return "no container engine answers `docker info`"
+        return "no container engine responds to `docker info`"
     if shutil.which("docker-compose") is None and not _has_compose_plugin():
         return "neither `docker compose` nor docker-compose on this machine"
     return None
@@ -52,7 +52,7 @@ REASONS = {"docker": _no_engine, "gpu": _no_gpu, "network": _no_network}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run, and say why."""
-    for marker, reason in REASONS.items():
-        if item.get_closest_marker(marker) and (why := reason()):
-            pytest.skip(why)
+    """Skip a test that this machine cannot run, with the reason."""
+    for marker, find_reason in REASONS.items():
+        if item.get_closest_marker(marker) and (reason := find_reason()):
+            pytest.skip(reason)

@@ -56,7 +56,7 @@ def on_post_page(output: str, page: Page, **_: Any) -> str:
 
 
 def settings_page(title: str, section: str, model: type[BaseModel]) -> str:
-    """Return the Markdown of one section's reference: a table for each model below it."""
+    """Return the Markdown reference of one section: a table for each of its models."""
     introduction = (
         f"All keys of the `{section}:` section of a configuration file, generated from the model "
         f"`{model.__module__}.{model.__name__}`. Set a key in the file, or on the command line with "
@@ -76,24 +76,24 @@ class _Setting:
 
 
 def _section(prefix: str, model: type[BaseModel], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of a model and of the models below it.
+    """Yield the Markdown lines of a model and of its nested models.
 
     Args:
         prefix: dotted key of the model, ending with a dot; empty at the top
         model: the model
-        defaults: the values of this section where the model above sets others than the model itself
+        defaults: values of this section that the parent model sets, in place of the model's own
     """
     inner: list[tuple[str, type[BaseModel], Mapping[str, Any]]] = []
     rows: list[_Setting] = []
     for name, field in model.model_fields.items():
-        below = _nested(field.annotation)
+        nested = _nested(field.annotation)
         default = defaults.get(name, field.get_default(call_default_factory=True, validated_data={}))
-        if below is None:
+        if nested is None:
             rows.append(_setting(prefix, name, model, field, default))
             continue
         named = get_origin(_bare(field.annotation)) is dict
         values: Mapping[str, Any] = default.model_dump(mode="json") if isinstance(default, BaseModel) else {}
-        inner.append((f"{prefix}{name}.{'NAME.' if named else ''}", below, values))
+        inner.append((f"{prefix}{name}.{'NAME.' if named else ''}", nested, values))
     if prefix:
         yield from (f"## `{prefix[:-1]}`", "")
     yield from (_docstring(model)[0], "")
@@ -106,8 +106,8 @@ def _section(prefix: str, model: type[BaseModel], defaults: Mapping[str, Any]) -
         for row in rows:
             yield f"| `{row.key}` | {row.kind} | {row.default} |" + described * f" {row.meaning} |"
         yield ""
-    for key, below, values in inner:
-        yield from _section(key, below, values)
+    for key, nested, values in inner:
+        yield from _section(key, nested, values)
 
 
 def _setting(prefix: str, name: str, model: type[BaseModel], field: FieldInfo, default: Any) -> _Setting:
@@ -160,7 +160,7 @@ def _kind(schema: JsonSchemaValue, definitions: Mapping[str, Any]) -> str:
 
 
 class _Schema(GenerateJsonSchema):
-    """A type that JSON does not know is text in a configuration file."""
+    """JSON schema in which a type that JSON does not have is a string."""
 
     def handle_invalid_for_json_schema(self, schema: CoreSchema, error_info: str) -> JsonSchemaValue:  # noqa: ARG002
         return {"type": "string"}
@@ -173,7 +173,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 @cache
 def _comments(model: type[BaseModel]) -> dict[str, str]:
-    """Return the source comments of each field: those above it, then those beside it."""
+    """Return the source comments of each field: those above it, then those at its end."""
     source = textwrap.dedent(inspect.getsource(model))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {it.start[0]: it.string.lstrip("#: ") for it in tokens if it.type == tokenize.COMMENT}

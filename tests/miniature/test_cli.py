@@ -1,4 +1,4 @@
-"""`python -m miniature`: what a user can mend is one line."""
+"""User errors of `python -m miniature` are one line."""
 
 import sys
 from pathlib import Path
@@ -30,15 +30,15 @@ def test_bad_input_is_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Cause and remedy before any long work, no traceback."""
+    """Cause and remedy without a traceback, before any long computation."""
     file = tmp_path / "a file"
     file.touch()
-    filled = [part.format(file=file, folder=tmp_path) for part in arguments]
-    monkeypatch.setattr(sys, "argv", ["miniature", *filled])
-    with pytest.raises(SystemExit) as left:
+    formatted = [part.format(file=file, folder=tmp_path) for part in arguments]
+    monkeypatch.setattr(sys, "argv", ["miniature", *formatted])
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    complaint = capfd.readouterr().err
-    assert left.value.code == 2
-    assert message in complaint
-    assert complaint.startswith("miniature: ")
-    assert complaint.count("\n") == 1
+    stderr = capfd.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in stderr
+    assert stderr.startswith("miniature: ")
+    assert stderr.count("\n") == 1

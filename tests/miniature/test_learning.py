@@ -1,4 +1,4 @@
-"""The miniature truly learns, and learns nothing from rewards that are not its own."""
+"""Training on the miniature raises the reward; training on shuffled rewards does not."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ SHORT = ("iterations=16", "threads=1")
 
 
 class EngineScorer:
-    """The service's engine and scales without HTTP between."""
+    """Scorer of the service's engine and scales, without HTTP."""
 
     def __init__(self, engine: RewardEngine, table: Calibration) -> None:
         self._engine, self._scales = engine, table.evaluators
@@ -51,8 +51,8 @@ def scorer() -> EngineScorer:
     return EngineScorer(engine, load_calibration(service.calibration, list(engine.evaluators)))
 
 
-def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
-    """Held-out comparison after a short training."""
+def train_and_compare(scorer: EngineScorer, *overrides: str) -> Comparison:
+    """Return the comparison on held-out prompts after a short training."""
     config = load_trainer_config(CONFIG, [*SHORT, *overrides])
     train, validation, _ = read_splits(config.prompts)
     sampler = load_sampler(config)
@@ -66,20 +66,20 @@ def gain(scorer: EngineScorer, *overrides: str) -> Comparison:
 
 
 @pytest.mark.timeout(600)
-def test_the_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
-    found = gain(scorer, "iterations=26")
+def test_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
+    found = train_and_compare(scorer, "iterations=26")
     assert found.composite.verdict == "rises"
     assert standard_errors(found.composite) > 3
 
 
 @pytest.mark.timeout(600)
-def test_with_rewards_shuffled_across_images_the_composite_does_not_rise(scorer: EngineScorer) -> None:
-    # Shuffled rewards make the policy wander, and a single evaluator may drift a little either way.
-    assert gain(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
+def test_composite_does_not_rise_with_shuffled_rewards(scorer: EngineScorer) -> None:
+    # With shuffled rewards the policy drifts randomly, and a single evaluator may rise or fall a little.
+    assert train_and_compare(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
 
 
-def guarded(scorer: EngineScorer, folder: Path, *overrides: str) -> RunResult:
-    """A short run with a guard, looked at twice."""
+def train_with_guard(scorer: EngineScorer, folder: Path, *overrides: str) -> RunResult:
+    """Run a short training with a reward-hacking guard that checks twice."""
     short = ["iterations=12", "threads=1", "evaluation.every=6", "prompts.validation_limit=40"]
     config = load_trainer_config(CONFIG, [*short, *overrides])
     run = RunFolder.create(config, folder)
@@ -88,10 +88,10 @@ def guarded(scorer: EngineScorer, folder: Path, *overrides: str) -> RunResult:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_what_games_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
-    """The aesthetic alone is paid for with everything else: what is asked for is drawn no more."""
-    alone = "objective.weights={aesthetic: 1.0}"
-    result = guarded(scorer, tmp_path / "run", alone, "guard.evaluator=clip")
+def test_training_on_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
+    """With the aesthetic as the only reward, images no longer match their prompts, and clip falls."""
+    aesthetic_only = "objective.weights={aesthetic: 1.0}"
+    result = train_with_guard(scorer, tmp_path / "run", aesthetic_only, "guard.evaluator=clip")
     assert result.ending is not None
     assert (result.ending.by, result.reached) == ("guard", 6)
     assert result.reward_hacking_reason is not None
@@ -100,9 +100,9 @@ def test_what_games_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_honest_run_does_not_trip_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
-    """The settings of `crossval`: three evaluators in balance, the fourth on guard."""
-    result = guarded(scorer, tmp_path / "run", "objective.weights.hpsv2=0", "guard.evaluator=hpsv2")
+def test_balanced_reward_does_not_trip_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
+    """As in `crossval`: three evaluators in the objective, the fourth is the guard."""
+    result = train_with_guard(scorer, tmp_path / "run", "objective.weights.hpsv2=0", "guard.evaluator=hpsv2")
     assert (result.ending, result.reached) == (None, 12)
     assert result.reward_hacking_reason is None
     assert result.evaluation.guard is not None

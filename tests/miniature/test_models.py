@@ -1,4 +1,4 @@
-"""The committed models are what the README says: real, small, and measurably good on unseen scenes."""
+"""Quality and size of the committed models of the miniature, on held-out scenes."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def engine() -> RewardEngine:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_captions_find_their_held_out_images(engine: RewardEngine, seed: int) -> None:
+def test_captions_retrieve_their_held_out_images(engine: RewardEngine, seed: int) -> None:
     found = evaluate.retrieval(engine, stream(seed))
     assert set(found) == {"clip", "pickscore", "hpsv2"}
     for share in found.values():
@@ -39,43 +39,43 @@ def test_captions_find_their_held_out_images(engine: RewardEngine, seed: int) ->
 
 
 @pytest.mark.parametrize("kind", ["pickscore", "hpsv2"])
-def test_preference_models_prefer_what_they_were_taught(engine: RewardEngine, kind: str) -> None:
+def test_preference_models_agree_with_their_stated_utility(engine: RewardEngine, kind: str) -> None:
     assert evaluate.preference_accuracy(engine, kind, stream(3)) > 0.7
 
 
-def test_the_aesthetic_follows_its_stated_target(engine: RewardEngine) -> None:
+def test_aesthetic_correlates_with_its_stated_target(engine: RewardEngine) -> None:
     assert evaluate.aesthetic_correlation(engine, stream(4)) > 0.6
 
 
-def test_the_four_scores_disagree_usefully_on_generated_images(engine: RewardEngine) -> None:
+def test_correlations_of_the_four_scores_are_below_0_9(engine: RewardEngine) -> None:
     trainer = load_trainer_config(CONFIG)
     prompts = read_splits(trainer.prompts).validation[:24]
-    images, asked = evaluate.generate(load_sampler(trainer), prompts, 4)
-    together = evaluate.correlations(evaluate.score(engine, asked, images, "scoring"))
-    assert len(together) == 6
-    assert max(map(abs, together.values())) < 0.9
+    images, requested = evaluate.generate(load_sampler(trainer), prompts, 4)
+    correlations = evaluate.correlations(evaluate.score(engine, requested, images, "scoring"))
+    assert len(correlations) == 6
+    assert max(map(abs, correlations.values())) < 0.9
 
 
-def test_the_generator_paints_the_colours_sizes_and_textures_it_is_asked_for() -> None:
+def test_generator_follows_the_requested_colours_sizes_and_textures() -> None:
     trainer = load_trainer_config(CONFIG)
     prompts = read_splits(trainer.prompts).validation[:24]
-    images, asked = evaluate.generate(load_sampler(trainer), prompts, 4)
-    shown = evaluate.fidelity(MODELS / PROBE, asked, images)
-    # Shapes are left out: without guidance the base hardly has them, which leaves the trainer something.
+    images, requested = evaluate.generate(load_sampler(trainer), prompts, 4)
+    shown = evaluate.fidelity(MODELS / PROBE, requested, images)
+    # Without guidance the base policy hardly shows the requested shapes; training can improve on that.
     assert min(shown["figure"], shown["background"]) > 0.8  # chance is 1 in 11
     assert min(shown["size"], shown["texture"]) > 0.6  # chance is 1 in 2
 
 
-def test_all_weights_together_stay_below_20_mb() -> None:
+def test_committed_models_are_below_20_mb() -> None:
     size = sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file())
     assert size < 20e6
 
 
-def test_no_model_names_the_folder_it_was_made_in() -> None:
+def test_no_model_records_its_build_folder() -> None:
     assert not [path for path in MODELS.rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
 
 
-def test_an_interrupted_build_goes_on_and_its_models_load(tmp_path: Path) -> None:
+def test_interrupted_build_resumes_and_its_models_load(tmp_path: Path) -> None:
     work, models = tmp_path / "work", tmp_path / "models"
     work.mkdir()
     first = Build(work, effort=0.001)

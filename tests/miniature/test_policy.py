@@ -1,4 +1,4 @@
-"""The policy on the committed models, against diffusers' own pipeline."""
+"""Policy on the committed models, against diffusers' own pipeline."""
 
 from pathlib import Path
 
@@ -23,8 +23,10 @@ def generators(count: int) -> list[torch.Generator]:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 8.0])
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_base_policy_draws_the_pipelines_images_with_ratio_one(count: int, guidance: float) -> None:
-    """Adapter off: same generators, same images; adapter on: replay has the density of sampling."""
+def test_base_policy_generates_the_images_of_the_pipeline_and_replays_with_ratio_one(
+    count: int, guidance: float
+) -> None:
+    """Without the adapter, equal generators give equal images; with it, replay repeats the density."""
     config = load_trainer_config(CONFIG)
     prompts = list(read_prompts(config.prompts.validation, count))
     karlo = load_karlo(config.karlo)

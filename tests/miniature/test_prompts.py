@@ -1,4 +1,4 @@
-"""The miniature's captions are what its build writes."""
+"""Committed prompts of the miniature equal those of its build."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from miniature.build import write_prompts
 
-SHIPPED = Path(__file__).parents[2] / "miniature" / "prompts"
+COMMITTED = Path(__file__).parents[2] / "miniature" / "prompts"
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["train.txt", "validation.txt", "test.txt"])
-def test_the_build_writes_what_is_shipped(written: Path, name: str) -> None:
-    """Line by line."""
-    assert (written / name).read_text() == (SHIPPED / name).read_text()
+def test_build_writes_the_committed_prompts(written: Path, name: str) -> None:
+    """Byte for byte."""
+    assert (written / name).read_text() == (COMMITTED / name).read_text()

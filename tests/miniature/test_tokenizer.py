@@ -1,4 +1,4 @@
-"""Both tokenizers of the miniature read the world's words as single tokens and agree with each other."""
+"""Tokenizers of the miniature: one token a word, the same ids in transformers and open_clip."""
 
 from pathlib import Path
 
@@ -40,14 +40,14 @@ def test_transformers_and_open_clip_give_the_same_ids(folder: Path) -> None:
         assert theirs(text)[0, : len(ids)].tolist() == ids
 
 
-def test_a_long_caption_keeps_its_end_of_text(folder: Path) -> None:
+def test_long_caption_keeps_its_end_of_text_token(folder: Path) -> None:
     words = CLIPTokenizer.from_pretrained(folder)
     ids = words("red circle " * 50, truncation=True, max_length=tokenizer.CONTEXT_LENGTH).input_ids
     assert len(ids) == tokenizer.CONTEXT_LENGTH
     assert ids[-1] == words.eos_token_id
 
 
-def test_the_files_are_the_same_from_build_to_build(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_files_are_the_same_in_every_build(folder: Path, tmp_path: Path) -> None:
     tokenizer.save_hf(tmp_path)
     tokenizer.save_open_clip(tmp_path / "bpe.txt.gz")
     for path in tmp_path.iterdir():

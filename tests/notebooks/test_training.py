@@ -1,4 +1,4 @@
-"""The notebook, executed from its first cell to its last on the miniature, with a shorter experiment."""
+"""Notebook, executed from the first to the last cell on the miniature with a short experiment."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ SPACE = "search.space={update.learning_rate: {low: 1.0e-4, high: 1.0e-3}}"
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_first_to_last_cell(tmp_path: Path) -> None:
+def test_notebook_runs_from_first_to_last_cell(tmp_path: Path) -> None:
     """It trains, searches, cross-validates, shows images and leaves a report and a LoRA."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
@@ -42,8 +42,8 @@ def test_the_notebook_runs_from_first_to_last_cell(tmp_path: Path) -> None:
     assert list((experiment / "final" / "lora").glob("*.safetensors"))
 
 
-def test_the_notebook_is_kept_without_outputs() -> None:
-    """What somebody's run printed would be out of date, and swell every change."""
+def test_notebook_is_committed_without_outputs() -> None:
+    """Outputs of an earlier run would be out of date and enlarge every diff."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert all(

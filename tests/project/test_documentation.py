@@ -1,4 +1,4 @@
-"""The documentation: its commands parse, and the files, modules and settings that it names exist."""
+"""Documentation: its commands parse, and the files, modules and make targets that it names exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def page_id(page: Path) -> str:
 
 
 def shell_lines(page: Path) -> Iterator[str]:
-    """The commands of a page's shell blocks, continuation lines joined."""
+    """Yield the commands of a page's shell blocks, continuation lines joined."""
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         yield from block.replace("\\\n", " ").splitlines()
 
@@ -70,7 +70,7 @@ COMMANDS = sorted(
 def test_commands_of_the_documentation_parse(
     program: str, arguments: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command can be copied: its options exist, and no required one is missing."""
+    """A command can be copied: its options exist, and no required option is missing."""
     for name in ("photo.jpg", "metadata.parquet"):
         (tmp_path / name).touch()
     for link in ("configs", "miniature"):
@@ -86,7 +86,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_make_targets_of_the_documentation_exist(page: Path) -> None:
-    """A target that is named in a shell block or in code is in the Makefile."""
+    """Targets in shell blocks and in code are in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = re.findall(r"^make ([a-z-]+)", "\n".join(shell_lines(page)), re.MULTILINE)
     named += re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))
@@ -125,14 +125,14 @@ def test_documentation_uses_the_vocabulary(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=page_id)
-def test_links_between_files_lead_somewhere(page: Path) -> None:
+def test_relative_links_name_existing_files(page: Path) -> None:
     """A relative link names a file; those inside docs/ are checked by `make docs`."""
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_readme_is_short_and_its_images_are_small() -> None:
-    """A README that people finish."""
+    """A README of readable length that loads quickly."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert 130 <= len(lines) <= 180
     assert all(image.stat().st_size < 150_000 for image in (ROOT / "docs/images").iterdir())

@@ -1,4 +1,4 @@
-"""The two Dockerfiles keep the promises that need no engine to check."""
+"""Guarantees of the two Dockerfiles that can be checked without an engine."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ FILES = ("Dockerfile.reward", "Dockerfile.trainer")
 
 
 def instructions(name: str) -> list[str]:
-    """The lines of a Dockerfile without comments."""
+    """Return the lines of a Dockerfile without comments."""
     return [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
 
 
 def test_both_images_begin_with_the_same_layers():
-    """The large layer is built, stored and pulled once."""
+    """The large torch layer is built, stored and pulled once."""
     heads = [lines[: next(i for i, x in enumerate(lines) if "torch.lock" in x and "RUN" in x) + 1]
              for lines in map(instructions, FILES)]  # fmt: skip
     assert heads[0] == heads[1]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_image_does_not_run_as_root(name):
-    """What breaks out of the process is still nobody."""
+def test_image_does_not_run_as_root(name):
+    """An attacker who takes over the process is an unprivileged user."""
     assert [line for line in instructions(name) if line.startswith("USER ")][-1] == "USER lab"
 
 
@@ -36,6 +36,6 @@ def test_code_comes_after_every_installation(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_base_image_can_be_replaced(name):
-    """Sites with an own base image build with --build-arg BASE_IMAGE."""
+def test_base_image_can_be_replaced(name):
+    """Sites with their own base image build with --build-arg BASE_IMAGE."""
     assert "ARG BASE_IMAGE=python:3.11-slim" in instructions(name)

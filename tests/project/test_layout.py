@@ -1,4 +1,4 @@
-"""The layout of the repository: small rooms, plain first lines, no private names across modules."""
+"""Layout of the repository: small folders, plain docstrings, no private names across modules."""
 
 import ast
 import re
@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("reward_service", "trainer")
 FIRST_PARTY = (*PACKAGES, "benchmarks", "miniature", "tools")
 MOST_MODULES_IN_A_FOLDER, MOST_MODULES, MOST_LAYERS = 12, 115, 20
-#: A first line names the thing; it does not ask about it.
+#: A first line names the thing and does not begin with a question word.
 QUESTION = re.compile(r"(?:What|Who|Whose|Whom|Whether|Where|How|Why|When|Which|That|If)\b")
 SPHINX = re.compile(r"^\s*:(?:param|returns?|raises|type|rtype)\b", re.MULTILINE)
-#: Not modules of their own: what a package is, and how it is run.
-DUNDER = ("__init__.py", "__main__.py")
+#: Not counted as modules.
+UNCOUNTED = ("__init__.py", "__main__.py")
 
 
 @cache
 def files(*folders: str) -> tuple[Path, ...]:
-    """The Python files that git tracks or would track, below some folders."""
+    """Return the Python files below some folders that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -40,7 +40,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def documented(file: Path) -> Iterator[tuple[str, str]]:
-    """Name and docstring of a module and everything in it that has one."""
+    """Yield name and docstring of a module and of everything in it that has one."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
@@ -48,57 +48,57 @@ def documented(file: Path) -> Iterator[tuple[str, str]]:
                 yield getattr(node, "name", "the module"), text
 
 
-def shown(found: list[str]) -> str:
+def listed_lines(found: list[str]) -> str:
     return "\n".join(["", *found])
 
 
 def test_no_folder_has_more_than_twelve_modules() -> None:
-    count = Counter(file.parent for file in files(".") if file.name not in DUNDER)
+    count = Counter(file.parent for file in files(".") if file.name not in UNCOUNTED)
     crowded = [
         f"{folder.relative_to(ROOT)}: {n}" for folder, n in count.items() if n > MOST_MODULES_IN_A_FOLDER
     ]
-    assert not crowded, shown(crowded)
+    assert not crowded, listed_lines(crowded)
 
 
-def test_the_two_packages_stay_small() -> None:
+def test_packages_have_at_most_115_modules() -> None:
     assert len([file for file in files(*PACKAGES) if file.name != "__init__.py"]) <= MOST_MODULES
 
 
-def test_every_module_says_what_it_holds() -> None:
+def test_every_module_docstring_names_its_subject() -> None:
     """A noun phrase or an imperative; tests and benchmarks too."""
-    silent = [
+    undocumented = [
         str(file.relative_to(ROOT))
         for file in files(".")
         if file.read_text(encoding="utf-8").strip() and not ast.get_docstring(tree(file))
     ]
-    assert not silent, shown(silent)
-    asking = [
+    assert not undocumented, listed_lines(undocumented)
+    questions = [
         f"{file.relative_to(ROOT)}: {text.splitlines()[0]}"
         for file in files(".")
         if (text := ast.get_docstring(tree(file))) and QUESTION.match(text)
     ]
-    assert not asking, shown(asking)
+    assert not questions, listed_lines(questions)
 
 
-def test_no_first_line_of_the_packages_is_a_question() -> None:
-    asking = [
+def test_no_docstring_of_the_packages_begins_with_a_question_word() -> None:
+    questions = [
         f"{file.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
         for file in files(*PACKAGES)
         for name, text in documented(file)
         if QUESTION.match(text)
     ]
-    assert not asking, shown(asking)
+    assert not questions, listed_lines(questions)
 
 
-def test_docstrings_are_of_one_dialect() -> None:
-    """Google's sections; no Sphinx field lists."""
+def test_docstrings_are_in_google_style() -> None:
+    """No Sphinx field lists."""
     fields = [
         f"{file.relative_to(ROOT)}: {name}"
         for file in files(".")
         for name, text in documented(file)
         if SPHINX.search(text)
     ]
-    assert not fields, shown(fields)
+    assert not fields, listed_lines(fields)
 
 
 def test_no_two_classes_of_a_package_share_a_name() -> None:
@@ -109,7 +109,7 @@ def test_no_two_classes_of_a_package_share_a_name() -> None:
                 if isinstance(node, ast.ClassDef):
                     places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
         twice = [f"{name}: {', '.join(found)}" for name, found in places.items() if len(found) > 1]
-        assert not twice, shown(twice)
+        assert not twice, listed_lines(twice)
 
 
 def _is_private(name: str) -> bool:
@@ -117,7 +117,7 @@ def _is_private(name: str) -> bool:
 
 
 def private_uses(file: Path) -> Iterator[str]:
-    """Private names of other first-party modules: imported, or taken as attributes of an imported module."""
+    """Yield uses of other first-party modules' private names, imported or as attributes of a module."""
     modules = set()
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FIRST_PARTY:
@@ -136,7 +136,7 @@ def private_uses(file: Path) -> Iterator[str]:
 
 def test_no_private_name_is_used_from_another_module() -> None:
     used = [f"{file.relative_to(ROOT)}: {use}" for file in files(*FIRST_PARTY) for use in private_uses(file)]
-    assert not used, shown(used)
+    assert not used, listed_lines(used)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +145,8 @@ def contracts() -> list[dict[str, object]]:
     return [it for it in settings["tool"]["importlinter"]["contracts"] if it["type"] == "layers"]
 
 
-def test_every_room_stands_in_the_floor_order(contracts: list[dict[str, object]]) -> None:
-    """A new module or folder that is in no layer is reported by import-linter."""
+def test_layer_contracts_are_exhaustive(contracts: list[dict[str, object]]) -> None:
+    """import-linter reports a new module or folder that is in no layer."""
     assert {name for it in contracts for name in it["containers"]} == set(PACKAGES)  # type: ignore[union-attr]
     assert all(it.get("exhaustive") for it in contracts)
     assert sum(len(it["layers"]) for it in contracts) <= MOST_LAYERS  # type: ignore[arg-type]

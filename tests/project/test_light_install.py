@@ -1,4 +1,4 @@
-"""The plain install: a client that works, and programs that say which extra they need."""
+"""Install without extras: a working client, and programs that name the extra they need."""
 
 import subprocess
 import sys
@@ -24,15 +24,15 @@ HIDDEN = (
 
 
 def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process where the extras' packages cannot be imported."""
+    """Run Python code in a process in which the extras' packages cannot be imported."""
     hide = f"import sys\nfor name in {HIDDEN}: sys.modules[name] = None\n"
     return subprocess.run(
         [sys.executable, "-c", hide + code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
 
 
-def test_the_client_works_without_the_extras():
-    """Whoever only asks for scores needs the plain install."""
+def test_client_works_without_extras():
+    """A program that only requests scores needs no extra."""
     done = run_without_extras(
         "from reward_service.client import RewardClient; RewardClient('http://x').close()"
     )
@@ -46,7 +46,7 @@ def test_the_client_works_without_the_extras():
         ("sys.argv = ['t', 'generate', '--prompt', 'x']; from trainer.cli import main; main()", "trainer"),
     ],
 )
-def test_a_program_without_its_extra_says_which_one(code, extra):
+def test_program_without_its_extra_names_the_extra(code, extra):
     """One line names the missing package and the extra, in place of a traceback."""
     done = run_without_extras(code)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Layer contracts between and inside the packages: `make check` reports a forbidden import."""
+"""Import contracts between and inside the packages: import-linter reports a forbidden import."""
 
 import shutil
 import subprocess
@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN = [
-    ("reward_service/engine/engine.py", "import trainer.config", "The reward service never imports the trainer"),
+    (
+        "reward_service/engine/engine.py",
+        "import trainer.config",
+        "The reward service never imports the trainer",
+    ),
     ("trainer/rl/karlo.py", "import reward_service.images", "The trainer imports only client"),
     ("reward_service/images.py", "import torch", "Client, adapters, wire types and settings"),
     (
@@ -23,7 +27,7 @@ FORBIDDEN = [
 
 
 def broken_contracts(folder: Path) -> list[str]:
-    """The names of the contracts that import-linter reports as broken."""
+    """Return the contracts that import-linter reports as broken."""
     lint = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"],
         cwd=folder, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(folder)},
@@ -33,7 +37,7 @@ def broken_contracts(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("file", "line", "contract"), FORBIDDEN)
-def test_a_forbidden_import_is_reported(tmp_path, file, line, contract):
+def test_forbidden_import_is_reported(tmp_path, file, line, contract):
     """Each contract is broken on purpose once, and import-linter names it."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in ("reward_service", "trainer", "miniature"):
