@@ -33,7 +33,7 @@ from trainer.runtime.errors import GuardError
 CROSSVAL_FILE, TEST_FILE = "crossval.json", "test.json"
 FOLDS, FINAL = "folds", "final"  # folders
 
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 def cross_validate(
@@ -119,7 +119,7 @@ def _is_finished(experiment: Experiment, config: TrainerConfig, fold: int) -> bo
 # ------------------------------------------------------------------------------------------ summary
 
 
-def summarize(experiment: Experiment, config: TrainerConfig) -> Json:
+def summarize(experiment: Experiment, config: TrainerConfig) -> JsonObject:
     """Return the content of crossval.json: each fold, all folds pooled, and the length of the final fit."""
     rows, parts = [], []
     for fold in range(config.crossval.folds):
@@ -135,7 +135,7 @@ def summarize(experiment: Experiment, config: TrainerConfig) -> Json:
     return {"folds": rows, "pooled": all_folds.to_dict(), "chosen_iterations": chosen}
 
 
-def _fold_row(fold: int, split: Split, run: RunFolder) -> Json:
+def _fold_row(fold: int, split: Split, run: RunFolder) -> JsonObject:
     evaluation, finished = run.read_json("evaluation.json"), run.read_json("finished.json")
     return {
         "fold": fold,
@@ -194,7 +194,7 @@ def _gain_cells(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def final_fit(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console, iterations: int
-) -> Json:
+) -> JsonObject:
     """Train on all folds for so many iterations of the schedule; measure once on the test prompts.
 
     The test prompts are not used during training: no evaluation, no early stopping.
@@ -211,7 +211,7 @@ def final_fit(
             console.print(f"Final fit on all folds, {iterations} iterations; then the test prompts, once")
             last, fold = iterations, config.crossval.folds
             train_run(run_config, experiment.splits.final(), scorer, run, console, fold=fold, last=last)
-        test: Json = run.read_json("evaluation.json")
+        test: JsonObject = run.read_json("evaluation.json")
         experiment.folder.write_json(TEST_FILE, test)
         return test
     finally:

@@ -16,7 +16,7 @@ from trainer.evaluation.stopping import EvaluationResult, StopperState
 from trainer.experiments.experiment import Experiment
 from trainer.experiments.space import resolve_settings, trial_config
 from trainer.experiments.study import ClaimedTrial
-from trainer.experiments.trial import GUARD, Settings, settings_text
+from trainer.experiments.trial import GUARD, TrialSettings, settings_text
 from trainer.rl.rewards import Images, Scorer, Scores, ScoringError
 from trainer.runs.folder import BASE_FILE, METRICS_FILE, RunFolder, is_finished
 from trainer.runs.train import train_run
@@ -25,7 +25,7 @@ from trainer.runtime.files import write_atomically
 
 SEARCH, TRIALS = "search", "trials"  # folders
 
-Outcome = dict[str, Any]  # gain, iterations, ending, reason: as the study stores them
+TrialOutcome = dict[str, Any]  # gain, iterations, ending, reason: as the study stores them
 
 
 class UnsuitableError(Exception):
@@ -67,7 +67,7 @@ def run_trial(
     return None
 
 
-def _checked_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
+def _checked_config(config: TrainerConfig, changes: TrialSettings) -> TrainerConfig:
     try:
         return trial_config(config, changes)
     except ConfigError as error:
@@ -87,7 +87,7 @@ def _train(
     experiment: Experiment,
     scorer: Scorer,
     null: bool,
-) -> Outcome:
+) -> TrialOutcome:
     """Train the trial unless it is finished, report its evaluations and return its outcome."""
     split = experiment.splits.fold(0)
     run_config, run = experiment.open_run(config, SEARCH, TRIALS, f"{claimed.number:04d}")
@@ -120,7 +120,7 @@ def _logged_gains(run: RunFolder) -> list[tuple[int, float]]:
     return [(it["iteration"] + 1, it["evaluation"]["composite"]["difference"]) for it in evaluated]
 
 
-def _read_outcome(run: RunFolder) -> Outcome:
+def _read_outcome(run: RunFolder) -> TrialOutcome:
     """Return the outcome of a finished run."""
     evaluation, finished = run.read_json("evaluation.json"), run.read_json("finished.json")
     ending = evaluation["ending"] or {"by": None, "reason": None}

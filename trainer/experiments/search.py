@@ -38,9 +38,9 @@ from trainer.experiments.study import (
     read_trials,
 )
 from trainer.experiments.trial import (
-    Gain,
-    Settings,
+    GainRow,
     Trial,
+    TrialSettings,
     Winner,
     choose_winner,
     search_sentences,
@@ -66,7 +66,7 @@ SHARED = (
 
 def search_winner(
     experiment: Experiment, config: TrainerConfig, scorer: Scorer, console: Console
-) -> Settings:
+) -> TrialSettings:
     """Return the winner's settings and the composite that chose it; empty without a winner."""
     winner = search(experiment, config, scorer, console)
     if winner is None:
@@ -222,14 +222,14 @@ def _check_is_here(study: SearchStudy, experiment: Experiment, config: TrainerCo
 
 def _measure_again(
     experiment: Experiment, config: TrainerConfig, best: Trial, scorer: Scorer, console: Console
-) -> Gain:
+) -> GainRow:
     """Return the winner's gain on the same prompts, with fresh random streams for both policies.
 
     Raises:
         EvaluationError: An image cannot be scored.
     """
     run = RunFolder(experiment.path / SEARCH / TRIALS / f"{best.number:04d}")
-    stored: Gain | None = run.read_json(FRESH_FILE)
+    stored: GainRow | None = run.read_json(FRESH_FILE)
     if stored is not None:
         return stored
     console.print(f"Trial {best.number} is the best: measuring it again on fresh random streams")
@@ -242,7 +242,7 @@ def _measure_again(
     sampler.policy.load_lora(run.lora)
     tuned = measure(sampler, scorer, split.validation, fresh.evaluation, "winner again")
     result = evaluate_against_base(fresh, scorer, best.iterations, base, tuned, split.groups)
-    gain: Gain = result.comparison.rows()[result.comparison.composite.name]  # type: ignore[assignment]
+    gain: GainRow = result.comparison.rows()[result.comparison.composite.name]  # type: ignore[assignment]
     run.write_json(FRESH_FILE, gain)
     return gain
 
@@ -252,7 +252,7 @@ def _write_results(
     experiment: Experiment,
     config: TrainerConfig,
     best: Trial | None = None,
-    fresh: Gain | None = None,
+    fresh: GainRow | None = None,
 ) -> Winner | None:
     """Write search.json from the study as it is now; return the winner."""
     with Lock(experiment.path / SEARCH / ".writing", wait_s=None):

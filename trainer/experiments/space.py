@@ -25,7 +25,7 @@ from optuna.trial import Trial as OptunaTrial
 
 from trainer.config import ConfigError, SearchConfig, SpaceConfig, TrainerConfig, with_values
 from trainer.evaluation.guard import ROTATE, with_guard
-from trainer.experiments.trial import Settings
+from trainer.experiments.trial import TrialSettings
 from trainer.rl.rewards import Scorer
 from trainer.runs.setup import check_evaluators
 from trainer.runtime.rng import stream_seed
@@ -122,14 +122,14 @@ def _decode(spec: SpaceConfig, encoded: Any) -> Any:
 # ------------------------------------------------------------------------------------- configuration
 
 
-def resolve_settings(config: TrainerConfig, sampled: Sampled) -> Settings:
+def resolve_settings(config: TrainerConfig, sampled: Sampled) -> TrialSettings:
     """Return a trial's settings: the sampled values, with `times` and `over` worked out."""
     absolute = {key: sampled[key] for key in sampled if _reference_key(config.search.space[key]) is None}
     relative = {key: _resolve(config, key, sampled[key], absolute) for key in sampled if key not in absolute}
     return {key: (absolute | relative)[key] for key in sampled}
 
 
-def _resolve(config: TrainerConfig, key: str, value: Any, absolute: Settings) -> Any:
+def _resolve(config: TrainerConfig, key: str, value: Any, absolute: TrialSettings) -> Any:
     spec = config.search.space[key]
     other = str(_reference_key(spec))
     reference = absolute[other] if other in absolute else setting_value(config, other)
@@ -157,7 +157,7 @@ def setting_value(config: TrainerConfig, dotted: str) -> Any:
     return value
 
 
-def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
+def trial_config(config: TrainerConfig, changes: TrialSettings) -> TrainerConfig:
     """Return the configuration of a trial: the experiment's with the trial's settings.
 
     Trials are compared by the experiment's composite, whatever weights a trial trains with. The result does
@@ -168,7 +168,7 @@ def trial_config(config: TrainerConfig, changes: Settings) -> TrainerConfig:
     """
     search, first_fold = config.search, with_guard(config, 0)
     iterations = search.iterations or config.iterations
-    fixed: Settings = {
+    fixed: TrialSettings = {
         "iterations": iterations,
         "evaluation.every": _evaluation_interval(config, iterations),
         "evaluation.weights": dict(first_fold.composite_weights),
@@ -278,7 +278,7 @@ def _check_key(config: TrainerConfig, key: str) -> None:
         raise ConfigError(f"divided by {other}, which may be 0; exclude 0")
 
 
-def _extreme_settings(config: TrainerConfig, key: str) -> Iterator[Settings]:
+def _extreme_settings(config: TrainerConfig, key: str) -> Iterator[TrialSettings]:
     """Yield settings for the ends of a key's range, or for each choice, with those of its reference."""
     space = config.search.space
     other = _reference_key(space[key])

@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from trainer.config import ConfigError, DatabaseUrl, SearchConfig
 from trainer.experiments.space import PerTrialSampler, Space, make_pruner, sample_values
-from trainer.experiments.trial import Settings, State, Trial
+from trainer.experiments.trial import State, Trial, TrialSettings
 from trainer.runtime.errors import StorageError, reason
 from trainer.runtime.files import Lock, LockHeldError, write_atomically
 
@@ -269,7 +269,7 @@ class ClaimedTrial:
         """Return the trial's values by key of the space; repeated calls return the same."""
         return sample_values(self.trial, space)
 
-    def store_settings(self, settings: Settings) -> None:
+    def store_settings(self, settings: TrialSettings) -> None:
         """Store the settings that the trial changes."""
         self.trial.set_user_attr(SETTINGS, dict(settings))
 

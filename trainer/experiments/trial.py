@@ -15,8 +15,8 @@ STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running", "waiting
 ROUNDING = 1e-3
 GUARD = "guard"  # reason of a trial whose reward-hacking guard tripped
 
-Gain = Mapping[str, Any]  # a row of a comparison: difference, low, high, standard_error, verdict, ...
-Settings = dict[str, Any]  # dotted keys of the configuration to values
+GainRow = Mapping[str, Any]  # a row of a comparison: difference, low, high, standard_error, verdict, ...
+TrialSettings = dict[str, Any]  # dotted keys of the configuration to values
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trial:
 
     number: int
     state: State
-    params: Settings  # the settings that the trial changes
+    params: TrialSettings  # the settings that the trial changes
     value: float | None  # gain of the composite, in standard deviations
     low: float | None  # ends of its interval
     high: float | None
@@ -49,9 +49,9 @@ class Winner:
     """The best trial of a search. The fields are the keys of `winner` in search.json."""
 
     number: int
-    params: Settings
-    selected: Gain  # the gain by which it was chosen
-    fresh: Gain | None  # its gain on fresh random streams, once measured
+    params: TrialSettings
+    selected: GainRow  # the gain by which it was chosen
+    fresh: GainRow | None  # its gain on fresh random streams, once measured
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of search.json."""
@@ -77,7 +77,7 @@ def choose_winner(trials: Sequence[Trial]) -> Trial | None:
 # ------------------------------------------------------------------------------------------ sentences
 
 
-def search_sentences(trials: Sequence[Trial], winner: Winner | None, null_gain: Gain | None) -> list[str]:
+def search_sentences(trials: Sequence[Trial], winner: Winner | None, null_gain: GainRow | None) -> list[str]:
     """Return the result of the search in words; only counts while trials are unfinished."""
     sentences = [_count_sentence(trials)]
     if any(trial.state in ("running", "waiting") for trial in trials):
@@ -99,7 +99,7 @@ def _count_sentence(trials: Sequence[Trial]) -> str:
     return f"{len(states)} trials: {counts}."
 
 
-def _null_sentence(null_gain: Gain) -> str:
+def _null_sentence(null_gain: GainRow) -> str:
     gain, error = null_gain["difference"], null_gain["standard_error"] or 0.0
     if max(abs(gain), error) <= ROUNDING:
         return "The null trial, which trains nothing, gains nothing: measurements are repeatable."
@@ -121,7 +121,7 @@ def _winner_sentences(trials: Sequence[Trial], winner: Winner | None) -> list[st
     return sentences
 
 
-def _fresh_sentence(selected: Gain, fresh: Gain) -> str:
+def _fresh_sentence(selected: GainRow, fresh: GainRow) -> str:
     lost = selected["difference"] - fresh["difference"]
     curse = (
         f"{lost:.3f} less than when it was chosen (the winner's curse)"
@@ -132,7 +132,7 @@ def _fresh_sentence(selected: Gain, fresh: Gain) -> str:
     return f"On fresh random streams it gains {_gain_text(fresh)}, {curse}{caveat}."
 
 
-def _gain_text(gain: Gain) -> str:
+def _gain_text(gain: GainRow) -> str:
     bounds = "" if gain["low"] is None else f" ({gain['low']:+.3f} to {gain['high']:+.3f})"
     return f"{gain['difference']:+.3f}{bounds}"
 
