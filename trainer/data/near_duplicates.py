@@ -194,7 +194,12 @@ class NearDuplicates:
     """The near-duplicates among a set of texts, found once for every use of these texts."""
 
     def __init__(self, texts: Iterable[str], threshold: float) -> None:
-        """Args: `threshold` is the least similarity, above 0 and at most 1."""
+        """Find all pairs.
+
+        Args:
+            texts: The texts; repeated ones count once.
+            threshold: Least similarity, above 0 and at most 1.
+        """
         self.threshold = threshold
         self._texts = tuple(dict.fromkeys(texts))
         self._pairs = near_duplicates(self._texts, threshold)

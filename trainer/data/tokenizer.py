@@ -25,7 +25,12 @@ class TokenCounter:
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """Args: a `tokenizers.Tokenizer`, and its name for data cards."""
+        """Wrap a tokenizer.
+
+        Args:
+            tokenizer: A `tokenizers.Tokenizer`.
+            name: Its name for data cards.
+        """
         self.name = name
         self._tokenizer = tokenizer
         self._counts: dict[str, int] = {}

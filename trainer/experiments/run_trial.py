@@ -140,7 +140,13 @@ class PrunerStopper:
     name = "pruner"
 
     def __init__(self, claimed: ClaimedTrial, config: SearchConfig, iterations: int) -> None:
-        """Args: `iterations` is the length of the trial."""
+        """Create the stopper of one trial.
+
+        Args:
+            claimed: The trial.
+            config: The search; its warm-up iterations are never pruned.
+            iterations: Length of the trial.
+        """
         self._claimed = claimed
         self._config = config
         self._iterations = iterations

@@ -52,7 +52,13 @@ class PerTrialSampler(BaseSampler):
     """Optuna sampler that starts anew for each trial and key: a kill between two keys changes no value."""
 
     def __init__(self, kind: str, seed: int, space: Space) -> None:
-        """Args: `kind` is SearchConfig.sampler."""
+        """Create the sampler.
+
+        Args:
+            kind: `SearchConfig.sampler`.
+            seed: Seed of all trials.
+            space: The search space.
+        """
         self._kind = kind
         self._seed = seed
         self._space = space
@@ -211,7 +217,11 @@ class SuccessiveHalving(BasePruner):
     """
 
     def __init__(self, reduction: int) -> None:
-        """Args: `reduction` is r."""
+        """Create the pruner.
+
+        Args:
+            reduction: r, at least 2.
+        """
         self._reduction = reduction
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:

@@ -162,7 +162,15 @@ class SearchStudy:
     """The trials of a search, by their numbers."""
 
     def __init__(self, study: Study, storage: RDBStorage, folder: Path, total: int, lock: Path) -> None:
-        """Args: `folder` holds the trials' run folders; trials from number `total` on are ignored."""
+        """Wrap an open study.
+
+        Args:
+            study: The study, with its sampler and pruner.
+            storage: Its database.
+            folder: Parent of the trials' run folders.
+            total: Number of trials; trials from this number on are ignored.
+            lock: File to lock while trials are claimed or added.
+        """
         self.study = study
         self._storage = storage
         self._folder = folder
