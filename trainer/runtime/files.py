@@ -13,7 +13,7 @@ import filelock
 
 from trainer.runtime.errors import StorageError
 
-# Prefixes and suffix of files and folders that are incomplete; `clear_stale` removes those of a killed process.
+# Names of incomplete files and folders; `clear_stale` removes those that a killed process left.
 STAGING, REMOVING, PARTIAL = ".writing-", ".removing-", ".partial"
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.coverage import CONFIG, EFFECTS, GROUPINGS, experiment, as_measurement, miss_rates
+from benchmarks.coverage import CONFIG, EFFECTS, GROUPINGS, as_measurement, experiment, miss_rates
 from trainer.evaluation.comparison import compare, compare_pooled
 from trainer.evaluation.intervals import Groups, Interval, bootstrap_interval, count_groups, standard_error
 
