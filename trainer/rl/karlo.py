@@ -116,7 +116,7 @@ class Condition(NamedTuple):
 
     @property
     def guided(self) -> bool:
-        """Whether there is an unconditional branch."""
+        """True if there is an unconditional branch."""
         return len(self.context_unconditional) > 0
 
 

@@ -75,7 +75,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process of rank 0, which writes files and logs."""
+        """True for the process of rank 0, which writes files and logs."""
         return self.rank == 0
 
     def device(self, requested: str) -> str:
