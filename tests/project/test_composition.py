@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
 SERVICES = yaml.safe_load((ROOT / FILES[0]).read_text())["services"]
 OURS = ("setup", "reward", "trainer", "worker")
-# docker-compose.gpu.yml takes another configuration, as .env.example says.
+# docker-compose.gpu.yml takes another configuration, as documented in .env.example.
 ELSEWHERE = {("CONFIG", "configs/karlo.yaml")}
 
 
