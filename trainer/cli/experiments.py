@@ -187,9 +187,9 @@ def _with_report(path: Path, console: Console) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError, RunError):
-            console.print(f"Report:   {write_report(path)}", soft_wrap=True)
+            console.print(f"Report: {write_report(path)}", soft_wrap=True)
         raise
-    console.print(f"Report:   {write_report(path)}", soft_wrap=True)
+    console.print(f"Report: {write_report(path)}", soft_wrap=True)
 
 
 def _fold_command(experiment: Experiment, config: TrainerConfig) -> Sequence[str]:

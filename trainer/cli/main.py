@@ -306,7 +306,7 @@ def _train(
             if processes.main:
                 from trainer.report.report import write_report
 
-                Console().print(f"Report:   {write_report(path)}", soft_wrap=True)
+                Console().print(f"Report: {write_report(path)}", soft_wrap=True)
         found = result.reward_hacking_reason
         if found is not None and settings.guard.stop:
             raise GuardError(f"{path}: the gain is not to be trusted: {found}")

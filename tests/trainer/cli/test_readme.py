@@ -99,7 +99,7 @@ def piped(pipeline: Any, config: TrainerConfig, prompts: Sequence[str]) -> np.nd
 def ours(config: TrainerConfig, lora: Path | None, prompts: Sequence[str]) -> np.ndarray:
     """The same images, drawn as `reward-trainer generate` draws.
 
-    The studio is new each time: one that remembers the prior's embeddings takes no random numbers for them.
+    The sampler is new each time: one that remembers the prior's embeddings takes no random numbers for them.
     """
     sampler = load_sampler(config)
     if lora is not None:
