@@ -260,9 +260,7 @@ class OpenRequests(Generic[Input, Result]):
         overdue = []
         while self.next_deadline_s <= now_s:
             overdue.append(heapq.heappop(self._deadlines)[2])
-        return self._finish(
-            overdue, partial(DeadlineMissedError, "the deadline passed before scoring")
-        )
+        return self._finish(overdue, partial(DeadlineMissedError, "the deadline passed before scoring"))
 
     def drop_late(self, now_s: float, batch_s: Callable[[Hashable], float]) -> list[FinishedRequest[Result]]:
         """Finish queued requests that would miss their deadline even if they ran now.
@@ -286,9 +284,7 @@ class OpenRequests(Generic[Input, Result]):
         ]
         if sum(map(self._queue.remaining_pairs, late)) >= self._queue.pairs:
             return []
-        return self._finish(
-            late, partial(DeadlineMissedError, "the deadline would pass before scoring")
-        )
+        return self._finish(late, partial(DeadlineMissedError, "the deadline would pass before scoring"))
 
     def fail_all(self, make_error: Callable[[], Exception]) -> list[FinishedRequest[Result]]:
         """Finish every open request, each with an exception object of its own."""

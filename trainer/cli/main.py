@@ -1,7 +1,7 @@
 """Entry point of `reward-trainer` and its commands for single runs.
 
 Every user error is one line on stderr and exit code 2. SIGINT, SIGTERM and SIGHUP raise `Stop` in the main
-thread: files are written atomically, so it may come at any moment. A second signal interrupts the cleanup, too.
+thread: files are written atomically, so it may come at any moment. A second signal interrupts the cleanup.
 """
 
 import os

@@ -242,9 +242,7 @@ def test_signal_during_startup_stops_the_service(
     assert born[0].poll() is not None
 
 
-def test_closed_terminal_ends_the_program_cleanly(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closed_terminal_ends_the_program_cleanly(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGHUP leaves through the exits that stop what was started; nohup's wish to ignore it is kept."""
     before = signal.getsignal(signal.SIGHUP)
     try:

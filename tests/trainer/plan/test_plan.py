@@ -94,9 +94,7 @@ def test_plan_warns_of_too_little_memory_and_noisy_ratios() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimate_is_near_the_measured_memory(
-    trainer_config: TrainerConfig, checkpointing: bool
-) -> None:
+def test_estimate_is_near_the_measured_memory(trainer_config: TrainerConfig, checkpointing: bool) -> None:
     """Activations of drawing and update, within the stated factor of the allocations that torch records."""
     values = trainer_config.model_dump()
     values["sampling"] |= {"micro_batch": 64}
