@@ -38,6 +38,7 @@ def test_engine_and_reference_loops_give_the_same_scores(tmp_path: Path) -> None
         assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_graphs_without_a_gpu_are_a_usage_error() -> None:
     """One line, before any model is built."""
     finished = run("--acceleration", "graphs")

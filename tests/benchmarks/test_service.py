@@ -87,6 +87,7 @@ def test_request_parser_reads_each_format(form: str) -> None:
         assert (pair.image == image).all() == ("JPEG" not in form)
 
 
+@pytest.mark.slow
 def test_short_run_writes_and_prints_the_report(tmp_path: Path) -> None:
     """Part b has a row for each format; the written and printed reports are equal and have no paths."""
     out = tmp_path / "service-cpu"

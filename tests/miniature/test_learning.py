@@ -14,7 +14,7 @@ from reward_service.engine.types import Pair
 from reward_service.scoring.calibration import Calibration, load_calibration
 from trainer.config import load_trainer_config
 from trainer.data.splits import read_splits
-from trainer.evaluation.comparison import Comparison, compare, standard_errors
+from trainer.evaluation.comparison import Comparison, Measurement, compare, standard_errors
 from trainer.evaluation.evaluate import measure
 from trainer.rl.rewards import Images, Scores
 from trainer.rl.train import train_fold
@@ -51,31 +51,40 @@ def scorer() -> EngineScorer:
     return EngineScorer(engine, load_calibration(service.calibration, list(engine.evaluators)))
 
 
-def train_and_compare(scorer: EngineScorer, *overrides: str) -> Comparison:
+@pytest.fixture(scope="module")
+def before(scorer: EngineScorer) -> Measurement:
+    """Return the base policy's measurement on the held-out prompts."""
+    config = load_trainer_config(CONFIG, SHORT)
+    return measure(
+        load_sampler(config), scorer, read_splits(config.prompts).validation, config.evaluation, "base"
+    )
+
+
+def train_and_compare(scorer: EngineScorer, before: Measurement, *overrides: str) -> Comparison:
     """Return the comparison on held-out prompts after a short training."""
     config = load_trainer_config(CONFIG, [*SHORT, *overrides])
     train, validation, _ = read_splits(config.prompts)
     sampler = load_sampler(config)
     sampler.policy.add_lora(config.lora, seed=1)
-    with sampler.policy.base():
-        before = measure(sampler, scorer, validation, config.evaluation, "base")
     training = train_fold(sampler, scorer, train, config)
     with training.average.applied():
         after = measure(sampler, scorer, validation, config.evaluation, "tuned")
     return compare(before, after, scorer.evaluators, config.objective.weights, config.evaluation)
 
 
-@pytest.mark.timeout(600)
-def test_reward_on_held_out_prompts_rises(scorer: EngineScorer) -> None:
-    found = train_and_compare(scorer, "iterations=26")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_reward_on_held_out_prompts_rises(scorer: EngineScorer, before: Measurement) -> None:
+    found = train_and_compare(scorer, before, "iterations=26")
     assert found.composite.verdict == "rises"
     assert standard_errors(found.composite) > 3
 
 
-@pytest.mark.timeout(600)
-def test_composite_does_not_rise_with_shuffled_rewards(scorer: EngineScorer) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_composite_does_not_rise_with_shuffled_rewards(scorer: EngineScorer, before: Measurement) -> None:
     # With shuffled rewards the policy drifts randomly, and a single evaluator may rise or fall a little.
-    assert train_and_compare(scorer, "ablation.shuffle_rewards=true").composite.verdict != "rises"
+    assert train_and_compare(scorer, before, "ablation.shuffle_rewards=true").composite.verdict != "rises"
 
 
 def train_with_guard(scorer: EngineScorer, folder: Path, *overrides: str) -> RunResult:
@@ -87,7 +96,7 @@ def train_with_guard(scorer: EngineScorer, folder: Path, *overrides: str) -> Run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_training_on_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
     """With the aesthetic as the only reward, images no longer match their prompts, and clip falls."""
     aesthetic_only = "objective.weights={aesthetic: 1.0}"
@@ -99,7 +108,7 @@ def test_training_on_one_evaluator_trips_the_guard(scorer: EngineScorer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_balanced_reward_does_not_trip_the_guard(scorer: EngineScorer, tmp_path: Path) -> None:
     """As in `crossval`: three evaluators in the objective, the fourth is the guard."""
     result = train_with_guard(scorer, tmp_path / "run", "objective.weights.hpsv2=0", "guard.evaluator=hpsv2")

@@ -75,6 +75,7 @@ def test_no_model_records_its_build_folder() -> None:
     assert not [path for path in MODELS.rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
 
 
+@pytest.mark.slow
 def test_interrupted_build_resumes_and_its_models_load(tmp_path: Path) -> None:
     work, models = tmp_path / "work", tmp_path / "models"
     work.mkdir()

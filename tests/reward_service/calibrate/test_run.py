@@ -175,6 +175,7 @@ def without_date(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read(path).items() if key != "provenance"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued(run: Run, dataset: Path, table: Path, tmp_path: Path) -> None:
     """Scored images are not scored again, and the table equals that of an uninterrupted run."""
     output = tmp_path / "table.json"

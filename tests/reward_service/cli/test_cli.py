@@ -92,6 +92,7 @@ def test_a_port_in_use_is_reported(checkpoints: Checkpoints) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_service_exits_if_models_cannot_be_loaded(checkpoints: Checkpoints) -> None:
     """A service that can never become ready does not stay up."""
     done = run("serve", "--config", checkpoints.config, "--set", "towers.hps.weights.file=nothing.pt")

@@ -143,6 +143,7 @@ def test_brackets_in_a_file_name_are_not_markup(capsys: pytest.CaptureFixture[st
     assert "[bold]a.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_any_file_name_can_be_printed(checkpoints: Checkpoints, tmp_path: Path, encoding: str) -> None:
     """A name that is not UTF-8 is printed too, in every locale."""

@@ -214,6 +214,7 @@ def hub_config(checkpoints: Checkpoints, folder: Path, head_address: str) -> Pat
     return path
 
 
+@pytest.mark.slow
 def test_download_then_list_evaluators_offline(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """From a hub and a web server into an empty cache; then both may be gone."""
     bodies = {"/head.pth": checkpoints.head.read_bytes()}

@@ -218,6 +218,7 @@ def test_float16_is_refused(broken_folder: Path, capsys: pytest.CaptureFixture[s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["truncated safetensors", "another width"])
 def test_service_does_not_start_with_unusable_models(name: str, broken_folder: Path) -> None:
     """It exits by itself, with code 2 and the line."""

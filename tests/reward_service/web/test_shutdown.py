@@ -96,6 +96,7 @@ def events(log: str) -> list[str]:
     return [json.loads(line)["event"] for line in log.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_hung_device_ends_the_process() -> None:
     """Clients get a retryable 503, and within seconds the process exits so that it can be restarted."""
     with service("watch.stuck_s=1") as (process, url):
@@ -113,6 +114,7 @@ def test_hung_device_ends_the_process() -> None:
     assert log.splitlines()[-1] == "reward-service: the device has not responded for 1 s"
 
 
+@pytest.mark.slow
 def test_evaluator_down_and_full_disk_affect_nothing_else() -> None:
     """Strict requests get Retry-After, others partial results; lost log lines are counted."""
     with Path("/dev/full").open("w") as full, service(stderr=full) as (process, url):
