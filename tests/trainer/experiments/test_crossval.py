@@ -121,6 +121,7 @@ def test_deleted_results_of_a_fold_are_restored(config: TrainerConfig) -> None:
         assert results(crossval(config)) == first
 
 
+@pytest.mark.slow
 def test_interrupted_experiment_ends_with_the_same_numbers(config: TrainerConfig, tmp_path: Path) -> None:
     """It is interrupted in the first fold, in a later one, and in the final fit."""
 

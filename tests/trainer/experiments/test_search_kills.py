@@ -45,6 +45,7 @@ def die_in_method(method: str, number: int, *, after: bool) -> Prepare:
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_search_killed_at_critical_moments_ends_with_the_same_numbers(
     tmp_path: Path, karlo_folder: Path

@@ -256,6 +256,7 @@ def run_two_workers(storage: str, folders: tuple[Path, Path]) -> None:
     assert all(len(numbers) > 0 for numbers in run)
 
 
+@pytest.mark.slow
 def test_two_workers_on_one_sqlite_study_never_run_the_same_trial(tmp_path: Path) -> None:
     """Like two `search` commands, or one with --workers 2."""
     run_two_workers("", (tmp_path / "trials", tmp_path / "trials"))
@@ -308,6 +309,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_two_workers_on_one_postgresql_study_never_run_the_same_trial(postgres: str, tmp_path: Path) -> None:
     """Each has a folder of its own, as on two machines: only the database coordinates them."""
     run_two_workers(postgres, (tmp_path / "one", tmp_path / "two"))

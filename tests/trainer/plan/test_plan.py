@@ -93,6 +93,7 @@ def test_plan_warns_of_too_little_memory_and_noisy_ratios() -> None:
     assert not make_plan(load_trainer_config(MINIATURE), 4).warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_estimate_is_near_the_measured_memory(trainer_config: TrainerConfig, checkpointing: bool) -> None:
     """Activations of drawing and update, within the stated factor of the allocations that torch records."""

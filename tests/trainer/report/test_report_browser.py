@@ -72,6 +72,7 @@ def browse(
     return json.loads(found[1]), console
 
 
+@pytest.mark.slow
 def test_pages_fit_a_phone_and_fetch_nothing(tmp_path: Path) -> None:
     """Report, hostile report, experiment and comparison: whole at 390 and 1280 px, silent, from one file."""
     run = make_run(tmp_path / "run")

@@ -107,6 +107,7 @@ def test_full_disk_leaves_the_previous_checkpoint(
     assert checkpoints.latest() is not None
 
 
+@pytest.mark.slow
 def test_file_size_limit_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """The same with a limit that the kernel sets: the second, larger checkpoint does not fit."""
     program = f"""if True:
