@@ -6,6 +6,7 @@ from tests.support.faults import mutations
 from tests.support.faults.mutants import mutants
 
 
+@pytest.mark.slow
 def test_corrupted_requests_are_rejected_or_scored() -> None:
     """Never a crash or a server error, in little memory; the corruption reaches images and bodies."""
     found = mutations.run(4000, seed=1)

@@ -104,6 +104,7 @@ def stopped_share(share: bool, runs: int = 300, looks: int = 8, prompts: int = 2
     return trips / runs
 
 
+@pytest.mark.slow
 def test_guard_stops_at_most_5_percent_of_honest_runs() -> None:
     """Over all correlated evaluations together; without sharing the level it would stop more."""
     assert stopped_share(share=True) <= 0.05 < stopped_share(share=False)

@@ -86,6 +86,7 @@ class RecordingScorer(FakeScorer):
         return super().score(prompts, images)
 
 
+@pytest.mark.slow
 def test_test_prompts_are_scored_after_all_folds(config: TrainerConfig) -> None:
     """Every other prompt is validated in one fold; the final fit trains on all of them."""
     scorer = RecordingScorer()
@@ -104,6 +105,7 @@ def test_test_prompts_are_scored_after_all_folds(config: TrainerConfig) -> None:
     assert finished["done"] == finished["reached"] == folds["chosen_iterations"]
 
 
+@pytest.mark.slow
 def test_finished_experiment_is_not_repeated(config: TrainerConfig) -> None:
     """The same command then requests no scores."""
     first = results(crossval(config))
@@ -112,6 +114,7 @@ def test_finished_experiment_is_not_repeated(config: TrainerConfig) -> None:
     assert scorer.requests == []
 
 
+@pytest.mark.slow
 def test_deleted_results_of_a_fold_are_restored(config: TrainerConfig) -> None:
     """They are computed from the checkpoints, with the same numbers, as the message on damaged files says."""
     path = crossval(config)
@@ -159,6 +162,7 @@ def test_experiment_with_other_settings_is_not_resumed(config: TrainerConfig) ->
             Experiment.open(with_values(config, longer))
 
 
+@pytest.mark.slow
 def test_folds_with_other_settings_are_refused(config: TrainerConfig) -> None:
     """Folds trained with the settings of a search's winner do not count for an experiment without them."""
     winner = with_values(config, {"update.learning_rate": 1e-3})  # with the winner's setting
@@ -177,6 +181,7 @@ def test_folds_with_other_settings_are_refused(config: TrainerConfig) -> None:
     assert scorer.requests == []
 
 
+@pytest.mark.slow
 def test_splits_edited_after_training_are_refused(config: TrainerConfig) -> None:
     """Training prompts of fold 0 cannot become its validation prompts, and no fold can be added."""
     path = crossval(config)

@@ -187,6 +187,7 @@ def test_failed_trial_is_recorded_and_the_search_continues(
     assert message in found["trials"][1]["reason"]
 
 
+@pytest.mark.slow
 def test_service_outage_fails_no_trial(make: Make) -> None:
     """The search stops with advice to run it again, and then ends with the results of an undisturbed one."""
     config = make(search={"trials": 2, "pruner": "none"})

@@ -64,6 +64,7 @@ def test_flops_of_an_image_match_known_values(published: Plan) -> None:
     assert published.flops["super-resolution"] / images / 1e12 == pytest.approx(59.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_offload_reduce_the_planned_memory(published: Plan) -> None:
     """Checkpointing cuts the update's activations to a third for more arithmetic; offloading its weights."""
     few = karlo_plan("update.gradient_checkpointing=true")

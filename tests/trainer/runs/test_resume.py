@@ -83,6 +83,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert comparable_content(path) == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_finished_run_can_be_extended(tmp_path: Path, karlo_folder: Path) -> None:
     """Two iterations and two more equal four."""
     four = short_config(tmp_path, karlo_folder, update={"micro_batch": 4})
