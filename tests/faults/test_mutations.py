@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.faults import mutations
 from tests.support.faults.mutants import mutants
 
