@@ -146,7 +146,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_only_exif_orientation_is_applied(kind: str) -> None:
-    """That of XMP, which viewers ignore, has no effect; an unusual EXIF entry does not prevent EXIF's."""
+    """The orientation in XMP is ignored, as viewers do; an unusual EXIF entry does not hide EXIF's."""
     image = Image.new("RGB", (40, 20), "red")
     if kind == "PNG":
         note = PngInfo()
