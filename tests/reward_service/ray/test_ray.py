@@ -27,7 +27,7 @@ from tests.support.service.checkpoints import Checkpoints
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: the extra `ray`")
 
 from tests.support.service.ray_cluster import Cluster, cluster
-from tests.support.service.ray_faults import FATAL
+from tests.support.service.ray_faults import FATAL, HOLD
 
 TWO = {"num_replicas": 2}
 #: Both replicas as soon as any pair is in progress.
@@ -250,15 +250,17 @@ def test_autoscaling_follows_the_pairs_in_progress(
 
 
 def test_shutdown_finishes_admitted_requests(
-    running: Cluster, deploy_replicas: Callable[..., Cluster], images: list[Pixels]
+    deploy_replicas: Callable[..., Cluster], images: list[Pixels], tmp_path: Path
 ) -> None:
-    """A long request that is in progress when the application is deleted still gets its response."""
-    if not running.pids():
-        deploy_replicas()
-    url, pairs = running.url, 1000
-    with RewardClient(url, chunk_pairs=pairs, retry_budget_s=0.0) as service, ThreadPoolExecutor(1) as pool:
-        call = pool.submit(service.score, ["x"] * pairs, images[1:2] * pairs, deterministic=True)
-        wait_until(lambda: over_http.metric(url, "reward_inflight_bytes") > 0, "its arrival")
-        running.delete()
-        assert len(call.result().results) == pairs
-    assert httpx.get(f"{url}/v1/evaluators").status_code == 404
+    """A request that is in progress when the application is deleted still gets its response."""
+    running = deploy_replicas(BREAKABLE_APP, TWO)
+    with RewardClient(running.url, retry_budget_s=0.0) as service, ThreadPoolExecutor(2) as pool:
+        call = pool.submit(service.score, [f"{HOLD}{tmp_path}"], images[:1])
+        wait_until(lambda: call.done() or (tmp_path / "started").exists(), "the start of the request")
+        deletion = pool.submit(running.delete)
+        wait_until(lambda: httpx.get(f"{running.url}/v1/evaluators").status_code == 404, "the deletion")
+        assert not call.done()
+        assert not deletion.done()
+        (tmp_path / "released").touch()
+        assert len(call.result().results) == 1
+        deletion.result()

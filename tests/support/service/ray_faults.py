@@ -1,7 +1,9 @@
-"""Ray Serve application with a device that a prompt can break, deployed by its import path."""
+"""Ray Serve application with a device that a prompt can break or hold, deployed by its import path."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -13,10 +15,12 @@ from reward_service.engine.types import FatalDeviceError
 from reward_service.scoring import service as service
 
 FATAL = "break the device"
+#: Followed by a folder: the device creates `started` in it and waits for `released`.
+HOLD = "hold the device: "
 
 
 class BreakableReplica(ray_app.Replica):
-    """Replica whose device fails permanently at one prompt."""
+    """Replica whose device fails permanently at one prompt and waits at another."""
 
     def __init__(self, config: str, overrides: list[str]) -> None:
         service.build_default_engine = _build_breakable_engine
@@ -37,6 +41,10 @@ def _build_breakable_engine(config: ServiceConfig) -> RewardEngine:
     def score(pairs: Any, *rest: Any, **options: Any) -> Any:
         if any(pair.prompt == FATAL for pair in pairs):
             raise FatalDeviceError("CUDA error: raised by a test")
+        for folder in {Path(pair.prompt.removeprefix(HOLD)) for pair in pairs if pair.prompt.startswith(HOLD)}:
+            (folder / "started").touch()
+            while not (folder / "released").exists():
+                time.sleep(0.05)
         return real_score(pairs, *rest, **options)
 
     engine.score = score  # type: ignore[method-assign]
