@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,7 @@ from reward_service.scheduler.requests import (
     StuckError,
 )
 from reward_service.scheduler.scheduler import Prepare, Scheduler
+from reward_service.scheduler.workers import FairWorkers
 from reward_service.scoring.admission import Admission, Ticket
 from reward_service.scoring.auth import Client
 from reward_service.scoring.breaker import CanaryLoop, EvaluatorBreakers, Lane
@@ -95,7 +96,7 @@ class ScoringService:
         self._backend: ScoringBackend | None = None
         self._health = Health("loading", "the models are being loaded")
         self._started = False
-        self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        self._decoders = FairWorkers(config.decode_threads, "decode")
         self._stop_by_s = math.inf
         self._set_gauges()
 
@@ -136,7 +137,7 @@ class ScoringService:
         self.stop_accepting()
         if self._backend is not None:
             self._backend.close(max(_LAST_BATCH_S, self._stop_by_s - time.monotonic()))
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
 
     def admit(self, client: Client, body_bytes: int | None) -> Ticket:
         """Admit a request before its body is read.
@@ -254,7 +255,7 @@ class ScoringService:
     async def _parse(
         self, body: bytes | bytearray, content_type: str, ticket: Ticket, trace: RequestTrace
     ) -> ParsedRequest:
-        parsed = await self._off_loop(partial(self._parser.parse, body, content_type))
+        parsed = await self._off_loop(partial(self._parser.parse, body, content_type), ticket)
         trace.pairs = len(parsed.request.items)
         ticket.set("pairs", trace.pairs)
         self._check_breakers(parsed)
@@ -285,13 +286,16 @@ class ScoringService:
         decoded: list[DecodedSlice] = []
         parts = self._parser.slices(parsed)
         while window := list(islice(parts, self.config.decode_threads)):
-            decoded += await asyncio.gather(*(self._off_loop(partial(decode, part)) for part in window))
+            decoded += await asyncio.gather(
+                *(self._off_loop(partial(decode, part), ticket) for part in window)
+            )
             if any(part.problems for part in decoded):
                 break
         return decoded
 
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+    async def _off_loop(self, work: Callable[[], Result], ticket: Ticket) -> Result:
+        future = self._decoders.submit(work, client=ticket.client.queue, weight=ticket.weight)
+        return await asyncio.wrap_future(future)
 
     async def _submit(
         self, request: DecodedRequest, ticket: Ticket, deadline_s: float | None
