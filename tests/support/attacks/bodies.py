@@ -45,6 +45,18 @@ def texts(*prompts: str) -> Message:
     return pairs(prompts, [png.flat()] * len(prompts))
 
 
+def deterministic(count: int) -> Message:
+    """Return a request for deterministic scores, which run in batches of their own."""
+    items = [{"prompt": f"prompt {n}", "image": {"data": png.flat()}} for n in range(count)]
+    return Message(msgspec.msgpack.encode({"items": items, "deterministic": True}), MSGPACK)
+
+
+def raw_pixels(side_px: int) -> Message:
+    """Return a request with one large image of raw pixels."""
+    image = {"data": bytes(3 * side_px**2), "format": "raw", "shape": (side_px, side_px, 3)}
+    return Message(msgspec.msgpack.encode({"items": [{"prompt": "x", "image": image}]}), MSGPACK)
+
+
 def part(name: str, content: bytes, more: bytes = b"") -> bytes:
     """Return one part of a form."""
     start = b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n' % (BOUNDARY, name.encode(), more)

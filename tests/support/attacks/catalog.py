@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from reward_service.protocol import MSGPACK
@@ -63,10 +63,21 @@ def _sending(messages: Iterator[Message]) -> Callable[[Target, int], None]:
     return play
 
 
+def _renamed(build: Callable[[], Message]) -> Callable[[Target, int], None]:
+    """Return the same, with a new client for every request."""
+    message = build()
+    named = (replace(message, headers={"X-Client-Id": f"attacker-{number}"}) for number in itertools.count())
+    return _sending(named)
+
+
 def _images() -> Iterator[Attack]:
     for name, build in _files().items():
         prepare = partial(_repeating, partial(_request_of, build))
         yield Attack("images", name, prepare, _FILE_CONNECTIONS)
+    # Without keys, a client gives itself any name.
+    for name in ("jpeg-6000-scans", "png-13-flat", "webp-13-flat", "png-1024-elongated"):
+        renamed = partial(_renamed, partial(_request_of, _files()[name]))
+        yield Attack("images", f"{name}-of-many-clients", renamed, _CONNECTIONS)
 
 
 def _request_of(build: Callable[[], bytes | list[bytes]]) -> Message:
@@ -81,6 +92,7 @@ def _files() -> dict[str, Callable[[], bytes | list[bytes]]]:
         "jpeg-6000-scans": lambda: jpeg.run_scans(6000),
         "jpeg-60-scans-of-13": lambda: [jpeg.run_scans(60)] * _IMAGES,
         "jpeg-20-scans-of-13": lambda: [jpeg.run_scans(20)] * _IMAGES,
+        "jpeg-sequential-scans": lambda: jpeg.sequential_scans(500),
         "jpeg-refining-scans": lambda: jpeg.refining_scans(2000),
         "jpeg-scans-of-small-images": lambda: [jpeg.run_scans(100, 64)] * 1024,
         "jpeg-arithmetic": lambda: [jpeg.arithmetic()] * _IMAGES,
@@ -110,6 +122,9 @@ def _files() -> dict[str, Callable[[], bytes | list[bytes]]]:
         "png-pixels-byte-by-byte": lambda: [png.split_pixels(png.SIDE_PX, 1)] * _IMAGES,
         "png-empty-pixels": lambda: png.empty_pixels(4_000_000),
         "png-pixels-beyond-size": lambda: png.too_many_pixels(60_000_000),
+        "png-empty-deflate-blocks": lambda: png.empty_blocks(60_000_000),
+        "png-13-elongated": lambda: [png.elongated(500, 50_000), png.elongated(50_000, 500)] * 6,
+        "png-1024-elongated": lambda: [png.elongated(1, 100), png.elongated(100, 1)] * 512,
         "png-texts": lambda: [png.texts(60, 2**20)] * 900,
         "png-small-texts": lambda: png.flat(before=png.chunk(b"tEXt", b"a\0b") * 1_000_000),
         "png-profiles": lambda: png.texts(50_000, 2**20, b"iCCP"),
@@ -160,6 +175,9 @@ def _messages() -> dict[str, Callable[[], Message]]:
             b"--" + b"a" * 8000 + b"\r\n" + (b"\r\n--" + b"a" * 7999) * 7000,
             "multipart/form-data; boundary=" + "a" * 8000,
         ),
+        "deterministic": lambda: bodies.deterministic(1024),
+        "raw-pixels": lambda: bodies.raw_pixels(4470),
+        "compressed": lambda: Message(png.zeros(2**26), headers={"Content-Encoding": "deflate"}),
         "json-items": lambda: bodies.json_items(b"{}"),
         "json-nested": lambda: bodies.json_text(b"[" * size),
         "json-nested-objects": lambda: bodies.json_text(b'{"a":' * (size // 5)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -34,6 +33,14 @@ def run_scans(scans: int, side_px: int = SIDE_PX, kind: int = SOF_PROGRESSIVE) -
     """
     parts = [START, _tables(), _frame(kind, side_px), _scan(0, 0), _bits("0" * _blocks(side_px))]
     return b"".join([*parts, (_scan(1, 63) + _runs(_blocks(side_px))) * scans, END])
+
+
+def sequential_scans(scans: int, side_px: int = SIDE_PX) -> bytes:
+    """Return a baseline image of three components whose first one is sent in every scan."""
+    frame = segment(SOF_BASELINE, struct.pack(">BHHB9s", 8, side_px, side_px, 3, b"\1\x11\0\2\x11\0\3\x11\0"))
+    others = [_scan(0, 63, component=number) + _bits("00" * _blocks(side_px)) for number in (2, 3)]
+    first = _scan(0, 63) + _bits("00" * _blocks(side_px))
+    return b"".join([START, _tables(), frame, first * scans, *others, END])
 
 
 def refining_scans(scans: int, side_px: int = SIDE_PX) -> bytes:
@@ -134,8 +141,8 @@ def _frame(kind: int, side_px: int) -> bytes:
     return segment(kind, struct.pack(">BHHBBBB", 8, side_px, side_px, 1, 1, 0x11, 0))
 
 
-def _scan(first: int, last: int, high: int = 0, low: int = 0) -> bytes:
-    return segment(_SOS, struct.pack(">BBBBBB", 1, 1, 0, first, last, high << 4 | low))
+def _scan(first: int, last: int, high: int = 0, low: int = 0, component: int = 1) -> bytes:
+    return segment(_SOS, struct.pack(">BBBBBB", 1, component, 0, first, last, high << 4 | low))
 
 
 def _blocks(side_px: int) -> int:
@@ -159,8 +166,3 @@ def _bits(bits: str) -> bytes:
     padded = bits + "1" * (-len(bits) % 8)
     coded = np.packbits(np.frombuffer(padded.encode(), np.uint8) - ord("0")).tobytes()
     return coded.replace(b"\xff", b"\xff\0")
-
-
-def noisy_segments(contents: Iterable[bytes], marker: int = 0xFE) -> bytes:
-    """Return an image with comments of these contents before its frame."""
-    return flat(before_frame=b"".join(segment(marker, content) for content in contents))

@@ -87,11 +87,11 @@ def measure(program: Program, name: str, seconds: float) -> Result:
     """
     program.wait_until_quiet(_QUIET_S)
     before_mb = program.memory_mb()
-    with _observed(program.url) as (light, live), _peak_memory(program) as peak:
+    with observed(program.url) as (light, live), _peak_memory(program) as peak:
         sent = _attack(program.url, name, seconds)
         ended_s = time.monotonic()
         time.sleep(_AFTER_S)
-        light_waits, live_waits = _waits(light), _waits(live)
+        light_waits, live_waits = light.stop(), live.stop()
     program.wait_until_quiet(_QUIET_S)
     busy_s = max(0.0, time.monotonic() - ended_s - _AFTER_S - 0.5)
     after_mb = _settled_mb(program, before_mb)
@@ -132,24 +132,31 @@ def _attack(url: str, name: str, seconds: float) -> Sent:
     return msgspec.json.decode(output, type=Sent)
 
 
+class Observation:
+    """Client beside an attack, in a process of its own; `stop` returns its waits."""
+
+    def __init__(self, url: str, kind: str) -> None:
+        self.process = _start("observer", url, kind)
+
+    def stop(self) -> Waits:
+        """End it after the request in progress."""
+        output, _ = self.process.communicate("\n", timeout=_OBSERVERS_S)
+        return msgspec.json.decode(output, type=Waits)
+
+
 @contextmanager
-def _observed(url: str) -> Iterator[list[subprocess.Popen[str]]]:
-    observers = [_start("observer", url, kind) for kind in ("light", "live")]
+def observed(url: str) -> Iterator[tuple[Observation, Observation]]:
+    """Run the client that scores and the probe beside the block; yields them when their imports are over."""
+    light, live = (Observation(url, kind) for kind in ("light", "live"))
     try:
-        # Imports are over before the attack begins.
-        for each in observers:
-            assert each.stdout is not None
-            each.stdout.readline()
-        yield observers
+        for each in (light, live):
+            assert each.process.stdout is not None
+            each.process.stdout.readline()
+        yield light, live
     finally:
-        for each in observers:
-            each.kill()
-            each.wait()
-
-
-def _waits(observer: subprocess.Popen[str]) -> Waits:
-    output, _ = observer.communicate("\n", timeout=_OBSERVERS_S)
-    return msgspec.json.decode(output, type=Waits)
+        for each in (light, live):
+            each.process.kill()
+            each.process.communicate()
 
 
 def _start(module: str, *arguments: str) -> subprocess.Popen[str]:

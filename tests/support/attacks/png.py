@@ -49,6 +49,30 @@ def _rows(side_px: int, bits: int, row_filter: int, interlaced: bool) -> bytes:
     return b"".join([*parts, packer.flush()])
 
 
+def elongated(width: int, height: int) -> bytes:
+    """Return a flat image that is not a square, of one bit for each pixel."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, GREY, 0, 0, 0))
+    rows = zlib.compress((b"\0" + bytes(-(-width // 8))) * height, 1)
+    return SIGNATURE + header + chunk(b"IDAT", rows) + chunk(b"IEND")
+
+
+def empty_blocks(size: int) -> bytes:
+    """Return a small image whose compressed stream begins with empty blocks that each bring their own codes.
+
+    A block takes 90 bits: a code in which only the end of the block has a symbol (RFC 1951, section 3.2.7).
+    """
+    order = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1)
+    lengths = "".join("100" if symbol in (1, 18) else "000" for symbol in order)
+    zeros_138, zeros_118 = "1" + "1111111", "1" + f"{118 - 11:07b}"[::-1]
+    block = "0" + "01" + "00000" + "00000" + "0111" + lengths + zeros_138 + zeros_118 + "0" + "0" + "0"
+    bits = block * 4  # a whole number of bytes
+    blocks = int(bits[::-1], 2).to_bytes(len(bits) // 8, "little")
+    pixels = zlib.compress((b"\0" + bytes(3 * 64)) * 64)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, RGB, 0, 0, 0))
+    stream = pixels[:2] + blocks * (size // len(blocks)) + pixels[2:]
+    return SIGNATURE + header + chunk(b"IDAT", stream) + chunk(b"IEND")
+
+
 def split_pixels(side_px: int, size: int) -> bytes:
     """Return a flat image whose pixels are in chunks of a size in bytes, followed by empty ones."""
     rows = _rows(side_px, 24, 0, False)
