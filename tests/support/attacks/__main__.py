@@ -16,7 +16,7 @@ import argparse
 import datetime
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.common.results import Report, Rows, machine
 from tests.support.attacks.catalog import Attack, attacks
-from tests.support.attacks.measuring import LIGHT_S, LIVE_S, MEMORY, Result, measure
+from tests.support.attacks.measuring import ENDED_S, LIGHT_S, LIVE_S, MEMORY, Result, end_during, measure
 from tests.support.attacks.program import COMMAND, running
 
-_NOTHING = "nothing"
+_NOTHING, _AT_THE_END = "nothing", "jpeg-6000-scans"
 
 
 @dataclass
@@ -61,17 +61,19 @@ class AttackReport(Report):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = _options(arguments)
-    chosen = _chosen(options)
-    results = []
-    for attack, result in _measured(chosen, options.seconds, shlex.split(options.command)):
-        results.append((attack, result))
-        line = ", ".join(f"{key} {value}" for key, value in _row(result).items() if key != "attack")
-        print(f"{result.name}: {line}", file=sys.stderr, flush=True)
-    report = _report(results, sys.argv[1:] if arguments is None else arguments)
+    results: list[tuple[Attack | None, Result]] = []
+    with ExitStack() as stack:
+        command = shlex.split(options.command)
+        for attack, result in _measured(stack, _chosen(options), options.seconds, command):
+            results.append((attack, result))
+            line = ", ".join(f"{key} {value}" for key, value in _row(result).items() if key != "attack")
+            print(f"{result.name}: {line}", file=sys.stderr, flush=True)
+        ended_s = end_during(stack.enter_context(running(command)), _AT_THE_END)
+    report = _report(results, ended_s, sys.argv[1:] if arguments is None else arguments)
     print(report.markdown())
     if options.write:
         options.write.write_text(report.markdown() + "\n")
-    raise SystemExit(any(result.missed() for _, result in results))
+    raise SystemExit(ended_s > ENDED_S or any(result.missed() for _, result in results))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -100,20 +102,22 @@ def _chosen(options: argparse.Namespace) -> list[Attack]:
 
 
 def _measured(
-    chosen: Sequence[Attack], seconds: float, command: Sequence[str]
+    stack: ExitStack, chosen: Sequence[Attack], seconds: float, command: Sequence[str]
 ) -> Iterator[tuple[Attack | None, Result]]:
     """Yield the result of no attack, and of each; a service that is not ready afterwards is started anew."""
-    with ExitStack() as stack:
-        program = stack.enter_context(running(command))
-        for attack in (None, *chosen):
-            result = measure(program, attack.name if attack else _NOTHING, seconds)
-            yield attack, result
-            if not result.ready:
-                stack.close()
-                program = stack.enter_context(running(command))
+    program = stack.enter_context(running(command))
+    for attack in (None, *chosen):
+        result = measure(program, attack.name if attack else _NOTHING, seconds)
+        yield attack, result
+        if not result.ready:
+            stack.close()
+            program = stack.enter_context(running(command))
+    stack.close()
 
 
-def _report(results: Sequence[tuple[Attack | None, Result]], arguments: Sequence[str]) -> AttackReport:
+def _report(
+    results: Sequence[tuple[Attack | None, Result]], ended_s: float, arguments: Sequence[str]
+) -> AttackReport:
     head = machine(torch.device("cpu"), torch.float32, None, _command(arguments))
     missing = [result for _, result in results if result.missed()]
     report = AttackReport(
@@ -124,12 +128,11 @@ def _report(results: Sequence[tuple[Attack | None, Result]], arguments: Sequence
             "attacks": sum(attack is not None for attack, _ in results),
             "bounds missed by": len(missing),
         },
-        bounds=[_bounds_row(results)],
+        bounds=_bounds_rows(results, ended_s),
     )
     for attack, result in results:
-        rows = report.bounds if attack is None else getattr(report, attack.group)
         if attack is not None:
-            rows.append(_row(result))
+            getattr(report, attack.group).append(_row(result))
     return report
 
 
@@ -137,15 +140,25 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "tests.support.attacks", *arguments])
 
 
-def _bounds_row(results: Sequence[tuple[Attack | None, Result]]) -> dict[str, Any]:
+def _bounds_rows(results: Sequence[tuple[Attack | None, Result]], ended_s: float) -> Rows:
     alone = results[0][1]
-    return {
-        "": "light, s; live, s; memory",
-        "bound": f"{LIGHT_S:g}; {LIVE_S:g}; {MEMORY:g} times",
-        "without an attack": f"{alone.light.longest_s:.3f}; {alone.live.longest_s:.3f}; "
-        f"{alone.before_mb:.0f} MB",
-        "after the last attack": f"{results[-1][1].after_mb:.0f} MB",
+    worst = [result for attack, result in results if attack is not None] or [alone]
+    measures: dict[str, tuple[float, Callable[[Result], float]]] = {
+        "light, s": (LIGHT_S, lambda result: result.light.longest_s),
+        "live, s": (LIVE_S, lambda result: result.live.longest_s),
+        "memory after ÷ before": (MEMORY, lambda result: result.after_mb / result.before_mb),
     }
+    rows: Rows = [
+        {
+            "what": what,
+            "bound": bound,
+            "without an attack": round(measure_of(alone), 3),
+            "worst": round(max(map(measure_of, worst)), 3),
+        }
+        for what, (bound, measure_of) in measures.items()
+    ]
+    at_the_end = {"what": f"SIGTERM during {_AT_THE_END}, s", "bound": ENDED_S, "without an attack": ""}
+    return [*rows, {**at_the_end, "worst": round(ended_s, 1)}]
 
 
 def _row(result: Result) -> dict[str, Any]:

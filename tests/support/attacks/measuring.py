@@ -16,10 +16,12 @@ from tests.support.attacks.observer import Waits
 from tests.support.attacks.program import Program
 
 LIGHT_S, LIVE_S, MEMORY = 1.5, 0.25, 1.1
+#: Seconds from SIGTERM to the end: the service's drain time, and a little.
+ENDED_S = 25.0
 _PACKAGE = "tests.support.attacks"
 # The sender ends by itself; a little more than its threads and its last line take.
 _SENDER_S, _OBSERVERS_S = 120.0, 200.0
-_QUIET_S, _SETTLE_S, _AFTER_S = 60.0, 20.0, 2.0
+_QUIET_S, _SETTLE_S, _AFTER_S, _END_S = 60.0, 20.0, 2.0, 180.0
 
 
 class Sent(msgspec.Struct):
@@ -109,6 +111,20 @@ def measure(program: Program, name: str, seconds: float) -> Result:
     )
 
 
+def end_during(program: Program, name: str) -> float:
+    """Send SIGTERM two seconds into an attack; return the seconds until the program has ended."""
+    sender = _sender(program.url, name, _END_S)
+    try:
+        time.sleep(_AFTER_S)
+        begun_s = time.monotonic()
+        program.process.terminate()
+        program.process.wait(_END_S)
+        return time.monotonic() - begun_s
+    finally:
+        sender.kill()
+        sender.communicate()
+
+
 def _settled_mb(program: Program, before_mb: float) -> float:
     """Return the memory as soon as it is back within its bound, or after a while."""
     end_s = time.monotonic() + _SETTLE_S
@@ -121,15 +137,24 @@ def _attack(url: str, name: str, seconds: float) -> Sent:
     if name == "nothing":
         time.sleep(seconds)
         return Sent({}, 0.0)
-    sender = _start("sender", url, name, str(seconds))
+    sender = _sender(url, name, seconds)
     try:
-        assert sender.stdout is not None
-        if not sender.stdout.readline():
-            raise RuntimeError(f"the sender of {name} ended before it was ready")
-        output, _ = sender.communicate("\n", timeout=seconds + _SENDER_S)
+        output, _ = sender.communicate(timeout=seconds + _SENDER_S)
     finally:
         sender.kill()
     return msgspec.json.decode(output, type=Sent)
+
+
+def _sender(url: str, name: str, seconds: float) -> subprocess.Popen[str]:
+    """Return the sender of an attack that has just begun."""
+    sender = _start("sender", url, name, str(seconds))
+    assert sender.stdin is not None
+    assert sender.stdout is not None
+    if not sender.stdout.readline():
+        raise RuntimeError(f"the sender of {name} ended before it was ready")
+    sender.stdin.write("\n")
+    sender.stdin.flush()
+    return sender
 
 
 class Observation:
