@@ -19,13 +19,25 @@ ICC profile, gamma  ignored, as the reference scorers do
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from reward_service.image_files import (
+    BareFile,
+    bare_exif,
+    bare_file,
+    corrupt,
+    exif_of_raw_profile,
+    too_complex,
+    webp_size,
+)
+from reward_service.image_files import ImageError as ImageError
+from reward_service.image_files import detect_format as detect_format
 
 Pixels = NDArray[np.uint8]  # height x width x 3, RGB
 
@@ -43,15 +55,6 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_KEYS = ("exif", "Raw profile type exif")
-
-
-class ImageError(ValueError):
-    """A refused image; `code` is the problem code, the message is cause and remedy."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,11 @@ def decode(
     if declared_format not in (None, found):
         message = f"declared as {declared_format}, but the bytes are {found}; correct it"
         raise ImageError("not_an_image", message)
-    return DecodedImage(_decode_file(data, found, max_pixels, reserve), lossy=_is_lossy(data, found))
-
-
-def detect_format(data: bytes) -> str | None:
-    """Return `png`, `jpeg` or `webp` by the first bytes; None for other formats."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+    if found == "webp":
+        # Pillow allocates WebP's canvas on opening, so its size is read from the header first.
+        _check_size(*webp_size(data), max_pixels)
+    bare = bare_file(data, found)
+    return DecodedImage(_decode_file(bare, found, max_pixels, reserve), bare.lossy)
 
 
 def to_rgb(image: Image.Image) -> Pixels:
@@ -109,11 +107,19 @@ def to_rgb(image: Image.Image) -> Pixels:
 
     Returns:
         uint8 array of shape (height, width, 3)
+
+    Raises:
+        ImageError: the mode is F or I, whose values have no fixed range, so that black and white are unknown
     """
+    if image.mode in ("F", "I"):
+        cause = f"a Pillow image of mode {image.mode} has no fixed range of values"
+        raise ImageError("not_an_image", f"{cause}; scale it to 0 to 255 and convert it to mode L")
     _fix_colour_key(image)
     image = _apply_orientation(image)
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         image = _high_byte(image)
+    elif image.mode == "La":  # premultiplied; Pillow converts it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -168,86 +174,53 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("image_too_long", message)
 
 
-def _decode_file(data: bytes, found: str, max_pixels: int, reserve: Callable[[int], None]) -> Pixels:
-    if found == "webp":
-        # Pillow allocates WebP's canvas on opening, so its size is read from the header first.
-        _check_size(*_webp_size(data), max_pixels)
-    if found == "png" and not _has_png_end(data):
-        # Pillow accepts a PNG that has every pixel; the other two decoders verify the end of the file.
-        raise _corrupt(found)
+def _decode_file(bare: BareFile, found: str, max_pixels: int, reserve: Callable[[int], None]) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data), formats=[_PILLOW_NAMES[found]]) as image:
+        with Image.open(io.BytesIO(bare.data), formats=[_PILLOW_NAMES[found]]) as image:
             _check_size(*image.size, max_pixels)
             try:
                 reserve(_CHANNELS * image.size[0] * image.size[1])
             except Exception as error:  # noqa: BLE001 - not an error of the image, so it must not become one
                 refusal = error
             else:
+                if bare.exif:
+                    image.info["exif"] = bare.exif
                 return to_rgb(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError("image_too_large", "the image has too many pixels; shrink it") from None
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise almost any exception on malicious bytes
-        raise _corrupt(found) from None
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any exception on malicious bytes
+        raise _decoder_error(error, bare, found) from None
     raise refusal
 
 
-def _corrupt(found: str) -> ImageError:
-    return ImageError("not_an_image", f"the {found} image is truncated or corrupt; send it whole")
-
-
-def _has_png_end(data: bytes) -> bool:
-    """Return True if a PNG's chunks end with IEND."""
-    position = 8
-    while position + 12 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IEND":
-            return True
-        position += 12 + int(size)
-    return False
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) in pixels from the first chunk of a WebP file (RFC 9649, section 2)."""
-    kind, body = data[12:16], data[20:30]
-    if len(body) == 10 and kind == b"VP8X":
-        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
-    if len(body) == 10 and kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", body, 6)
-        return width & 0x3FFF, height & 0x3FFF
-    if len(body) >= 5 and kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    raise _corrupt("webp")
-
-
-def _is_lossy(data: bytes, found: str) -> bool:
-    return found == "jpeg" or (found == "webp" and not _is_lossless_webp(data))
-
-
-def _is_lossless_webp(data: bytes) -> bool:
-    """Return True if the first image chunk of a WebP file is VP8L."""
-    # The chunks are traversed: a search for the bytes could match inside another chunk.
-    position = 12
-    while position + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, position)
-        if kind in (b"VP8L", b"VP8 "):
-            return bool(kind == b"VP8L")
-        # An animation frame (ANMF) contains its chunks after a header of 16 bytes.
-        position += 8 + (16 if kind == b"ANMF" else size + size % 2)
-    return False
+def _decoder_error(error: Exception, bare: BareFile, found: str) -> ImageError:
+    """Return the refusal of a file that Pillow failed to decode."""
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return too_complex("decoding the image needs more memory than there is; shrink it")
+    if bare.unsupported:
+        message = f"the {found} image has {bare.unsupported}, which is not supported; re-encode it"
+        return ImageError("not_an_image", message)
+    return corrupt(found)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; ignore broken EXIF data."""
     image.load()
-    # An image with only the EXIF data: without an orientation in them, Pillow would use that of XMP.
-    bare = Image.new("1", (1, 1))
-    bare.info = {name: image.info[name] for name in _EXIF_KEYS if name in image.info}
     try:
-        transpose = _TRANSPOSES.get(bare.getexif().get(_ORIENTATION, 1))
+        transpose = _TRANSPOSES.get(_orientation(image.info))
     except Exception:  # noqa: BLE001 - the EXIF reader raises almost any exception on malicious bytes
         return image
     # Pillow's exif_transpose would rewrite the EXIF data, and fails on unusual ones.
     return image if transpose is None else image.transpose(transpose)
+
+
+def _orientation(info: Mapping[str | tuple[int, int], Any]) -> Any:
+    """Return the orientation in the EXIF data of a Pillow image; Pillow would also use that of XMP."""
+    data = info.get("exif")
+    if data is None:
+        data = exif_of_raw_profile(info.get("Raw profile type exif", ""))
+    exif = Image.Exif()
+    exif.load(bare_exif(data))
+    return exif.get(_ORIENTATION)

@@ -20,6 +20,7 @@ A failed score is always an exception, never a number.
 """
 
 from reward_service.client.client import AsyncRewardClient, RewardClient
+from reward_service.client.encoding import ImageLike
 from reward_service.client.errors import (
     ClientClosedError,
     DeadlineError,
@@ -33,7 +34,6 @@ from reward_service.client.errors import (
     ServiceError,
     UnreachableError,
 )
-from reward_service.client.payload import ImageLike
 
 __all__ = [
     "AsyncRewardClient",

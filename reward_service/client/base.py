@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
-import threading
+import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import httpx
 import msgspec
 import tenacity
 
+from reward_service.client.arguments import (
+    MAX_IN_FLIGHT,
+    parse_base_url,
+    parse_count,
+    parse_credentials,
+    parse_seconds,
+)
+from reward_service.client.connections import ConnectionEvents
+from reward_service.client.encoding import Encoding, check_encoding
 from reward_service.client.errors import (
     DECODING_ERRORS,
     ClientClosedError,
     DeadlineError,
-    IdentityChangedError,
     InputError,
     NotReadyError,
     OverloadedError,
@@ -29,31 +35,19 @@ from reward_service.client.errors import (
     parse_health,
     raise_for_problem,
 )
-from reward_service.client.payload import (
-    CHUNK_BYTES,
-    CHUNK_PAIRS,
-    Chunk,
-    Chunking,
-    Encoding,
-    ScoreOptions,
-    check_encoding,
-)
+from reward_service.client.identity import IdentityPin, PinOption
+from reward_service.client.payload import CHUNK_BYTES, CHUNK_PAIRS, Chunk, Chunking, ScoreOptions
+from reward_service.client.proxies import describe_route, find_proxy
 from reward_service.protocol import (
     JSON,
     MAX_BODY_BYTES,
     MAX_PAIRS,
     MSGPACK,
-    EvaluatorIdentity,
     EvaluatorList,
     Health,
     ScoreResponse,
     decode_response,
 )
-
-#: Evaluator → what produces its numbers. As JSON: {name: {"fingerprint": …, "calibration": …}}.
-Identity: TypeAlias = Mapping[str, EvaluatorIdentity]
-#: Argument `pin`: an identity, also as read from JSON; `first` for that of the first response; or None.
-PinOption: TypeAlias = Identity | Mapping[str, Any] | Literal["first"] | None
 
 Transport = TypeVar("Transport")
 
@@ -61,76 +55,21 @@ POLL_INTERVAL_S = 0.2
 _CONNECT_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
 RETRYABLE_ERRORS = (OverloadedError, UnreachableError)
-_API_KEY = re.compile(r"[!-~]+")
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-def identity_of(evaluators: EvaluatorList) -> dict[str, EvaluatorIdentity]:
-    """Return the identity of the evaluators that the service lists."""
-    return {
-        name: EvaluatorIdentity(it.fingerprint, it.calibration) for name, it in evaluators.evaluators.items()
-    }
-
-
-class IdentityPin:
-    """The identity that every response is compared with. Thread-safe.
-
-    Args:
-        pin: the expected identity, or `first` to adopt that of the first response
-
-    Raises:
-        InputError: `pin` is neither
-    """
-
-    def __init__(self, pin: Identity | Mapping[str, Any] | Literal["first"]) -> None:
-        self._lock = threading.Lock()
-        self._adopting = pin == "first"
-        self._pinned: dict[str, EvaluatorIdentity] = {} if self._adopting else _parse_pin(pin)
-        self._all_names = None if self._adopting else frozenset(self._pinned)
-
-    def check(self, found: Identity, *, complete: bool) -> None:
-        """Raise an error if a response has another identity than the pinned one.
-
-        Args:
-            found: identity of the evaluators in the response
-            complete: all evaluators of the service were requested, so that none may be added or missing
-
-        Raises:
-            IdentityChangedError: another fingerprint, calibration or set of evaluators
-        """
-        with self._lock:
-            changes = [change for name, it in found.items() if (change := self._change(name, it))]
-            if complete and self._all_names not in (None, frozenset(found)):
-                changes.append(f"the evaluators are {_join(found)}, no longer {_join(self._all_names or ())}")
-            if changes:
-                raise IdentityChangedError(
-                    f"the service's evaluators have changed: {'; '.join(changes)}. Scores from before and "
-                    "after must not be compared; restore the first evaluators, or score everything again"
-                )
-            if self._adopting:
-                self._pinned.update(found)
-                self._all_names = frozenset(found) if complete else self._all_names
-
-    def _change(self, name: str, found: EvaluatorIdentity) -> str | None:
-        pinned = self._pinned.get(name)
-        if pinned is None:
-            return None if self._adopting else f"{name} was not pinned"
-        parts = [part for part in found.__struct_fields__ if getattr(found, part) != getattr(pinned, part)]
-        return f"{name} has another {' and '.join(parts)}" if parts else None
+#: What httpx raises for a request; a RuntimeError for an HTTP client that was closed meanwhile.
+FAILURES = (httpx.TransportError, httpx.DecodingError, RuntimeError)
+_MAX_DEADLINE_MS = 86_400_000  # a day: the most that the service accepts
 
 
 class Deadline:
     """Point in time after which the scores of a call are useless; never, if `seconds` is None.
 
     Raises:
-        InputError: `seconds` is not positive
+        InputError: `seconds` is not a positive number
     """
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and not seconds > 0:
-            raise InputError(f"deadline_s must be a positive number of seconds, not {seconds}")
-        self._seconds = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._seconds = None if seconds is None else parse_seconds("deadline_s", seconds)
+        self._end = None if self._seconds is None else time.monotonic() + self._seconds
 
     def remaining_s(self) -> float:
         """Return the remaining seconds, infinity without a deadline.
@@ -142,6 +81,33 @@ class Deadline:
         if remaining <= 0:
             raise DeadlineError(f"the scores did not arrive within the {self._seconds:g} s of the deadline")
         return remaining
+
+
+class Waiting:
+    """Progress of `wait_until_ready`.
+
+    Args:
+        timeout_s: longest wait
+        report: receives the first report
+
+    Raises:
+        InputError: `timeout_s` is not a number of seconds
+    """
+
+    def __init__(self, timeout_s: float, report: Callable[[str], None] | None) -> None:
+        self.timeout_s = parse_seconds("timeout_s", timeout_s, zero=True)
+        self._end = time.monotonic() + self.timeout_s
+        self._report = report
+
+    def is_over(self) -> bool:
+        """Return whether the time is over."""
+        return time.monotonic() >= self._end
+
+    def report_once(self, line: str) -> None:
+        """Report a line, if it is the first one."""
+        if self._report is not None:
+            self._report(line)
+            self._report = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +123,10 @@ class ClientCore(ABC, Generic[Transport]):
     """Common part of the synchronous and the asynchronous client. Performs no I/O itself.
 
     The arguments are those of `RewardClient`.
+
+    Attributes:
+        base_url: the service's address
+        proxy: host and port of the proxy that requests go through, without credentials; None: directly
     """
 
     def __init__(
@@ -175,26 +145,42 @@ class ClientCore(ABC, Generic[Transport]):
         transport: Transport | None = None,
         sleep: Callable[[float], Any] | None = None,
     ) -> None:
-        url = _parse_base_url(base_url)
+        url = parse_base_url(base_url)
         self.base_url = str(url).rstrip("/")
-        self._timeout_s, self._retry_budget_s, self._sleep = timeout_s, retry_budget_s, sleep
+        proxy = None if transport is not None else find_proxy(url)
+        self.proxy = None if proxy is None else proxy.name
+        self._address = self.base_url + ("" if proxy is None else describe_route(url))
+        self._timeout_s = parse_seconds("timeout_s", timeout_s)
+        self._retry_budget_s = parse_seconds("retry_budget_s", retry_budget_s, zero=True)
+        self._sleep = sleep
         self._pin = None if pin is None else IdentityPin(pin)
         self._chunking = _parse_chunking(chunk_pairs, chunk_bytes, encoding)
-        self._in_flight = _positive("in_flight", in_flight)
+        limit = "as each request in flight has a thread and a connection"
+        self._in_flight = parse_count("in_flight", in_flight, MAX_IN_FLIGHT, limit)
         self._closed = False
         self._http_options: dict[str, Any] = {
             "base_url": self.base_url,
-            "headers": {"Accept": MSGPACK, **_credentials(api_key, client_id)},
-            # A proxy from the environment is another machine, whose loopback addresses are not ours.
-            "trust_env": not _is_loopback(url.host),
+            "headers": {"Accept": MSGPACK, **parse_credentials(api_key, client_id)},
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=self._in_flight),
             "transport": transport,
+            # The proxy has been chosen, so that messages can name it.
+            "proxy": None if proxy is None else proxy.url,
+            "trust_env": False,
+            "verify": transport is None and _ssl_context(),
         }
         self._open()
 
     @abstractmethod
     def _open(self) -> None:
         """Prepare the connections; the last step of `__init__`."""
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: it holds connections and an API key; "
+            "threads and forked processes may share it; elsewhere create another one, such as in the "
+            "worker_init_fn of a DataLoader"
+        )
 
     # Requests --------------------------------------------------------------------------------------------
 
@@ -207,7 +193,7 @@ class ClientCore(ABC, Generic[Transport]):
         remaining_s = deadline.remaining_s()
         headers = {"Content-Type": MSGPACK, "X-Request-Id": chunk.request_id}
         if remaining_s != float("inf"):
-            headers["X-Deadline-Ms"] = str(max(100, int(1000 * remaining_s)))
+            headers["X-Deadline-Ms"] = str(min(max(100, int(1000 * remaining_s)), _MAX_DEADLINE_MS))
         return {
             "method": "POST",
             "url": "/v1/score",
@@ -223,6 +209,22 @@ class ClientCore(ABC, Generic[Transport]):
         longest = min(self._timeout_s, remaining_s)
         # A running service accepts a connection quickly; only its response may take long.
         return httpx.Timeout(longest, connect=min(_CONNECT_TIMEOUT_S, longest))
+
+    def _connections_to_try(self) -> Iterator[bool]:
+        """Yield False for each connection that may have been kept, then True for a new one."""
+        yield from [False] * self._in_flight
+        yield True
+
+    def _raise_unless_closed_by_server(
+        self, error: Exception, events: ConnectionEvents, *, last: bool
+    ) -> None:
+        """Raise the client's own error, unless the request is to be sent again at once.
+
+        It is if the server had closed a kept connection: scoring has no side effects, and such a connection
+        says nothing about the server's state.
+        """
+        if last or not events.server_had_closed(error):
+            raise self._transport_error(error) from None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -259,7 +261,7 @@ class ClientCore(ABC, Generic[Transport]):
     # Responses -------------------------------------------------------------------------------------------
 
     def _parse_scores(self, response: httpx.Response, chunk: Chunk, call: ScoreCall) -> ScoreResponse:
-        raise_for_problem(response, chunk.first)
+        raise_for_problem(response, self._address, chunk.first)
         try:
             scores = decode_response(response.content, response.headers.get("content-type", ""))
         except DECODING_ERRORS as error:
@@ -281,25 +283,29 @@ class ClientCore(ABC, Generic[Transport]):
             raise self._protocol_error("an evaluator's score is missing")
 
     def _parse_evaluators(self, response: httpx.Response) -> EvaluatorList:
-        raise_for_problem(response)
+        raise_for_problem(response, self._address)
         try:
             return msgspec.json.decode(response.content, type=EvaluatorList)
         except DECODING_ERRORS as error:
             raise self._protocol_error(str(error)) from None
 
-    def _must_wait(self, health: Health, timeout_s: float, end: float) -> bool:
-        """Return whether `wait_until_ready` must continue, until the monotonic time `end`.
+    def _must_wait(self, health: Health, waiting: Waiting) -> bool:
+        """Return whether `wait_until_ready` must continue.
 
         Raises:
             NotReadyError: the service has failed, or the time is over
         """
         if health.status == "ready":
             return False
-        if health.status == "failed" or time.monotonic() >= end:
+        state = f"{health.status}: {health.detail}"
+        if health.status == "failed" or waiting.is_over():
             raise NotReadyError(
-                f"the reward service at {self.base_url} was not ready within {timeout_s:g} s "
-                f"({health.status}: {health.detail}); see its log, or wait longer"
+                f"the reward service at {self._address} was not ready within {waiting.timeout_s:g} s "
+                f"({state}); see its log, or wait longer"
             )
+        waiting.report_once(
+            f"waiting up to {waiting.timeout_s:g} s for the reward service at {self._address} ({state})"
+        )
         return True
 
     # Errors ----------------------------------------------------------------------------------------------
@@ -308,16 +314,18 @@ class ClientCore(ABC, Generic[Transport]):
         """Return the client's own error for one of httpx."""
         if self._closed:
             return _closed_error()
+        if isinstance(error, RuntimeError):
+            raise error
         if isinstance(error, httpx.DecodingError):
             return self._protocol_error(str(error))
         cause = "timed out" if isinstance(error, httpx.TimeoutException) else str(error)
         return UnreachableError(
-            f"no response from the reward service at {self.base_url} ({cause or type(error).__name__}); "
+            f"no response from the reward service at {self._address} ({cause or type(error).__name__}); "
             "start it with `reward-service serve` or correct the address"
         )
 
     def _protocol_error(self, cause: str) -> ProtocolError:
-        return ProtocolError(f"{self.base_url} is not a reward service ({cause}); check the address")
+        return ProtocolError(f"{self._address} is not a reward service ({cause}); check the address")
 
 
 def reports_ready(response: httpx.Response) -> bool:
@@ -325,89 +333,30 @@ def reports_ready(response: httpx.Response) -> bool:
     return response.status_code == httpx.codes.OK and parse_health(response).status == "ready"
 
 
-def open_http_client(kind: Any, **options: Any) -> Any:
-    """Return a new httpx client of the given class.
-
-    Raises:
-        InputError: the environment names a proxy that is not usable
-    """
-    try:
-        return kind(**options)
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise InputError(f"invalid proxy configuration ({error}); fix or unset the proxy variables") from None
-
-
 def _closed_error() -> ClientClosedError:
     return ClientClosedError("this client was closed; create another, or close it later")
 
 
-def _parse_pin(pin: Any) -> dict[str, EvaluatorIdentity]:
+def _ssl_context() -> ssl.SSLContext:
+    """Return the TLS settings, with the certificates of SSL_CERT_FILE or SSL_CERT_DIR if one is set.
+
+    Raises:
+        InputError: the certificates cannot be read
+    """
     try:
-        pinned = msgspec.convert(dict(pin), dict[str, EvaluatorIdentity])
-    except (TypeError, ValueError, msgspec.ValidationError):
+        return httpx.create_ssl_context()
+    except OSError as error:
         raise InputError(
-            "pin must be 'first', or a result of client.identity(), which may be read from JSON"
+            f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({error.strerror}); "
+            "correct or unset the variable"
         ) from None
-    if not pinned:
-        raise InputError("pin names no evaluator; use the result of client.identity(), or 'first'")
-    return pinned
-
-
-def _join(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def _parse_base_url(base_url: Any) -> httpx.URL:
-    """Return a usable base URL. An unusable one may hold a password and is not repeated in the error."""
-    try:
-        url = httpx.URL(str(base_url).strip())
-    except httpx.InvalidURL as error:
-        raise InputError(f"the service address is not a URL: {error}") from None
-    if url.userinfo:
-        raise InputError("the service address holds a user name or password; give the key as api_key")
-    valid_port = url.port is None or 0 < url.port < 2**16
-    if url.scheme not in ("http", "https") or not url.host or not valid_port or url.query or url.fragment:
-        raise InputError(
-            f"the service address {str(url)!r} must start with http:// or https:// and be like "
-            "http://127.0.0.1:8000 or https://host/path"
-        )
-    return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _credentials(api_key: Any, client_id: Any) -> Mapping[str, str]:
-    headers = {}
-    if api_key:
-        if not isinstance(api_key, str) or not _API_KEY.fullmatch(api_key):  # a secret: never shown
-            raise InputError("api_key must be plain ASCII without spaces or line breaks; strip it")
-        headers["Authorization"] = f"Bearer {api_key}"
-    if client_id:
-        if not isinstance(client_id, str) or not _CLIENT_ID.fullmatch(client_id):
-            raise InputError(
-                "client_id must be 1 to 64 letters, digits, dots, dashes and underscores, all plain ASCII"
-            )
-        headers["X-Client-Id"] = client_id
-    return headers
 
 
 def _parse_chunking(pairs: int, size: int, encoding: Encoding) -> Chunking:
     check_encoding(encoding)
-    for name, value, limit in (
-        ("chunk_pairs", pairs, MAX_PAIRS),
-        ("chunk_bytes", size, MAX_BODY_BYTES),
-    ):
-        if _positive(name, value) > limit:
-            raise InputError(f"{name} must be at most {limit:,}, the limit of the service")
-    return Chunking(pairs, size, encoding)
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, not {value}")
-    return value
+    limit = "the limit of the service"
+    return Chunking(
+        parse_count("chunk_pairs", pairs, MAX_PAIRS, limit),
+        parse_count("chunk_bytes", size, MAX_BODY_BYTES, limit),
+        encoding,
+    )

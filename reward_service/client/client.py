@@ -8,10 +8,8 @@ first error ends the call.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import chain, islice
@@ -21,16 +19,19 @@ import httpx
 import tenacity
 
 from reward_service.client.base import (
+    FAILURES,
     POLL_INTERVAL_S,
     RETRYABLE_ERRORS,
     ClientCore,
     ScoreCall,
-    identity_of,
-    open_http_client,
+    Waiting,
     reports_ready,
 )
+from reward_service.client.connections import ConnectionEvents, LoopConnections, PerProcess
+from reward_service.client.encoding import ImageLike
 from reward_service.client.errors import ProtocolError, UnreachableError, parse_health
-from reward_service.client.payload import Chunk, ImageLike, merge_responses, parse_options
+from reward_service.client.identity import identity_of
+from reward_service.client.payload import Chunk, merge_responses, parse_options
 from reward_service.protocol import EvaluatorIdentity, EvaluatorList, Health, Normalization, ScoreResponse
 
 Request = TypeVar("Request")
@@ -59,10 +60,7 @@ class RewardClient(ClientCore[httpx.BaseTransport]):
     """
 
     def _open(self) -> None:
-        # One per process: after a fork, the parent's sockets are not ours to write to.
-        self._http_clients: dict[int, httpx.Client] = {
-            os.getpid(): open_http_client(httpx.Client, **self._http_options)
-        }
+        self._http_clients = PerProcess(lambda: httpx.Client(**self._http_options))
 
     def score(
         self,
@@ -130,20 +128,25 @@ class RewardClient(ClientCore[httpx.BaseTransport]):
         except (UnreachableError, ProtocolError):
             return False
 
-    def wait_until_ready(self, timeout_s: float) -> None:
+    def wait_until_ready(self, timeout_s: float, report: Callable[[str], None] | None = None) -> None:
         """Wait until the service is ready.
+
+        Args:
+            timeout_s: longest wait; 0 to check only once
+            report: receives one line if the service is not ready at once: its address, any proxy, its state
 
         Raises:
             NotReadyError: it was not ready within `timeout_s`, or its models cannot be loaded
+            InputError: `timeout_s` is not a number of seconds
         """
-        end = time.monotonic() + timeout_s
-        while self._must_wait(self._health(), timeout_s, end):
+        waiting = Waiting(timeout_s, report)
+        while self._must_wait(self._health(), waiting):
             (self._sleep or time.sleep)(POLL_INTERVAL_S)
 
     def close(self) -> None:
         """Close the connections; a call in progress on another thread fails."""
         self._closed = True
-        if http_client := self._http_clients.pop(os.getpid(), None):
+        if http_client := self._http_clients.pop():
             http_client.close()
 
     def __enter__(self) -> Self:
@@ -173,30 +176,21 @@ class RewardClient(ClientCore[httpx.BaseTransport]):
             return Health("loading", str(error))
 
     def _send(self, request: dict[str, Any]) -> httpx.Response:
-        self._check_open()
-        try:
-            return self._http_client().request(**request)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise self._transport_error(error) from None
-        except RuntimeError as error:  # httpx raises it for a client that another thread closed meanwhile
+        for last in self._connections_to_try():
             self._check_open()
-            raise error
-
-    def _http_client(self) -> httpx.Client:
-        process = os.getpid()
-        if process not in self._http_clients:
-            self._http_clients.setdefault(process, open_http_client(httpx.Client, **self._http_options))
-        return self._http_clients[process]
+            events = ConnectionEvents()
+            try:
+                return self._http_clients.get().request(**request, extensions={"trace": events.record})
+            except FAILURES as error:
+                self._raise_unless_closed_by_server(error, events, last=last)
+        raise AssertionError("unreachable")
 
 
 class AsyncRewardClient(ClientCore[httpx.AsyncBaseTransport]):
     """`RewardClient` for asyncio: the same arguments, the same exceptions."""
 
     def _open(self) -> None:
-        # One per event loop, made at its first request: connections belong to the loop they were made in.
-        self._http_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._by_loop: PerProcess[dict[asyncio.AbstractEventLoop, LoopConnections]] = PerProcess(dict)
 
     async def score(
         self,
@@ -238,17 +232,17 @@ class AsyncRewardClient(ClientCore[httpx.AsyncBaseTransport]):
         except (UnreachableError, ProtocolError):
             return False
 
-    async def wait_until_ready(self, timeout_s: float) -> None:
+    async def wait_until_ready(self, timeout_s: float, report: Callable[[str], None] | None = None) -> None:
         """See `RewardClient.wait_until_ready`."""
-        end = time.monotonic() + timeout_s
-        while self._must_wait(await self._health(), timeout_s, end):
+        waiting = Waiting(timeout_s, report)
+        while self._must_wait(await self._health(), waiting):
             await (self._sleep or asyncio.sleep)(POLL_INTERVAL_S)
 
     async def close(self) -> None:
-        """Close the connections; a call in progress in another task fails."""
+        """Close the connections, in all event loops; a call in progress in another task fails."""
         self._closed = True
-        if http_client := self._http_clients.pop(asyncio.get_running_loop(), None):
-            await http_client.aclose()
+        for loop, connections in list((self._by_loop.pop() or {}).items()):
+            await connections.close(loop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -276,20 +270,23 @@ class AsyncRewardClient(ClientCore[httpx.AsyncBaseTransport]):
             return Health("loading", str(error))
 
     async def _send(self, request: dict[str, Any]) -> httpx.Response:
-        self._check_open()
-        try:
-            return await self._http_client().request(**request)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise self._transport_error(error) from None
-        except RuntimeError as error:  # httpx raises it for a client that another task closed meanwhile
+        for last in self._connections_to_try():
             self._check_open()
-            raise error
+            events, http_client = ConnectionEvents(), await self._http_client()
+            try:
+                return await http_client.request(**request, extensions={"trace": events.record_async})
+            except FAILURES as error:
+                self._raise_unless_closed_by_server(error, events, last=last)
+        raise AssertionError("unreachable")
 
-    def _http_client(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._http_clients:
-            self._http_clients[loop] = open_http_client(httpx.AsyncClient, **self._http_options)
-        return self._http_clients[loop]
+    async def _http_client(self) -> httpx.AsyncClient:
+        loop, by_loop = asyncio.get_running_loop(), self._by_loop.get()
+        if loop not in by_loop:
+            for closed in [it for it in by_loop if it.is_closed()]:
+                by_loop.pop(closed, None)
+            by_loop[loop] = LoopConnections(httpx.AsyncClient(**self._http_options))
+            await by_loop[loop].close_with_loop(lambda: by_loop.pop(loop, None))
+        return by_loop[loop].http_client
 
 
 def map_in_threads(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 import msgspec
@@ -36,13 +37,23 @@ class ServiceError(RewardClientError):
         status: HTTP status
         problem: the problem details; None if the response had none
         retry_after_s: seconds to wait before a retry, from the header `Retry-After`; 0 without one
+
+    Args:
+        address: address of the service and the proxy before it, for the message
     """
 
-    def __init__(self, status: int, problem: Problem | None, retry_after_s: float = 0.0) -> None:
-        super().__init__(_problem_message(status, problem))
+    def __init__(
+        self, status: int, problem: Problem | None, retry_after_s: float = 0.0, address: str = "the service"
+    ) -> None:
+        super().__init__(_problem_message(status, problem, address))
         self.status = status
         self.problem = problem
         self.retry_after_s = retry_after_s
+        self._address = address
+
+    def __reduce__(self) -> Any:
+        """Return what pickle needs: the error of a worker process is sent to its parent."""
+        return type(self), (self.status, self.problem, self.retry_after_s, self._address)
 
 
 class RejectedError(ServiceError):
@@ -77,11 +88,12 @@ class ProtocolError(RewardClientError):
     """The response does not follow the protocol: perhaps another program listens at this address."""
 
 
-def raise_for_problem(response: httpx.Response, first_pair: int = 0) -> None:
+def raise_for_problem(response: httpx.Response, address: str, first_pair: int = 0) -> None:
     """Raise the error that an unsuccessful response stands for.
 
     Args:
         response: response of any route
+        address: address of the service and the proxy before it, for the message
         first_pair: index of the request's first pair in the whole batch; added to the problem's indices
 
     Raises:
@@ -93,7 +105,7 @@ def raise_for_problem(response: httpx.Response, first_pair: int = 0) -> None:
     problem = _parse_problem(response, first_pair)
     retryable = problem.retryable if problem else response.status_code in RETRYABLE_STATUS
     error = OverloadedError if retryable else RejectedError
-    raise error(response.status_code, problem, _retry_after_s(response))
+    raise error(response.status_code, problem, _retry_after_s(response), address)
 
 
 def parse_health(response: httpx.Response) -> Health:
@@ -138,10 +150,10 @@ def _seconds_until(date: str, sent: str) -> float:
     return then - now
 
 
-def _problem_message(status: int, problem: Problem | None) -> str:
+def _problem_message(status: int, problem: Problem | None, address: str) -> str:
     if problem is None:
         return (
-            f"status {status} without the problem details of a reward service: "
+            f"status {status} from {address} without the problem details of a reward service: "
             "another program or a proxy responded; check the address"
         )
     first = problem.errors[0] if problem.errors else None

@@ -6,53 +6,35 @@ sent lossless: files unchanged, everything else as RGB pixels.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import msgspec
-import numpy as np
 from PIL import Image
 
+from reward_service.client.arguments import parse_weight
+from reward_service.client.encoding import Encoding, ImageLike, encode_image
 from reward_service.client.errors import InputError
-from reward_service.images import Pixels, detect_format, to_rgb
 from reward_service.protocol import (
     MAX_BODY_BYTES,
     MAX_PROMPT_CHARS,
     EvaluatorIdentity,
     Item,
     Normalization,
-    Picture,
     ScoreRequest,
     ScoreResponse,
 )
-
-#: A Pillow image, an array (H, W, 3) or tensor (3, H, W), uint8 or float in [0, 1], a path, or the bytes of
-#: a PNG, JPEG or WebP file. Tensors are recognized by their methods: torch is not imported.
-ImageLike = Any
-#: Encoding of pixels on the wire. All three are lossless; the last two cost milliseconds per image and reduce
-#: network traffic.
-Encoding = Literal["raw", "png", "webp"]
-Array = np.ndarray[Any, np.dtype[Any]]
 
 #: A quarter of the service's limit: several requests are in flight at once, and each arrives soon.
 CHUNK_BYTES = MAX_BODY_BYTES // 4
 #: With the default configuration, four of these are the most pairs that the service admits per client.
 CHUNK_PAIRS = 512
 
-_CHANNELS = 3
-_MAX_WEBP_SIDE = 16383
-# PNG's default level takes three times as long for a few per cent; for lossless WebP, quality means effort.
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "png": {"format": "PNG", "compress_level": 1},
-    "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
-}
 _ITEM_OVERHEAD_BYTES = 64  # what msgpack adds to a prompt and an image: names, sizes, shape
 _NDIM_OF_ONE_IMAGE = (0, 2, 3)
 _MISSING = object()
@@ -89,39 +71,23 @@ def parse_options(
         raise InputError(f"normalization must be one of {', '.join(get_args(Normalization))}")
     if isinstance(evaluators, str):
         raise InputError("evaluators must be a list of names, not one string")
+    if evaluators is not None and not _is_iterable(evaluators):
+        raise InputError(f"evaluators must be a list of names, not a {type(evaluators).__name__}")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise InputError(f"weights must be a mapping from names to numbers, not a {type(weights).__name__}")
     names = None if evaluators is None else tuple(map(_parse_name, evaluators))
     if names == ():
         raise InputError("evaluators is empty; name at least one, or use None for all")
     numbers = None
     if weights is not None:
-        numbers = {_parse_name(name): _parse_weight(weight) for name, weight in weights.items()}
+        numbers = {_parse_name(name): parse_weight(weight) for name, weight in weights.items()}
     return ScoreOptions(names, numbers, normalization, bool(deterministic), bool(allow_partial))
-
-
-def check_encoding(encoding: str) -> None:
-    """Raise an error for an unsupported encoding of pixels.
-
-    Raises:
-        InputError: it is not lossless, or not an encoding of the protocol
-    """
-    if encoding not in get_args(Encoding):
-        raise InputError(f"encoding must be one of {', '.join(get_args(Encoding))}, which are lossless")
 
 
 def _parse_name(name: Any) -> str:
     if not isinstance(name, str) or not _is_encodable(name):
         raise InputError(f"an evaluator's name must be a string, not a {type(name).__name__}")
     return str.__str__(name)
-
-
-def _parse_weight(weight: Any) -> float:
-    try:
-        number = float(weight)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise InputError("a weight must be a finite number of at least 0")
-    return number
 
 
 def _is_encodable(text: str) -> bool:
@@ -223,8 +189,9 @@ def check_batch(prompts: Iterable[str], images: Iterable[ImageLike]) -> None:
     for name, argument in (("prompts", prompts), ("images", images)):
         if isinstance(argument, (Mapping, Set)) or not _is_iterable(argument):
             raise InputError(f"{name} must be a list, not a {type(argument).__name__}")
-    if isinstance(prompts, Sized) and isinstance(images, Sized) and len(prompts) != len(images):
-        raise InputError(f"{len(prompts)} prompts but {len(images)} images; give one of each per pair")
+    counts = _length(prompts), _length(images)
+    if None not in counts and counts[0] != counts[1]:
+        raise InputError(f"{counts[0]} prompts but {counts[1]} images; give one of each per pair")
 
 
 def merge_responses(responses: Sequence[ScoreResponse]) -> ScoreResponse:
@@ -297,117 +264,14 @@ def _request_fields(options: ScoreOptions) -> dict[str, Any]:
 def _is_iterable(value: Any) -> bool:
     try:
         iter(value)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - a TypeError, or an error of a tensor's own
         return False
     return True
 
 
-# Images -------------------------------------------------------------------------------------------------
-
-
-def encode_image(image: ImageLike, encoding: Encoding = "raw") -> Picture:
-    """Return an image in its wire form: a file unchanged, everything else as lossless RGB.
-
-    Raises:
-        InputError: not an image that this client can send
-    """
-    if isinstance(image, (str, os.PathLike)):
-        return _encode_path(Path(image))
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return _encode_file(bytes(image), "these bytes")
-    if isinstance(image, Image.Image):
-        _check_size(image.height, image.width, encoding)
-        return _encode_pixels(_pillow_pixels(image), encoding)
-    pixels = _array_pixels(image)
-    _check_size(pixels.shape[0], pixels.shape[1], encoding)
-    return _encode_pixels(pixels, encoding)
-
-
-def _encode_path(path: Path) -> Picture:
+def _length(value: Any) -> int | None:
+    """Return the length, None where it is unknown: of a generator, or a tensor of nested shapes."""
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read ({reason}); check the path") from None
-    return _encode_file(data, str(path))
-
-
-def _encode_file(data: bytes, name: str) -> Picture:
-    image_format = detect_format(data)
-    if image_format is None:
-        raise InputError(f"{name}: not a PNG, JPEG or WebP image; convert it to one of these")
-    return Picture(data, image_format)  # type: ignore[arg-type]  # detect_format names only formats of the protocol
-
-
-def _encode_pixels(pixels: Pixels, encoding: Encoding) -> Picture:
-    if encoding == "raw":
-        # A view: the only copy is the one into the request's body.
-        data = np.ascontiguousarray(pixels).data.cast("B")
-        return Picture(data, "raw", (pixels.shape[0], pixels.shape[1], 3))  # type: ignore[arg-type]
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, **_SAVE_OPTIONS[encoding])
-    return Picture(file.getvalue(), encoding)
-
-
-def _check_size(height: int, width: int, encoding: Encoding) -> None:
-    if encoding == "raw" and height * width * _CHANNELS > MAX_BODY_BYTES:
-        raise InputError(
-            f"{width}x{height} pixels are {height * width * _CHANNELS / 2**20:.0f} MiB raw, more than the "
-            f"{MAX_BODY_BYTES / 2**20:.0f} MiB of a request; shrink it, or use the client with encoding='png'"
-        )
-    if encoding == "webp" and max(height, width) > _MAX_WEBP_SIDE:
-        raise InputError(f"{width}x{height} pixels: the limit of WebP is {_MAX_WEBP_SIDE} a side; shrink it")
-
-
-def _pillow_pixels(image: Image.Image) -> Pixels:
-    try:
-        return to_rgb(image)
-    except (OSError, SyntaxError) as error:  # Pillow reads the pixels of an opened file only now
-        raise InputError(f"the image cannot be read ({error}); open a complete file") from None
-
-
-def _array_pixels(image: Any) -> Pixels:
-    """Return the uint8 pixels (H, W, 3) of an array or tensor."""
-    is_tensor = hasattr(image, "detach") and hasattr(image, "cpu")
-    array = _channels_last(_tensor_values(image)) if is_tensor else image
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"a {type(image).__name__} is not a Pillow image, array, tensor, path or bytes")
-    if array.ndim != _CHANNELS or array.shape[2] != _CHANNELS:
-        raise InputError(f"an array must have shape (height, width, 3), not {tuple(array.shape)}")
-    if array.size == 0:
-        raise InputError(f"the image has no pixels: shape {tuple(array.shape)}")
-    if np.issubdtype(array.dtype, np.floating):
-        return _round_floats(array)
-    if array.dtype != np.uint8:
-        raise InputError(f"pixels must be uint8, or float in [0, 1], not {array.dtype}; convert them")
-    return array
-
-
-def _tensor_values(tensor: Any) -> Array:
-    """Return a tensor as an array; numpy has no bfloat16, and float64 holds every smaller float exactly."""
-    tensor = tensor.detach().cpu()
-    array: Array = tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
-    return array
-
-
-def _channels_last(array: Array) -> Array:
-    """Return a tensor's (3, H, W) as (H, W, 3); a uint8 tensor may already be (H, W, 3)."""
-    shape = tuple(array.shape)
-    channels_first = array.ndim == _CHANNELS and shape[0] == _CHANNELS
-    channels_last = array.ndim == _CHANNELS and shape[2] == _CHANNELS and array.dtype == np.uint8
-    if channels_first and channels_last:
-        raise InputError(f"shape {shape} may mean (3, height, width) or (height, width, 3); give an array")
-    if not (channels_first or channels_last):
-        raise InputError(f"a tensor must have shape (3, height, width), not {shape}")
-    return array.transpose(1, 2, 0) if channels_first else array
-
-
-def _round_floats(array: Array) -> Pixels:
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):
-        raise InputError(
-            f"float pixels must be in [0, 1], not [{low:.4g}, {high:.4g}]; clamp them, or convert to uint8"
-        )
-    # In float64 the product is exact for every smaller float: it is rounded once, by rint.
-    levels = np.multiply(array, 255.0, dtype=np.float64)
-    return np.rint(levels, out=levels).astype(np.uint8)
+        return len(value)
+    except Exception:  # noqa: BLE001 - a TypeError, or an error of a tensor's own
+        return None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from reward_service.client.payload import encode_image
+from reward_service.client.encoding import encode_image
 from reward_service.images import ImageError, decode
 
 WHITE = [255, 255, 255]

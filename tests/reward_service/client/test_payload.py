@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from reward_service.client import InputError, RewardClient, payload
-from reward_service.client.payload import Chunking, Encoding, encode_image, parse_options
+from reward_service.client.encoding import Encoding, encode_image
+from reward_service.client.payload import Chunking, parse_options
 from reward_service.images import Pixels, decode
 from reward_service.protocol import MAX_BODY_BYTES, MSGPACK, ScoreRequest, decode_request
 from tests.support.service.fake_service import PIXELS, FakeService, make_client
