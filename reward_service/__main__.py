@@ -1,6 +1,15 @@
-"""Entry point of `python -m reward_service`, which equals the command `reward-service`."""
+"""Entry point of the command `reward-service` and of `python -m reward_service`."""
 
-from reward_service.cli import main
+from reward_service.runtime.signals import exit_on_signals
+
+
+def main() -> None:
+    """Run the command line; a signal may come while it is imported."""
+    exit_on_signals()
+    from reward_service.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

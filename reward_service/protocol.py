@@ -1,7 +1,8 @@
 """Wire protocol: request, response and problem types, one schema for JSON and msgpack.
 
 In JSON image bytes are base64, in msgpack they are binary; the types are the same. Decoding refuses unknown
-fields and wrong types, and needs no torch. Errors are RFC 9457 problem details that never echo the input.
+fields and wrong types, and needs no torch. Errors are RFC 9457 problem details that never echo the input: a
+detail consists of this program's own words, names of the schema and numbers, and is cut at 400 characters.
 """
 
 from __future__ import annotations
@@ -10,27 +11,45 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Raw, Struct, field
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 PROBLEM = "application/problem+json"
 MAX_PROBLEM_ITEMS = 10
+MAX_DETAIL_CHARS = 400
 MAX_PAIRS = 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_CHARS = 10_000
+#: Of one HTTP request: request line and headers.
+MAX_HEAD_BYTES, MAX_HEADERS = 16 * 1024, 100
 _MAX_NAMES = 64
 # Sixteen times the commas of a full batch of short prompts. Each comma of JSON can cost 150 bytes of memory.
 _MAX_COMMAS = 128 * MAX_PAIRS
+# Below it, even a body of nothing but duplicate keys is decoded in a few milliseconds.
+_LARGE_BODY_BYTES = 2**20
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Normalization = Literal["unit", "z", "raw"]
 Weight = Annotated[float, Meta(ge=0)]
-# Bounded, because error messages quote it, and JSON allows numbers of thousands of digits.
+WeightsByEvaluator = Annotated[dict[str, Weight], Meta(max_length=_MAX_NAMES)]
 ImageSide = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+if TYPE_CHECKING:
+    _SentFormat: TypeAlias = ImageFormat
+    _SentNormalization: TypeAlias = Normalization
+else:
+
+    def _one_of(literal):
+        # msgspec's message about a wrong Literal quotes it: half a second for a value of 60 MB.
+        values = get_args(literal)
+        pattern = rf"^(?:{'|'.join(values)})\Z"
+        return Annotated[str, Meta(pattern=pattern, extra_json_schema={"enum": sorted(values)})]
+
+    _SentFormat, _SentNormalization = _one_of(ImageFormat), _one_of(Normalization)
 
 
 class Picture(Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +60,7 @@ class Picture(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     data: bytes
-    format: ImageFormat | None = None
+    format: _SentFormat | None = None
     shape: tuple[ImageSide, ImageSide, Literal[3]] | None = None
 
 
@@ -64,8 +83,8 @@ class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     items: Annotated[list[Item], Meta(min_length=1, max_length=MAX_PAIRS)]
     evaluators: Annotated[list[str], Meta(min_length=1, max_length=_MAX_NAMES)] | None = None
-    weights: Annotated[dict[str, Weight], Meta(max_length=_MAX_NAMES)] | None = None
-    normalization: Normalization = "unit"
+    weights: WeightsByEvaluator | None = None
+    normalization: _SentNormalization = "unit"
     allow_partial: bool = False
     deterministic: bool = False
 
@@ -179,10 +198,19 @@ class MalformedBodyError(Exception):
         self.index = index
 
 
+_CHOICES = {"format": get_args(ImageFormat), "normalization": get_args(Normalization), "shape[2]": ("3",)}
+_NAMES = "|".join(name for type_ in (ScoreRequest, Item, Picture) for name in type_.__struct_fields__)
+_PATH = re.compile(rf" - at (?P<key>`key` in )?`\$(?P<path>(?:\.(?:{_NAMES})|\[(?:\d{{1,6}}|\.\.\.)\])*)`\Z")
+_MAX_PATH_CHARS = 100
 _ITEM_PATH = re.compile(r"\$\.items\[(\d+)\]")
-# The two messages of msgspec that quote the input; the path that may follow is the schema's own.
-_QUOTED_INPUT = re.compile(
-    r"(?:unknown field|enum value) (?P<quote>[`'])(?P<input>.*)(?P=quote)(?= - at `[^`]*`$|$)", re.DOTALL
+# The messages of msgspec that quote no input.
+_SCHEMA_MESSAGE = re.compile(
+    r"Expected `[a-z |]+`(?: of length(?: [<>]=)? \d+| [<>]=? -?[\d.]+)?(?:, got `?[a-z\d]+`?)?"
+    r"|Object missing required field `\w+`|Invalid base64 encoded string"
+    r"|(?:Integer value|Number) out of range"
+)
+_SYNTAX_MESSAGE = re.compile(
+    r"Input data was truncated|[A-Za-z ]+ is malformed: [a-z ,':\"{}\[\]]+ \(byte \d+\)"
 )
 
 
@@ -201,28 +229,99 @@ def decode_request(body: bytes | bytearray, content_type: str) -> ScoreRequest:
             f"more than {_MAX_COMMAS} commas; send fewer pairs per request", syntax=False
         )
     try:
+        if content_type == MSGPACK and len(body) > _LARGE_BODY_BYTES:
+            _check_keys(body)
         request: ScoreRequest = decoder.decode(body, type=ScoreRequest)
     except msgspec.ValidationError as error:
         raise schema_error(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         name = "msgpack" if content_type == MSGPACK else "JSON"
-        raise MalformedBodyError(f"the body is not valid {name}: {str(error)[:120]}", syntax=True) from None
+        raise MalformedBodyError(f"the body is not valid {name}{_syntax_cause(error)}", syntax=True) from None
     return request
 
 
-def schema_error(error: msgspec.ValidationError) -> MalformedBodyError:
-    """Return msgspec's validation error as a `MalformedBodyError` that does not quote the input."""
-    found = _ITEM_PATH.search(str(error))
-    detail = _without_input(str(error))
-    return MalformedBodyError(detail, syntax=False, index=int(found[1]) if found else None)
+def schema_error(error: msgspec.ValidationError, at: str = "$") -> MalformedBodyError:
+    """Return msgspec's validation error as a `MalformedBodyError`, without the input that it may quote.
+
+    Args:
+        error: the error
+        at: path of the value that was decoded, in the request
+    """
+    message = str(error)
+    found = _PATH.search(message, max(0, len(message) - _MAX_PATH_CHARS))
+    path = at + found["path"] if found else at
+    detail = _schema_cause(message[: found.start()] if found else message, path)
+    if path != "$":
+        detail += f" - at {(found and found['key']) or ''}`{path}`"
+    item = _ITEM_PATH.match(path)
+    return MalformedBodyError(detail, syntax=False, index=int(item[1]) if item else None)
 
 
-def _without_input(message: str) -> str:
-    """Remove quoted input from a message of msgspec, except a plain field name."""
-    found = _QUOTED_INPUT.search(message)
-    if found and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", found["input"]):
-        message = message[: found.start("quote")] + "(not shown)" + message[found.end() :]
-    return message
+def _schema_cause(message: str, path: str) -> str:
+    """Return a message of msgspec without its path if it quotes no input, otherwise words of our own."""
+    if message.startswith("Object contains unknown field"):
+        return f"Object contains unknown field; expected {', '.join(_fields_at(path))}"
+    if choices := _CHOICES.get(path.rpartition(".")[2]):
+        return f"Expected {' or '.join(choices)}"
+    return message if _SCHEMA_MESSAGE.fullmatch(message[:MAX_DETAIL_CHARS]) else "Invalid value"
+
+
+def _fields_at(path: str) -> tuple[str, ...]:
+    if path.endswith(".image"):
+        return Picture.__struct_fields__
+    return Item.__struct_fields__ if path.endswith("]") else ScoreRequest.__struct_fields__
+
+
+def _syntax_cause(error: Exception) -> str:
+    message = str(error)
+    return f": {message}" if _SYNTAX_MESSAGE.fullmatch(message) else ""
+
+
+class _Outline(Struct, forbid_unknown_fields=True):
+    """ScoreRequest whose values are not decoded."""
+
+    items: Annotated[list[Raw], Meta(max_length=MAX_PAIRS)]
+    evaluators: Raw = Raw()
+    weights: Raw = Raw()
+    normalization: Raw = Raw()
+    allow_partial: Raw = Raw()
+    deterministic: Raw = Raw()
+
+
+class _ItemOutline(Struct, forbid_unknown_fields=True):
+    """Item whose values are not decoded."""
+
+    prompt: Raw
+    image: Raw
+
+
+def _check_keys(body: bytes | bytearray) -> None:
+    """Refuse duplicate keys in msgpack; msgspec decodes all their values, and no other thread runs then."""
+    outline = msgspec.msgpack.decode(body, type=_Outline)
+    options = (getattr(outline, name) for name in _Outline.__struct_fields__[1:])
+    if _map_size(body) > 1 + sum(len(option) > 0 for option in options):
+        raise _duplicate_keys(None)
+    for index, sent in enumerate(outline.items):
+        if _map_size(sent) > len(_ItemOutline.__struct_fields__):
+            raise _duplicate_keys(index)
+        try:
+            item = msgspec.msgpack.decode(sent, type=_ItemOutline)
+        except msgspec.ValidationError as error:
+            raise schema_error(error, f"$.items[{index}]") from None
+        if _map_size(item.image) > len(Picture.__struct_fields__):
+            raise _duplicate_keys(index)
+
+
+def _map_size(packed: bytes | bytearray | Raw) -> int:
+    """Return the number of keys of a msgpack map, 0 for another type."""
+    head = bytes(memoryview(packed)[:5])
+    if head[0] >> 4 == 0x8:
+        return head[0] & 0xF
+    return int.from_bytes(head[1 : {0xDE: 3, 0xDF: 5}.get(head[0], 1)])
+
+
+def _duplicate_keys(index: int | None) -> MalformedBodyError:
+    return MalformedBodyError("duplicate keys; send each once", syntax=False, index=index)
 
 
 def encode(value: Struct, content_type: str) -> bytes:
@@ -261,12 +360,27 @@ def schemas() -> dict[str, Any]:
     """Return JSON schemas of the wire types by name, for `#/components/schemas` of OpenAPI."""
     types = [ScoreRequest, ScoreResponse, EvaluatorList, Health, Problem]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    return components
+    return {name: _without_patterns(schema) for name, schema in components.items()}
+
+
+def _without_patterns(schema: Any) -> Any:
+    """Return a JSON schema in which an `enum` stands alone, without the pattern that says the same."""
+    if isinstance(schema, list):
+        return [_without_patterns(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    redundant = ("type", "pattern") if "enum" in schema else ()
+    return {name: _without_patterns(part) for name, part in schema.items() if name not in redundant}
 
 
 #: code -> (status, title, whether a retry can succeed)
 PROBLEM_CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
     "malformed_request": (HTTPStatus.BAD_REQUEST, "The request cannot be read", False),
+    "headers_too_large": (
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        "The headers are too large",
+        False,
+    ),
     "malformed_body": (HTTPStatus.BAD_REQUEST, "The body cannot be read", False),
     "unauthorized": (HTTPStatus.UNAUTHORIZED, "API key required", False),
     "forbidden": (HTTPStatus.FORBIDDEN, "API key not permitted", False),
@@ -283,6 +397,7 @@ PROBLEM_CODES: dict[str, tuple[HTTPStatus, str, bool]] = {
     "bad_shape": (HTTPStatus.UNPROCESSABLE_ENTITY, "The shape does not match the image", False),
     "image_too_large": (HTTPStatus.UNPROCESSABLE_ENTITY, "The image is too large", False),
     "image_too_long": (HTTPStatus.UNPROCESSABLE_ENTITY, "The image is too elongated", False),
+    "image_too_complex": (HTTPStatus.UNPROCESSABLE_ENTITY, "The image takes too long to decode", False),
     "not_found": (HTTPStatus.NOT_FOUND, "Not found", False),
     "method_not_allowed": (HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed", False),
     "client_busy": (HTTPStatus.TOO_MANY_REQUESTS, "Too many concurrent requests of this client", True),
@@ -301,7 +416,7 @@ class ProblemError(Exception):
 
     Args:
         code: a key of `PROBLEM_CODES`
-        detail: cause and remedy in one line
+        detail: cause and remedy in one line without input, cut at `MAX_DETAIL_CHARS`
         items: the items at fault; the first ten are reported
         retry_after_s: value of the Retry-After header, None for no header
         headers: further headers that the status requires
@@ -316,8 +431,10 @@ class ProblemError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
-        self.code, self.detail = code, detail
-        self.items = tuple(items[:MAX_PROBLEM_ITEMS])
+        self.code, self.detail = code, _cut(detail)
+        self.items = tuple(
+            ProblemItem(item.code, _cut(item.detail), item.index) for item in items[:MAX_PROBLEM_ITEMS]
+        )
         self.retry_after_s = retry_after_s
         self.headers = headers or {}
 
@@ -337,3 +454,7 @@ class ProblemError(Exception):
 def item_problem(code: str, detail: str, index: int | None) -> ProblemError:
     """Return the problem of one item, or of the whole request if `index` is None."""
     return ProblemError(code, detail, [ProblemItem(code, detail, index)])
+
+
+def _cut(detail: str) -> str:
+    return detail if len(detail) <= MAX_DETAIL_CHARS else f"{detail[: MAX_DETAIL_CHARS - 1]}…"
