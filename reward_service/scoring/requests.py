@@ -1,32 +1,19 @@
 """Parse, validate and decode a score request: bytes to pairs, or a problem with cause and remedy. No torch.
 
-A request is JSON, msgpack or a form (multipart/form-data, for curl users). In a form, prompts and images pair
-up in order: as many prompts as images, or one prompt for all images:
-
-    curl -F prompt='a red circle' -F image=@one.png -F image=@two.jpg http://127.0.0.1:8000/score
-
-Further fields, each at most once: `evaluators` (names separated by commas), `weights` (a JSON object),
-`normalization`, `deterministic` and `allow_partial` (`true` or `false`).
+A request is JSON, msgpack or a form (multipart/form-data, for curl users; see `forms`).
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import msgspec
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
 from reward_service.config import ServiceConfig
 from reward_service.engine.types import Pair
 from reward_service.images import DecodedImage, ImageError, decode
 from reward_service.protocol import (
-    MAX_PAIRS,
     MAX_PROBLEM_ITEMS,
     Item,
     MalformedBodyError,
@@ -36,22 +23,13 @@ from reward_service.protocol import (
     ScoreRequest,
     decode_request,
     item_problem,
-    schema_error,
 )
-
-MULTIPART = "multipart/form-data"
-#: Fields of a form besides `prompt` and `image`.
-OPTIONS = ("evaluators", "weights", "normalization", "deterministic", "allow_partial")
+from reward_service.scoring.forms import MULTIPART, decode_form
 
 # About 30 ms of decoding: how long another client's images wait at most.
 _SLICE_COST = 1024
 _RAW_COST, _FILE_COST = 1, 64
 _TOO_LONG = re.compile(r"Expected `array` of length <= (\d+) - at `\$\.items`")
-_MAX_PARTS = 2 * MAX_PAIRS + len(OPTIONS)
-_BOOLEANS = {"true": True, "false": False}
-
-# Its log messages quote the request.
-logging.getLogger(MultipartParser.__module__).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -239,129 +217,3 @@ def _schema_problem(error: MalformedBodyError) -> ProblemError:
         remedy = "send plain base64 without line breaks or a data: prefix"
         return item_problem("invalid_request", f"{message}; {remedy}", error.index)
     return item_problem("invalid_request", f"{message}; see /docs for the schema", error.index)
-
-
-def decode_form(body: bytes | bytearray, content_type: str) -> ScoreRequest:
-    """Decode a form.
-
-    Args:
-        body: the request body
-        content_type: the whole header, with the boundary
-
-    Raises:
-        MalformedBodyError: if the body is not a form (`syntax`), or the form is not a valid request
-    """
-    prompts: list[str] = []
-    images: list[bytes] = []
-    options: dict[str, Any] = {}
-    for name, value in _parts(bytes(body), content_type):
-        if name == "image":
-            images.append(value)
-        elif name == "prompt":
-            prompts.append(_text(value, "prompt"))
-        elif name not in OPTIONS:
-            known = ", ".join(("prompt", "image", *OPTIONS))
-            raise _invalid_form(f"unknown field; expected one of {known}")
-        elif name in options:
-            raise _invalid_form(f"field {name} is given twice; send it once")
-        else:
-            options[name] = _option(name, _text(value, name))
-    items = [
-        {"prompt": prompt, "image": {"data": image}}
-        for prompt, image in zip(_prompt_per_image(prompts, images), images, strict=True)
-    ]
-    try:
-        return msgspec.convert({"items": items, **options}, ScoreRequest, builtin_types=(bytes,))
-    except msgspec.ValidationError as error:
-        raise schema_error(error) from None
-
-
-def _prompt_per_image(prompts: list[str], images: list[bytes]) -> list[str]:
-    if len(prompts) == 1:
-        return prompts * len(images)
-    if len(prompts) != len(images):
-        counts = f"{len(prompts)} prompts for {len(images)} images"
-        raise _invalid_form(f"{counts}; send one prompt for all images, or one prompt per image")
-    return prompts
-
-
-def _option(name: str, text: str) -> Any:
-    if name == "evaluators":
-        return [part.strip() for part in text.split(",")]
-    if name == "weights":
-        try:
-            return msgspec.json.decode(text)
-        except (msgspec.DecodeError, RecursionError):
-            raise _invalid_form('field weights is not JSON; send a JSON object such as {"clip": 1}') from None
-    if name == "normalization":
-        return text
-    if text not in _BOOLEANS:
-        raise _invalid_form(f"field {name} must be true or false")
-    return _BOOLEANS[text]
-
-
-def _text(value: bytes, name: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise _invalid_form(f"field {name} is not UTF-8") from None
-
-
-def _invalid_form(detail: str) -> MalformedBodyError:
-    return MalformedBodyError(detail, syntax=False)
-
-
-class _PartCollector:
-    """Callbacks for the multipart parser; collects names and values of the parts in order."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[str, bytes]] = []
-        self.complete = False
-        self._field, self._value = b"", b""
-        self._name: str | None = None
-        self._pieces: list[bytes] = []
-
-    def callbacks(self) -> Any:
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": self._collect("_field"),
-            "on_header_value": self._collect("_value"),
-            "on_header_end": self._header,
-            "on_part_data": lambda body, start, end: self._pieces.append(body[start:end]),
-            "on_part_end": self._end,
-            "on_end": lambda: setattr(self, "complete", True),
-        }
-
-    def _collect(self, attribute: str) -> Callable[[bytes, int, int], None]:
-        return lambda body, start, end: setattr(self, attribute, getattr(self, attribute) + body[start:end])
-
-    def _begin(self) -> None:
-        if len(self.parts) == _MAX_PARTS:
-            raise _invalid_form(f"more than {_MAX_PARTS} fields; send fewer pairs per request")
-        self._name, self._pieces = None, []
-
-    def _header(self) -> None:
-        if self._field.lower() == b"content-disposition":
-            _, parameters = parse_options_header(self._value)
-            self._name = parameters.get(b"name", b"").decode("latin-1")
-        self._field, self._value = b"", b""
-
-    def _end(self) -> None:
-        if self._name is None:
-            raise MalformedBodyError("the body is not a valid form: a field has no name", syntax=True)
-        self.parts.append((self._name, b"".join(self._pieces)))
-
-
-def _parts(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
-    _, parameters = parse_options_header(content_type)
-    boundary = parameters.get(b"boundary")
-    if not boundary:
-        raise MalformedBodyError("the body is not a valid form: Content-Type has no boundary", syntax=True)
-    collector = _PartCollector()
-    try:
-        MultipartParser(boundary, collector.callbacks()).write(body)
-    except FormParserError:
-        raise MalformedBodyError("the body is not a valid form", syntax=True) from None
-    if not collector.complete:
-        raise MalformedBodyError("the body is not a valid form: it is incomplete", syntax=True)
-    return collector.parts

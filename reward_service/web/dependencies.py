@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from reward_service.observability.tracing import RequestTrace
 from reward_service.protocol import JSON, MSGPACK, ProblemError, item_problem
 from reward_service.scoring.auth import Client, Keyring, Permission
-from reward_service.scoring.requests import MULTIPART
+from reward_service.scoring.forms import MULTIPART
 from reward_service.web.openapi import CLIENT_ID, MAX_DEADLINE_MS, MIN_DEADLINE_MS
 
 Result = TypeVar("Result")

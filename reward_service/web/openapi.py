@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from reward_service.protocol import JSON, MAX_PAIRS, MSGPACK, PROBLEM, PROBLEM_CODES, schemas
-from reward_service.scoring.requests import MULTIPART, OPTIONS
+from reward_service.scoring.forms import MULTIPART, OPTIONS
 
 #: A shorter deadline leaves no time for any image; a longer one is not a deadline.
 MIN_DEADLINE_MS, MAX_DEADLINE_MS = 100, 86_400_000
@@ -38,7 +38,7 @@ _REQUEST_HEADERS = {
 _RESPONSE_HEADERS = {"X-Request-Id": {"description": "ID of the request.", "schema": {"type": "string"}}}
 
 _EXAMPLES = """\
-    curl -F prompt='a red circle' -F image=@one.png ADDRESS/v1/score
+    curl --form-string prompt='a red circle' -F image=@one.png ADDRESS/v1/score
 
     curl ADDRESS/v1/score -H 'Content-Type: application/json' \\
       -d '{"items": [{"prompt": "a red circle", "image": {"data": "'"$(base64 -w0 one.png)"'"}}]}'

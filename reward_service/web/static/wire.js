@@ -38,7 +38,7 @@ export function curl(pairs, withKey) {
   for (const { name } of pairs) {
     words.push(`-F ${quoted(`image=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
   }
-  return [...words, "-F allow_partial=true"].join(" \\\n  ");
+  return [...words, "--form-string allow_partial=true"].join(" \\\n  ");
 }
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
