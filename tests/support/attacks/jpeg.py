@@ -55,6 +55,30 @@ def refining_scans(scans: int, side_px: int = SIDE_PX) -> bytes:
     return b"".join([*parts, *first, *(scan + _runs(blocks) for scan in rounds), END])
 
 
+def refined_coefficients(rounds: int = 13, side_px: int = SIDE_PX) -> bytes:
+    """Return a grey progressive image all of whose coefficients are there, and are refined bit by bit.
+
+    A refining scan of end-of-band runs has one more bit for each coefficient.
+    """
+    blocks = _blocks(side_px)
+    tables = segment(_DHT, b"\x10" + b"\1\1" + bytes(14) + b"\1\xe0")
+    start = [START, _tables(), tables, _frame(SOF_PROGRESSIVE, side_px), _scan(0, 0), _bits("0" * blocks)]
+    # Each coefficient: the code of "no zeros, one bit", and a bit for its sign. 63 x 2 bits a block.
+    first = _scan(1, 63, low=rounds) + np.full(-(-blocks * 126 // 8), 0b01010101, np.uint8).tobytes()
+    coded = []
+    for length in _run_lengths(blocks):
+        head = np.frombuffer(f"10{length - 2**14:014b}".encode(), np.uint8) - ord("0")
+        coded += [head, np.zeros(63 * min(length, blocks), np.uint8)]
+    bits = np.packbits(np.concatenate(coded)).tobytes().replace(b"\xff", b"\xff\0")
+    scans = (_scan(1, 63, turn, turn - 1) + bits for turn in range(rounds, 0, -1))
+    return b"".join([*start, first, *scans, END])
+
+
+def scan_of(unit: bytes, size: int) -> bytes:
+    """Return a small image whose only scan repeats some bytes up to a size in bytes."""
+    return START + _tables() + _frame(SOF_BASELINE, 64) + _scan(0, 63) + unit * (size // len(unit)) + END
+
+
 def arithmetic(kind: int = SOF_ARITHMETIC, scans: int = 1, side_px: int = SIDE_PX) -> bytes:
     """Return a grey image of arithmetic coding whose entropy-coded bytes are noise, which always decodes."""
     noise = np.random.default_rng(0).integers(0, 255, 20_000, np.uint8).tobytes()
@@ -152,13 +176,13 @@ def _blocks(side_px: int) -> int:
 @cache
 def _runs(blocks: int) -> bytes:
     """Return end-of-band runs over this many blocks."""
-    lengths = [_LONGEST_RUN] * (blocks // _LONGEST_RUN)
-    if rest := blocks % _LONGEST_RUN:
-        lengths += [2**14] * (rest // 2**14) + [1] * (rest % 2**14 if rest % 2**14 < 64 else 0)
-        if rest % 2**14 >= 64:
-            # An unfinished run is cut by the end of the scan: it may be longer than what is left.
-            lengths.append(_LONGEST_RUN)
-    return _bits("".join("0" if n == 1 else f"10{n - 2**14:014b}" for n in lengths))
+    return _bits("".join(f"10{length - 2**14:014b}" for length in _run_lengths(blocks)))
+
+
+def _run_lengths(blocks: int) -> list[int]:
+    """Return lengths of end-of-band runs over this many blocks; the end of the scan cuts the last one."""
+    whole, rest = divmod(blocks, _LONGEST_RUN)
+    return [_LONGEST_RUN] * whole + ([max(rest, 2**14)] if rest else [])
 
 
 def _bits(bits: str) -> bytes:

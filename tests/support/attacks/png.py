@@ -57,9 +57,17 @@ def elongated(width: int, height: int) -> bytes:
 
 
 def empty_blocks(size: int) -> bytes:
-    """Return a small image whose compressed stream begins with empty blocks that each bring their own codes.
+    """Return a small image whose compressed stream begins with empty blocks that have codes of their own."""
+    pixels = zlib.compress((b"\0" + bytes(3 * 64)) * 64)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, RGB, 0, 0, 0))
+    stream = pixels[:2] + _empty_blocks(size) + pixels[2:]
+    return SIGNATURE + header + chunk(b"IDAT", stream) + chunk(b"IEND")
 
-    A block takes 90 bits: a code in which only the end of the block has a symbol (RFC 1951, section 3.2.7).
+
+def _empty_blocks(size: int) -> bytes:
+    """Return deflate blocks of 90 bits, with codes in which only the end of the block has a symbol.
+
+    RFC 1951, section 3.2.7.
     """
     order = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1)
     lengths = "".join("100" if symbol in (1, 18) else "000" for symbol in order)
@@ -67,10 +75,7 @@ def empty_blocks(size: int) -> bytes:
     block = "0" + "01" + "00000" + "00000" + "0111" + lengths + zeros_138 + zeros_118 + "0" + "0" + "0"
     bits = block * 4  # a whole number of bytes
     blocks = int(bits[::-1], 2).to_bytes(len(bits) // 8, "little")
-    pixels = zlib.compress((b"\0" + bytes(3 * 64)) * 64)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, RGB, 0, 0, 0))
-    stream = pixels[:2] + blocks * (size // len(blocks)) + pixels[2:]
-    return SIGNATURE + header + chunk(b"IDAT", stream) + chunk(b"IEND")
+    return blocks * (size // len(blocks))
 
 
 def split_pixels(side_px: int, size: int) -> bytes:
@@ -119,6 +124,12 @@ def exif_text(size: int) -> bytes:
     """Return a small image with EXIF data as a text of hexadecimal digits, line by line."""
     content = b"\nexif\n     999\n" + b"00\n" * (size // 3)
     return flat(before=chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(content)))
+
+
+def exif_text_of_empty_blocks(size: int) -> bytes:
+    """Return a small image with EXIF data as a compressed text of nothing but empty blocks."""
+    content = b"Raw profile type exif\0\0" + zlib.compress(b"")[:2] + _empty_blocks(size) + b"\3\0"
+    return flat(before=chunk(b"zTXt", content))
 
 
 def frames(count: int) -> bytes:
