@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from reward_service import __version__
 from reward_service.config import ServiceConfig
-from reward_service.engine.types import Pair, PairScores, ScoringError
+from reward_service.engine.types import Pair, PairScores, PromptError, ScoringError
+from reward_service.images import DecodedImage
 from reward_service.observability.metrics import Metrics
 from reward_service.observability.tracing import RequestTrace
 from reward_service.protocol import (
     EvaluatorDescription,
     EvaluatorList,
     Health,
+    Picture,
     ProblemError,
     ScoreResponse,
     item_problem,
@@ -41,14 +43,28 @@ from reward_service.scheduler.requests import (
     StuckError,
 )
 from reward_service.scheduler.scheduler import Prepare, Scheduler
-from reward_service.scheduler.workers import FairWorkers
 from reward_service.scoring.admission import Admission, Ticket
 from reward_service.scoring.auth import Client
 from reward_service.scoring.breaker import CanaryLoop, EvaluatorBreakers, Lane
 from reward_service.scoring.calibration import Calibration, load_calibration
 from reward_service.scoring.canary import load_golden
-from reward_service.scoring.requests import DecodedRequest, DecodedSlice, ParsedRequest, RequestParser
+from reward_service.scoring.decoding import (
+    FAST,
+    LARGE,
+    DecoderLane,
+    DecodingJob,
+    ImageDecoders,
+    UnavailableError,
+)
+from reward_service.scoring.requests import (
+    DecodedRequest,
+    DecodedSlice,
+    ParsedRequest,
+    RequestParser,
+    Slice,
+)
 from reward_service.scoring.responses import build_response, deadline_exceeded, durations, evaluator_down
+from reward_service.scoring.tokenizing import tokenize_request
 from reward_service.settings import one_line
 
 if TYPE_CHECKING:  # the engine imports torch, which takes seconds: imported by the loading thread
@@ -61,6 +77,7 @@ Result = TypeVar("Result")
 
 RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
+_ABANDONED_S = 0.1
 
 
 class ScoringService:
@@ -96,7 +113,7 @@ class ScoringService:
         self._backend: ScoringBackend | None = None
         self._health = Health("loading", "the models are being loaded")
         self._started = False
-        self._decoders = FairWorkers(config.decode_threads, "decode")
+        self._decoders = ImageDecoders(config, on_warning)
         self._stop_by_s = math.inf
         self._set_gauges()
 
@@ -178,6 +195,7 @@ class ScoringService:
         request = await self._decode(parsed, ticket, deadline_s)
         del parsed
         ticket.set("body bytes", 0)
+        request = await self._tokenize(request, ticket, deadline_s)
         completed = await self._submit(request, ticket, deadline_s)
         response = build_response(
             request,
@@ -270,31 +288,69 @@ class ScoringService:
     async def _decode(
         self, parsed: ParsedRequest, ticket: Ticket, deadline_s: float | None
     ) -> DecodedRequest:
-        try:
+        with self._recording_cancellation(len(parsed.request.items), deadline_s):
             return self._parser.assemble(parsed, await self._decode_slices(parsed, ticket))
+
+    @contextmanager
+    def _recording_cancellation(self, pairs: int, deadline_s: float | None) -> Iterator[None]:
+        """Count the pairs of a request that is cancelled before they are queued."""
+        try:
+            yield
         except asyncio.CancelledError:
             expired = deadline_s is not None and time.monotonic() >= deadline_s
-            (self.metrics.on_expired if expired else self.metrics.on_cancelled)(len(parsed.request.items))
+            (self.metrics.on_expired if expired else self.metrics.on_cancelled)(pairs)
             raise
+
+    async def _tokenize(
+        self, request: DecodedRequest, ticket: Ticket, deadline_s: float | None
+    ) -> DecodedRequest:
+        with self._recording_cancellation(len(request.pairs), deadline_s):
+            engine = self._loaded_backend().engine
+            return await tokenize_request(request, engine, lambda work: self._off_loop(work, ticket))
 
     async def _decode_slices(self, parsed: ParsedRequest, ticket: Ticket) -> list[DecodedSlice]:
         """Decode as many slices at a time as there are decoder threads, so that requests take turns."""
-
-        def decode(part: range) -> DecodedSlice:
-            return self._parser.decode(parsed, part, lambda size: ticket.reserve("decoded bytes", size))
-
+        job = DecodingJob()
         decoded: list[DecodedSlice] = []
-        parts = self._parser.slices(parsed)
-        while window := list(islice(parts, self.config.decode_threads)):
-            decoded += await asyncio.gather(
-                *(self._off_loop(partial(decode, part), ticket) for part in window)
-            )
-            if any(part.problems for part in decoded):
-                break
+        slices = self._parser.slices(parsed)
+        try:
+            while window := list(islice(slices, self.config.decode_threads)):
+                parts = await asyncio.gather(*(self._decode_slice(parsed, it, job, ticket) for it in window))
+                decoded += [part for several in parts for part in several]
+                if any(part.problems for part in decoded):
+                    break
+        except UnavailableError as error:
+            raise ProblemError("not_ready", str(error), retry_after_s=RETRY_LOADING_S) from None
+        except asyncio.CancelledError:
+            # Most images end by themselves sooner than a new process is started.
+            asyncio.get_running_loop().call_later(_ABANDONED_S, job.end)
+            raise
+        finally:
+            job.abandon()  # for slices that are still queued or running
         return decoded
 
-    async def _off_loop(self, work: Callable[[], Result], ticket: Ticket) -> Result:
-        future = self._decoders.submit(work, client=ticket.client.queue, weight=ticket.weight)
+    async def _decode_slice(
+        self, parsed: ParsedRequest, part: Slice, job: DecodingJob, ticket: Ticket
+    ) -> list[DecodedSlice]:
+        def decode_image(sent: Picture, reserve: Callable[[int], None]) -> DecodedImage:
+            return self._decoders.decode(part.lane, job, sent.data, sent.format, sent.shape, reserve)
+
+        def decode() -> DecodedSlice:
+            reserve = partial(ticket.reserve, "decoded bytes")
+            return self._parser.decode(parsed, part.items, reserve, decode_image)
+
+        found = await self._off_loop(decode, ticket, part.lane, part.cost_s)
+        decoded = [found]
+        if found.late:
+            rest = [Slice(found.late[:1], LARGE, part.cost_s), *self._parser.slices(parsed, found.late[1:])]
+            for later in rest:
+                decoded += await self._decode_slice(parsed, later, job, ticket)
+        return decoded
+
+    async def _off_loop(
+        self, work: Callable[[], Result], ticket: Ticket, lane: DecoderLane = FAST, cost_s: float = 0.0
+    ) -> Result:
+        future = self._decoders.submit(lane, work, ticket.client.queue, ticket.weight, cost_s)
         return await asyncio.wrap_future(future)
 
     async def _submit(
@@ -334,8 +390,14 @@ def _scheduler_errors_as_problems() -> Iterator[None]:
     except (ClosedError, StuckError) as error:
         raise ProblemError("not_ready", one_line(error), retry_after_s=RETRY_LOADING_S) from None
     except PairFailedError as error:
-        cause = one_line(error.__cause__)[:200]
-        raise item_problem("scoring_failed", f"item {error.index}: {cause}", error.index) from error
+        if isinstance(error.__cause__, PromptError):
+            detail = f"item {error.index}: {error.__cause__}"
+            raise item_problem("invalid_request", detail, error.index) from error
+        # The cause may quote the prompt; the log has it.
+        evaluator = getattr(error.__cause__, "evaluator", None)
+        cause = f"evaluator {evaluator} cannot score it" if evaluator else "it cannot be scored"
+        detail = f"item {error.index}: {cause}; the service's log has the reason"
+        raise item_problem("scoring_failed", detail, error.index) from error
 
 
 def build_default_engine(config: ServiceConfig) -> RewardEngine:
