@@ -34,6 +34,7 @@ from reward_service.client.errors import (
     ServiceError,
     UnreachableError,
 )
+from reward_service.client.proxies import describe_failure
 
 __all__ = [
     "AsyncRewardClient",
@@ -50,4 +51,5 @@ __all__ = [
     "RewardClientError",
     "ServiceError",
     "UnreachableError",
+    "describe_failure",
 ]

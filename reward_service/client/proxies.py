@@ -14,6 +14,7 @@ import httpx
 from reward_service.client.errors import InputError
 
 _SOCKS = ("socks5", "socks5h")
+_MAX_CAUSE_CHARS = 160
 _SCHEMES = ("http", "https", *_SOCKS)
 _CREDENTIALS = re.compile(r"(?<=//)[^/\s'\"]*@")
 
@@ -66,7 +67,7 @@ def find_proxy(url: httpx.URL) -> Proxy | None:
     proxy = Proxy(found, variable)
     if found.scheme in _SOCKS and importlib.util.find_spec("socksio") is None:
         cause = f"{variable} names the SOCKS proxy {proxy.name}, which needs the package socksio"
-        raise _error(url, f"{cause}; `pip install socksio`", variable, "or ")
+        raise _error(url, cause, variable, "install it (pip install socksio)")
     return proxy
 
 
@@ -79,9 +80,24 @@ def describe_route(url: str | httpx.URL) -> str:
     return "" if proxy is None else f" through the proxy {proxy.name} ({proxy.variable})"
 
 
-def without_credentials(text: str) -> str:
-    """Return a text without the user names and passwords of the URLs in it."""
-    return _CREDENTIALS.sub("", text)
+def describe_failure(url: str | httpx.URL, error: Exception) -> str:
+    """Return the cause of a failed request in one line.
+
+    Args:
+        url: what was requested
+        error: what the HTTP library raised
+
+    Returns:
+        that the proxy cannot be used, or the error and the proxy's name; without credentials
+    """
+    try:
+        find_proxy(httpx.URL(url))
+    except InputError as unusable:
+        return str(unusable)
+    except httpx.InvalidURL:
+        pass
+    text = _CREDENTIALS.sub("", " ".join(str(error).split()))[:_MAX_CAUSE_CHARS]
+    return (text or type(error).__name__) + describe_route(url)
 
 
 def is_loopback(host: str) -> bool:
@@ -103,8 +119,7 @@ def _variable(scheme: str) -> str:
     return max(names, key=str.islower) if names else "the system's proxy setting"
 
 
-def _error(url: httpx.URL, cause: str, variable: str, otherwise: str = "") -> InputError:
+def _error(url: httpx.URL, cause: str, variable: str, remedy: str = "correct it") -> InputError:
     return InputError(
-        f"invalid proxy configuration: {cause}; {otherwise}correct or unset {variable}, "
-        f"or add {url.host} to NO_PROXY"
+        f"invalid proxy configuration: {cause}; {remedy}, unset {variable}, or add {url.host} to NO_PROXY"
     )

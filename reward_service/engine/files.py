@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import httpx
 
+from reward_service.client.proxies import describe_failure, describe_route, is_loopback
 from reward_service.config import Origin
 from reward_service.engine.types import ModelError
 from reward_service.settings import one_line
@@ -121,10 +122,12 @@ class ModelFiles:
             )
         except LocalEntryNotFoundError:
             cache = f"not in the hub cache {constants.HF_HUB_CACHE}"
-            remedy = _REMEDY if local_only else "and the hub cannot be reached; connect, or use a folder"
+            unreachable = f"and the hub cannot be reached{describe_route(constants.ENDPOINT)}"
+            remedy = _REMEDY if local_only else f"{unreachable}; connect, or use a folder"
             raise ModelError(f"{origin}/{name}: {cache}; {remedy}") from None
         except Exception as error:  # noqa: BLE001 - the exceptions of its HTTP client depend on the version
-            raise ModelError(f"{origin}/{name}: cannot be downloaded ({one_line(error)[:160]})") from None
+            cause = describe_failure(constants.ENDPOINT, error)
+            raise ModelError(f"{origin}/{name}: cannot be downloaded ({one_line(cause)})") from None
         return Path(path)
 
     def _from_web(self, origin: Origin, name: str, sha256: str | None) -> Path:
@@ -137,11 +140,15 @@ class ModelFiles:
             return path
         if not self._download:
             raise ModelError(f"{origin}/{name}: not in the cache {path.parent}; {_REMEDY}")
+        url = f"{origin.url}/{quote(name)}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._download_to(path, f"{origin.url}/{quote(name)}", sha256)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            cause = one_line(error)[:160] or type(error).__name__
+            self._download_to(path, url, sha256)
+        except ModelError:
+            raise
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ImportError, ValueError) as error:
+            # httpx raises the last two for proxies that it cannot use.
+            cause = one_line(describe_failure(url, error))
             raise ModelError(f"{origin}/{name}: cannot be downloaded ({cause})") from None
         return path
 
@@ -151,7 +158,13 @@ class ModelFiles:
         digest = hashlib.sha256()
         try:
             with (
-                httpx.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S) as response,
+                httpx.stream(
+                    "GET",
+                    url,
+                    follow_redirects=True,
+                    timeout=_TIMEOUT_S,
+                    trust_env=not is_loopback(httpx.URL(url).host),
+                ) as response,
                 part.open("xb") as file,
             ):
                 response.raise_for_status()

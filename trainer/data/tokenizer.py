@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from reward_service.client import describe_failure
 from trainer.config import ConfigError, ModelSource
 from trainer.runtime.errors import reason
 
@@ -151,15 +152,16 @@ def fetch(repo: str, name: str, revision: str | None, kind: str = "model", remed
     Raises:
         ConfigError: The file is neither in the cache nor can it be downloaded.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, ValueError, ImportError, HfHubHTTPError, httpx.HTTPError) as error:
+        cause = describe_failure(constants.ENDPOINT, error)
         raise ConfigError(
-            f"{repo}: cannot download {name} at revision {revision or 'main'} from the hub "
-            f"({reason(error)}); {remedy or 'check name and connection, or name a local folder'}"
+            f"{repo}: cannot download {name} at revision {revision or 'main'} from the hub ({cause}); "
+            f"{remedy or 'check name and connection, or name a local folder'}"
         ) from error
     # <cache>/<repository>/snapshots/<commit>/<name>
     return HubFile(path, path.parents[name.count("/")].name)

@@ -68,6 +68,14 @@ def engine() -> "Iterator[DockerClient]":
         client.close()
 
 
+def hosts_without_proxy() -> str:
+    """Return `noProxy` of the engine's client configuration, from which containers get their proxies."""
+    from docker.utils.config import load_general_config
+
+    proxies = load_general_config().get("proxies") or {}
+    return str((proxies.get("default") or {}).get("noProxy") or "")
+
+
 def _connection_message(error: Exception) -> str:
     if "permission denied" in str(error).lower():
         return "permission denied for the container engine; add this user to the group docker, or use sudo"

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from trainer.config import ConfigError
 from trainer.jobs.docker import (
@@ -26,12 +27,13 @@ from trainer.jobs.docker import (
     ROLE,
     SCORER_PORT,
     find_scorer,
+    hosts_without_proxy,
     network_of,
     new_key,
     rejoin,
     remove_key,
 )
-from trainer.jobs.submit import CONFIGS, RUNS, SECRET, Command, ServiceAccess
+from trainer.jobs.submit import CONFIGS, RUNS, SECRET, Command, ServiceAccess, without_proxy
 from trainer.runtime.errors import ContainerError
 
 if TYPE_CHECKING:  # the SDK is imported by the commands that need an engine
@@ -226,7 +228,7 @@ def _options(
         "user": f"{owner[0]}:{owner[1]}",
         "working_dir": f"{RUNS}/{name}",
         "labels": labels,
-        "environment": submission.environment or {},
+        "environment": _environment(submission, scorer),
         "volumes": volumes,
         "init": True,
         "read_only": True,
@@ -237,6 +239,13 @@ def _options(
         **({"network": network} if network else {}),
         **submission.limits.options(),
     }
+
+
+def _environment(submission: Submission, scorer: "Container | None") -> dict[str, str]:
+    """Return the job's environment; a reward service in its own network is reached without a proxy."""
+    variables = submission.environment or {}
+    in_network = scorer.name if scorer else submission.network and urlsplit(submission.url or "").hostname
+    return without_proxy(in_network, variables, hosts_without_proxy()) if in_network else variables
 
 
 def _models(scorer: "Container | None") -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,20 @@ def environment(variables: Sequence[str], cpus: float | None) -> dict[str, str]:
             raise ConfigError(f"--env {pair}: use NAME=VALUE, or the NAME of a variable that is set here")
         values[name] = value if equals else os.environ[name]
     return values
+
+
+def without_proxy(host: str, variables: Mapping[str, str], others: str) -> dict[str, str]:
+    """Return the environment of a job that reaches a host directly, whatever proxy the engine gives it.
+
+    Args:
+        host: The host.
+        variables: The environment so far.
+        others: Further hosts, if the environment names none; separated by commas.
+    """
+    given = variables.get("no_proxy") or variables.get("NO_PROXY") or others
+    hosts = ",".join(filter(None, (host, "localhost", "127.0.0.1", "::1", given)))
+    # Both cases: lower case prevails in Python, and only that is read by some programs.
+    return {**variables, "NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def check_cpus(cpus: float | None) -> float | None:

@@ -1,6 +1,7 @@
 """Scores as arrays, from the reward service or any other `Scorer`."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -17,6 +18,7 @@ from reward_service.client import (
 )
 from reward_service.protocol import ScoreResponse
 from trainer.config import ConfigError, ServiceConfig
+from trainer.runtime.distributed import is_first_of_job
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
@@ -63,6 +65,11 @@ class Scorer(Protocol):
         """
 
 
+def _print_line(line: str) -> None:
+    if is_first_of_job():
+        print(line, file=sys.stderr, flush=True)
+
+
 class ServiceScorer:
     """Scorer that uses the reward service; thread-safe. A context manager."""
 
@@ -75,8 +82,12 @@ class ServiceScorer:
         self.identity = {name: f"{it.fingerprint}/{it.calibration}" for name, it in descriptions.items()}
 
     @classmethod
-    def connect(cls, config: ServiceConfig) -> Self:
+    def connect(cls, config: ServiceConfig, report: Callable[[str], None] = _print_line) -> Self:
         """Connect and wait until the service is ready.
+
+        Args:
+            config: address, key and timeouts of the service
+            report: receives a line if the service is not ready at once: its address, any proxy, its state
 
         Raises:
             RewardClientError: the service is not ready in time; one line with its address
@@ -90,7 +101,7 @@ class ServiceScorer:
             retry_budget_s=config.retry_budget_s,
         )
         try:
-            client.wait_until_ready(config.ready_timeout_s)
+            client.wait_until_ready(config.ready_timeout_s, report)
             return cls(client, deterministic=config.deterministic)
         except BaseException:
             client.close()
