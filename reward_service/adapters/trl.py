@@ -14,6 +14,7 @@ from reward_service.adapters.common import (
     rewards_of,
     scores_of,
 )
+from reward_service.adapters.special_tokens import plain_prompts, strip_special_tokens
 from reward_service.client import RewardClient
 
 TrlReward = Callable[..., list[float]]
@@ -30,8 +31,8 @@ def trl_reward(
     """Return a reward function for `reward_funcs`.
 
     The trainer passes prompts, completions and its data set's columns by name. For conversations, the text or
-    the only image of the last message is used. If the trainer passes `log_metric`, each evaluator's mean is
-    logged.
+    the only image of the last message is used. Special tokens and roles at the ends of a text are removed. If
+    the trainer passes `log_metric`, each evaluator's mean is logged.
 
     Args:
         client: the client of the reward service
@@ -44,7 +45,11 @@ def trl_reward(
 
     def reward(prompts: Any = None, completions: Any = None, **columns: Any) -> list[float]:
         columns |= {"prompts": prompts, "completions": completions}
-        image_prompts = list(map(extract_text, read_column(columns, texts)))
+        found = map(extract_text, read_column(columns, texts))
+        # A completion is what the policy has written, which may be anything.
+        image_prompts = (
+            list(map(strip_special_tokens, found)) if texts == "completions" else plain_prompts(found)
+        )
         images = list(map(extract_image, read_column(columns, pictures)))
         response = request_scores(client, image_prompts, images, options)
         if log_metric := columns.get("log_metric"):

@@ -34,7 +34,9 @@ from tests.support.service.fake_service import (
     encoded_response,
     make_client,
     problem_response,
+    score_response,
 )
+from tests.support.service.serving import png
 
 TENSOR = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
 PROMPTS = ("a red circle", "a blue square")
@@ -164,6 +166,88 @@ def test_openrlhf_reward_scores_responses() -> None:
     for broken in ("data:image/png,xxx", "data:image/png;base64,###"):
         with pytest.raises(InputError, match="base64"):
             reward_func(["q"], ["p"], [broken])
+
+
+IMAGE = "data:image/png;base64," + base64.b64encode(png(PIXELS)).decode()
+CHAT = "<|im_start|>user\nDescribe the image.<|im_end|>\n<|im_start|>assistant\n"
+LLAMA = "<|start_header_id|>user<|end_header_id|>\n\nDescribe.<|eot_id|>"
+LLAMA_TURN = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def openrlhf_prompt(texts: str, query: str, prompt: str) -> str:
+    """Return the prompt that the adapter sends to the service."""
+    sent: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        body = decode_request(request.content, MSGPACK)
+        sent.append(body.items[0].prompt)
+        return encoded_response(score_response(body))
+
+    reward_func = openrlhf_reward(make_client(handler), texts=texts, pictures="labels")
+    reward_func([query], [prompt], [f"<s>{IMAGE}</s>"])
+    return sent[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        ("Describe: a fish<|im_end|>", "Describe: "),
+        ("Describe: a fish<|im_end|>\n<|endoftext|><|endoftext|>", "Describe: "),
+        ("<s>Describe: a fish</s>", "Describe: "),
+        ("<s> Describe: a fish </s>", "Describe: "),
+        ("<pad><pad><bos>Describe: a fish<eos><pad>", "Describe: "),
+        (f"{CHAT}a fish<|im_end|>", CHAT),
+        (f"<s>{CHAT}a fish<|im_end|>", CHAT),
+        (f"<|begin_of_text|>{LLAMA}{LLAMA_TURN}a fish<|eot_id|>", f"{LLAMA}{LLAMA_TURN}"),
+        (f"<|begin_of_text|>{LLAMA}{LLAMA_TURN}a fish<|eot_id|>", LLAMA),
+        ("<s> [INST] Describe. [/INST] a fish</s>", "[INST] Describe. [/INST]"),
+        ("<start_of_turn>model\na fish<end_of_turn>\n", ""),
+        (
+            "<｜begin▁of▁sentence｜><｜User｜>Describe.<｜Assistant｜>a fish<｜end▁of▁sentence｜>",
+            "<｜User｜>Describe.",
+        ),
+    ],
+)
+def test_openrlhf_responses_lose_special_tokens(query: str, prompt: str) -> None:
+    """Tokens around query and response, which OpenRLHF decodes too, do not reach the service."""
+    assert openrlhf_prompt("responses", query, prompt) == "a fish"
+
+
+@pytest.mark.parametrize(
+    ("sent", "scored"),
+    [
+        ("a fish", "a fish"),
+        (" a fish ", " a fish "),
+        ("a <b>bold</b> fish", "a <b>bold</b> fish"),
+        ("a model<|im_end|>", "a model"),
+        ("<|im_start|>model car on a table<|im_end|>", "model car on a table"),
+        ("<|im_start|>user\na fish<|im_end|>\n<|im_start|>assistant\n", "a fish"),
+        ("<bos><start_of_turn>user\na fish<end_of_turn>\n<start_of_turn>model\n", "a fish"),
+        (f"<|begin_of_text|>{LLAMA}{LLAMA_TURN}", "Describe."),
+    ],
+)
+def test_prompts_lose_special_tokens_at_their_ends(sent: str, scored: str) -> None:
+    """OpenRLHF and TRL: tokens and roles at the ends are removed, and nothing else changes."""
+    assert openrlhf_prompt("prompts", "", sent) == openrlhf_prompt("queries", sent, "") == scored
+    service = FakeScoringService()
+    trl_reward(make_client(service))(prompts=[sent], completions=[PIXELS])
+    trl_reward(make_client(service), texts="completions", pictures="images")(
+        prompts=["x"], completions=[[{"role": "assistant", "content": sent}]], images=[PIXELS]
+    )
+    assert [request.items[0].prompt for request in service.requests] == [scored, scored]
+
+
+def test_ambiguous_texts_are_refused() -> None:
+    """A query without its prompt, and a prompt of several messages, raise; what a policy writes does not."""
+    with pytest.raises(InputError, match="query 0 does not begin with its prompt"):
+        openrlhf_prompt("responses", "<s>a fish", "Describe: ")
+    chat = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na fish<|im_end|>"
+    with pytest.raises(InputError, match=r"prompt 0 has the token <\|im_end\|> between its words"):
+        openrlhf_prompt("prompts", "", chat)
+    assert (
+        openrlhf_prompt("responses", "Describe: a <|fim|> fish<|im_end|>", "Describe: ") == "a <|fim|> fish"
+    )
+    assert openrlhf_prompt("responses", "Describe: <|im_end|>", "Describe: ") == " "
 
 
 @pytest.mark.parametrize("handler", [refuse_request, FakeScoringService()])
