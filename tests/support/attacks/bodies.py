@@ -81,8 +81,7 @@ def form_field(name: str, unit: bytes, size: int = LARGE) -> Message:
 
 def form_json(name: str, unit: bytes, size: int = LARGE) -> Message:
     """Return a form with one field that is a JSON object, which repeats a member up to a size in bytes."""
-    members = b",".join([unit] * (size // (len(unit) + 1)))
-    return form(part(name, b"{" + members + b"}"))
+    return form(part(name, b"{" + _listed(unit, size) + b"}"))
 
 
 def form_parts(count: int) -> Message:
@@ -108,7 +107,7 @@ def json_text(text: bytes) -> Message:
 
 def json_items(unit: bytes, size: int = LARGE) -> Message:
     """Return a JSON request whose list of items repeats a unit up to a size in bytes."""
-    return Message(b'{"items":[' + b",".join([unit] * (size // (len(unit) + 1))) + b"]}")
+    return Message(b'{"items":[' + _listed(unit, size) + b"]}")
 
 
 def json_image(data: str) -> Message:
@@ -146,3 +145,8 @@ def msgpack_value(name: bytes, head: bytes, unit: bytes, size: int = LARGE) -> M
 def msgpack_nested(depth: int) -> Message:
     """Return msgpack lists inside each other."""
     return Message(b"\x81\xa5items" + b"\x91" * depth + b"\xc0", MSGPACK)
+
+
+def _listed(unit: bytes, size: int) -> bytes:
+    """Return a unit again and again, separated by commas, up to a size in bytes."""
+    return (unit + b",") * (size // (len(unit) + 1)) + unit

@@ -186,12 +186,14 @@ def noise(target: Target, _: int) -> None:
 def pipeline(target: Target, _: int) -> None:
     """Send thousands of requests at once on one connection and read every response."""
     count = 2000
+    last = Message(path="/health/live", method="GET", content_type="", headers={"Connection": "close"})
     with target.connection() as opened:
-        opened.sendall(head(_LIVE) * count)
-        for _ in range(count):
-            if target.over:
-                break
-            target.count(read_status(opened))
+        opened.sendall(head(_LIVE) * count + head(last))
+        # One reader: a response's own would take the beginning of the next one too.
+        with opened.makefile("rb") as received:
+            for line in received:
+                if line.startswith(b"HTTP/1.1 "):
+                    target.count(line[9:12].decode())
 
 
 def pipeline_unread(target: Target, _: int) -> None:
