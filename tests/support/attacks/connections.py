@@ -155,7 +155,7 @@ def headers_without_end(target: Target, _: int) -> None:
 
 def one_header_by_bytes(target: Target, _: int) -> None:
     """Send one header byte by byte, as fast as can be."""
-    with target.connection() as opened:
+    with target.counted(), target.connect() as opened:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.sendall(head(_LIVE)[:-2] + b"a: ")
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -187,7 +187,7 @@ def pipeline(target: Target, _: int) -> None:
     """Send thousands of requests at once on one connection and read every response."""
     count = 2000
     last = Message(path="/health/live", method="GET", content_type="", headers={"Connection": "close"})
-    with target.connection() as opened:
+    with target.counted(), target.connect() as opened:
         opened.sendall(head(_LIVE) * count + head(last))
         # One reader: a response's own would take the beginning of the next one too.
         with opened.makefile("rb") as received:
@@ -254,7 +254,7 @@ def upgrades(target: Target, _: int) -> None:
 def known_addresses(target: Target, _: int) -> None:
     """Request every address that needs no body, as fast as can be, on one connection."""
     paths = ("/metrics", "/openapi.json", "/docs", "/", "/v1/evaluators", "/health/ready", "/page/page.js")
-    with target.connection() as opened:
+    with target.counted(), target.connect() as opened:
         while not target.over:
             for path in paths:
                 opened.sendall(head(Message(path=path, method="GET", content_type="")))

@@ -41,12 +41,15 @@ class Target:
         with self._lock:
             self.answers[answer] += 1
 
+    def connect(self) -> socket.socket:
+        """Open a connection, within `counted`."""
+        return socket.create_connection(self.address, timeout=_TIMEOUT_S)
+
     @contextmanager
-    def connection(self) -> Iterator[socket.socket]:
-        """Open a connection; how it ends, if not by the block, is counted."""
+    def counted(self) -> Iterator[None]:
+        """Count how a connection in the block ends, if not by the block."""
         try:
-            with socket.create_connection(self.address, timeout=_TIMEOUT_S) as opened:
-                yield opened
+            yield
         except (OSError, HTTPException) as error:
             self.count("left" if self.over else type(error).__name__)
             # A service that refuses connections must not make the attack a busy loop.
@@ -54,7 +57,7 @@ class Target:
 
     def send(self, pieces: Iterable[bytes], read: bool = True) -> None:
         """Send pieces on a new connection until the deadline or its end; count the answer."""
-        with self.connection() as opened:
+        with self.counted(), self.connect() as opened:
             with suppress(BrokenPipeError, ConnectionResetError):
                 for piece in pieces:
                     opened.sendall(piece)
@@ -70,7 +73,7 @@ class Target:
             message: the request
             leave_s: time after which the client closes the connection, whatever has come; None to wait
         """
-        with self.connection() as opened:
+        with self.counted(), self.connect() as opened:
             leave = threading.Timer(_TIMEOUT_S if leave_s is None else leave_s, _shut, (opened,))
             leave.start()
             try:
