@@ -63,11 +63,12 @@ def encode_image(image: ImageLike, encoding: Encoding = "raw") -> Picture:
 
 
 def _encode_path(path: str | os.PathLike[Any]) -> Picture:
+    name = f"the {type(path).__name__}"
     try:
         name = os.fsdecode(path)
         data = Path(name).read_bytes()
     except (OSError, TypeError, ValueError) as error:  # a ValueError for a name with a null character
-        raise InputError(f"{path} cannot be read ({_cause(error)}); check the path") from None
+        raise InputError(f"{name} cannot be read ({_cause(error)}); check the path") from None
     return _encode_file(data, name)
 
 

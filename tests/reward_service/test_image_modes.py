@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from reward_service.client.encoding import encode_image
-from reward_service.images import ImageError, decode
+from reward_service.images import ImageError, decode, to_rgb
 
 WHITE = [255, 255, 255]
 # Four different corners, so that every rotation and reflection is visible.
@@ -242,3 +242,49 @@ def test_pillow_images_of_the_client_have_the_same_result() -> None:
         with Image.open(io.BytesIO(data)) as image:
             sent = encode_image(image)
         assert np.frombuffer(sent.data, np.uint8).reshape(sent.shape).tolist() == decode(data).rgb.tolist()
+
+
+def pillow(mode: str, *channels: int) -> Image.Image:
+    return Image.new(mode, (2, 1), channels if len(channels) > 1 else channels[0])
+
+
+def palette_with_alpha() -> Image.Image:
+    image = Image.new("PA", (2, 1), (1, 128))
+    image.putpalette(PALETTE)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (pillow("1", 1), [255, 255, 255]),
+        (pillow("L", 77), [77, 77, 77]),
+        (pillow("RGB", 1, 2, 3), [1, 2, 3]),
+        (pillow("RGBX", 1, 2, 3, 4), [1, 2, 3]),
+        (pillow("CMYK", 255, 0, 0, 0), [0, 255, 255]),
+        (pillow("YCbCr", 100, 128, 128), [100, 100, 100]),
+        (pillow("HSV", 0, 255, 200), [200, 0, 0]),
+        (pillow("LAB", 128, 128, 128), [119, 119, 119]),
+        (pillow("LA", 0, 51), [204, 204, 204]),
+        (pillow("La", 0, 51), [204, 204, 204]),
+        (pillow("La", 51, 51), [255, 255, 255]),
+        (pillow("RGBA", 255, 0, 0, 51), [255, 204, 204]),
+        (pillow("RGBa", 51, 0, 0, 51), [255, 204, 204]),
+        (palette_with_alpha(), [227, 177, 152]),
+        (Image.fromarray(np.full((1, 2), 0x80FF, np.uint16)), [128, 128, 128]),
+        (Image.fromarray(np.full((1, 2), 0x80FF, ">u2")), [128, 128, 128]),
+        (pillow("I;16L", 0x80FF), [128, 128, 128]),
+        (pillow("I;16N", 0x80FF), [128, 128, 128]),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_every_pillow_mode_has_one_result(image: Image.Image, expected: list[int]) -> None:
+    """Also the modes that no file of the three formats has: the client converts images of other sources."""
+    np.testing.assert_allclose(to_rgb(image)[0, 1], expected, atol=1)
+
+
+@pytest.mark.parametrize("pixels", [np.full((1, 2), 200, np.int32), np.full((1, 2), 0.5, np.float32)])
+def test_modes_without_a_range_are_refused(pixels: NDArray[np.generic]) -> None:
+    """Modes I and F do not say which value is white; their images were scored as black or white ones."""
+    with pytest.raises(ImageError, match="no fixed range of values; scale it to 0 to 255"):
+        to_rgb(Image.fromarray(pixels))

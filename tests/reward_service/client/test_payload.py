@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import io
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_service.client import InputError, RewardClient, payload
+from reward_service.client import AsyncRewardClient, InputError, RewardClient, payload
 from reward_service.client.encoding import Encoding, encode_image
 from reward_service.client.payload import Chunking, parse_options
 from reward_service.images import Pixels, decode
 from reward_service.protocol import MAX_BODY_BYTES, MSGPACK, ScoreRequest, decode_request
-from tests.support.service.fake_service import PIXELS, FakeService, make_client
+from tests.support.service.fake_service import PIXELS, FakeService, http_server, make_client
 
 BATCH = np.stack([PIXELS, PIXELS[::-1], PIXELS // 2])
 
@@ -116,6 +119,89 @@ def test_ambiguous_images_are_refused(image: Any, message: str) -> None:
         encode_image(image)
 
 
+def closed_image() -> Image.Image:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    image = Image.open(file)
+    image.close()
+    return image
+
+
+def image_with_text_behind_its_pixels() -> Image.Image:
+    """Return an opened PNG whose text, which Pillow reads with the pixels, is beyond Pillow's limit."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    body = b"zTXtkey\0\0" + zlib.compress(bytes(2_000_000))
+    text = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    whole = file.getvalue()
+    return Image.open(io.BytesIO(whole[:-12] + text + whole[-12:]))
+
+
+def released_view() -> memoryview:
+    view = memoryview(b"x")
+    view.release()
+    return view
+
+
+class BytesPath(os.PathLike[bytes]):
+    """Path of bytes."""
+
+    def __fspath__(self) -> bytes:
+        return b"/no/such/file.png"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 4, 5, device="meta"), "tensor cannot be read .*; give a dense tensor"),
+        (torch.zeros(3, 4, 5).to_sparse(), "tensor cannot be read"),
+        (torch.zeros(3, 4, 5, dtype=torch.complex128).conj().imag, "tensor cannot be read"),
+        (torch.zeros(3, 4, 5, dtype=torch.complex64), "complex64"),
+        (closed_image(), "Pillow image cannot be read .*closed"),
+        (image_with_text_behind_its_pixels(), "Pillow image cannot be read .*text"),
+        (Image.new("RGB", (0, 0)), "no pixels: 0x0"),
+        (Image.new("RGB", (0, 5)), "no pixels: 0x5"),
+        (Image.new("F", (2, 2)), "mode F has no fixed range"),
+        (Image.new("I", (2, 2)), "mode I has no fixed range"),
+        (np.ma.masked_array(PIXELS, PIXELS > 9), "masked"),
+        (np.full((4, 5, 3), np.float32(1.0000001)), r"in \[0, 1\], not \[1\.0000001"),
+        (np.full((4, 5, 3), -1e-9), r"not \[-1e-09"),
+        (torch.full((3, 4, 5), 1.0000001), r"not \[1\.0000001"),
+        (released_view(), "bytes cannot be read"),
+        (BytesPath(), r"/no/such/file\.png.* cannot be read"),
+    ],
+)  # fmt: skip
+def test_images_without_readable_pixels_are_refused_with_their_index(image: Any, message: str) -> None:
+    """Errors of torch, numpy and Pillow never come through, and the range in the message is exact."""
+    service = FakeService()
+    with pytest.raises(InputError, match=f"image 1: .*{message}"):
+        make_client(service).score(["a", "b"], [PIXELS, image])
+    assert service.requests == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_of_a_batch_are_refused_with_their_index() -> None:
+    """A batch in one tensor that cannot be read, or whose length is unknown, is an input error too."""
+    nested = torch.nested.nested_tensor([torch.zeros(3, 4, 5), torch.zeros(4, 4, 5)])
+    quantized = torch.quantize_per_tensor(torch.zeros(2, 3, 4, 5), 0.1, 0, torch.quint8)
+    for images, index in ((torch.zeros(2, 3, 4, 5, device="meta"), 0), (nested, 1), (quantized, 0)):
+        with pytest.raises(InputError, match=f"image {index}: "):
+            make_client(FakeService()).score(["a", "b"], images)
+
+
+def test_an_image_without_pixels_is_refused_in_every_encoding() -> None:
+    """Neither an empty body nor an error of the PNG or WebP encoder."""
+    for encoding in ("raw", "png", "webp"):
+        with pytest.raises(InputError, match="no pixels"):
+            encode_image(Image.new("RGB", (0, 3)), encoding)
+
+
+def test_premultiplied_pillow_images_are_sent() -> None:
+    """Modes La and RGBa, which Pillow cannot convert to RGB in one step, are composited on white."""
+    for image in (Image.new("La", (2, 1), (51, 51)), Image.new("RGBa", (2, 1), (51, 51, 51, 51))):
+        assert sent_pixels([image], 1)[0].tolist() == [[[255, 255, 255]] * 2]
+
+
 def test_any_path_like_object_is_a_path(tmp_path: Path) -> None:
     """Other libraries' implementations of os.PathLike are accepted."""
 
@@ -198,8 +284,15 @@ def test_invalid_arguments_have_specific_messages(prompts: Any, images: Any, mes
         ({"weights": {"clip": -1.0}}, "at least 0"),
         ({"weights": {"clip": float("nan")}}, "finite"),
         ({"weights": {"clip": "much"}}, "finite"),
+        ({"weights": {"clip": 10**400}}, "finite"),
+        ({"weights": {"clip": torch.zeros(2)}}, "finite"),
+        ({"weights": [("clip", 1.0)]}, "mapping from names to numbers, not a list"),
+        ({"evaluators": 3}, "list of names, not a int"),
         ({"normalization": "percent"}, "unit, z, raw"),
         ({"deadline_s": 0}, "positive"),
+        ({"deadline_s": float("nan")}, "positive number of seconds, at most 1,000,000, not nan"),
+        ({"deadline_s": float("inf")}, "deadline_s must be"),
+        ({"deadline_s": "30"}, "not '30'"),
     ],
 )
 def test_invalid_options_are_refused(options: Any, message: str) -> None:
@@ -214,20 +307,47 @@ def test_weights_may_be_numpy_or_torch_scalars() -> None:
     assert request.weights == {"clip": 0.5, "hpsv2": 2.0}
 
 
+NOT_SECONDS = (float("nan"), -1, float("inf"), 1e12, "5", None, True, [1.0], 10**5000)
+NOT_COUNTS = (0, -1, 2.5, float("nan"), float("inf"), "5", None, True, 10**5000)
+
+
+@pytest.mark.parametrize("kind", [RewardClient, AsyncRewardClient])
 @pytest.mark.parametrize(
-    "options",
+    ("name", "values"),
     [
-        {"encoding": "jpeg"},
-        {"in_flight": 0},
-        {"chunk_pairs": 2000},
-        {"chunk_bytes": 2**40},
-        {"chunk_bytes": 0},
+        ("encoding", ("jpeg", None, 3)),
+        ("timeout_s", (0, *NOT_SECONDS)),
+        ("retry_budget_s", NOT_SECONDS),
+        ("in_flight", (1025, *NOT_COUNTS)),
+        ("chunk_pairs", (1025, *NOT_COUNTS)),
+        ("chunk_bytes", (2**40, *NOT_COUNTS)),
     ],
 )
-def test_invalid_client_settings_are_refused(options: Any) -> None:
-    """Lossy encodings and sizes above the service's limits are refused by the constructor."""
-    with pytest.raises(InputError):
-        RewardClient("http://service.invalid", **options)
+def test_invalid_client_settings_are_refused(kind: Any, name: str, values: tuple[Any, ...]) -> None:
+    """The constructor refuses what could not work, by name, instead of the first request."""
+    for value in values:
+        with pytest.raises(InputError, match=name):
+            kind("http://service.invalid", **{name: value})
+
+
+def test_numbers_of_numpy_are_valid_settings() -> None:
+    """Settings may come from an array; the largest timeout is one that a socket accepts."""
+    service = FakeService()
+    options: dict[str, Any] = {
+        "timeout_s": np.float32(5),
+        "retry_budget_s": np.int64(0),
+        "in_flight": np.int64(2),
+    }
+    assert len(make_client(service, **options).score(["x"], [PIXELS]).results) == 1
+    with http_server(service) as url, RewardClient(url, timeout_s=1e6, retry_budget_s=1e6) as client:
+        assert len(client.score(["x"], [PIXELS], deadline_s=1e6).results) == 1
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1, "5"])
+def test_waiting_needs_a_number_of_seconds(timeout_s: Any) -> None:
+    """With NaN, the wait would never end."""
+    with pytest.raises(InputError, match="timeout_s"):
+        make_client(FakeService()).wait_until_ready(timeout_s)
 
 
 def test_the_largest_raw_image_fits_into_a_request() -> None:
