@@ -230,10 +230,11 @@ class _PartCollector:
 
     def _on_field(self, body: bytes, start: int, end: int) -> None:
         self._field = body[start:end].lower()
-
-    def _on_value(self, body: bytes, start: int, end: int) -> None:
         if self._field in self.parts[-1].headers:
             raise MalformedBodyError("the body is not a valid form: a field has a header twice", syntax=True)
+        self.parts[-1].headers[self._field] = b""
+
+    def _on_value(self, body: bytes, start: int, end: int) -> None:
         self.parts[-1].headers[self._field] = body[start:end]
 
     def _on_end(self) -> None:
