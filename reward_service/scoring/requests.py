@@ -18,17 +18,19 @@ from reward_service.protocol import (
     Item,
     MalformedBodyError,
     Normalization,
+    Picture,
     ProblemError,
     ProblemItem,
     ScoreRequest,
     decode_request,
     item_problem,
 )
+from reward_service.scoring.decoding import DecoderLane, OverrunError, usual_lane, usual_seconds
 from reward_service.scoring.forms import MULTIPART, decode_form
 
-# About 30 ms of decoding: how long another client's images wait at most.
-_SLICE_COST = 1024
-_RAW_COST, _FILE_COST = 1, 64
+# A slice takes about so long, or holds one image: other clients' images wait for it.
+_SLICE_S = 0.03
+DecodeImage = Callable[[Picture, Callable[[int], None]], DecodedImage]
 _TOO_LONG = re.compile(r"Expected `array` of length <= (\d+) - at `\$\.items`")
 
 
@@ -54,14 +56,28 @@ class ParsedRequest:
     evaluators: tuple[str, ...]
     weights: Mapping[str, float]
     started_s: float = field(default_factory=time.perf_counter)
+    reserved: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive items whose images are decoded on one lane, and how long that usually takes."""
+
+    items: range
+    lane: DecoderLane
+    cost_s: float
 
 
 @dataclass
 class DecodedSlice:
-    """DecodedImage images of consecutive items, or the problems with them."""
+    """Decoded images of consecutive items, or the problems with them.
+
+    `late`: the items that are left because the first of them takes much longer to decode than usual.
+    """
 
     images: list[DecodedImage] = field(default_factory=list)
     problems: list[ProblemItem] = field(default_factory=list)
+    late: range = range(0)
 
 
 class RequestParser:
@@ -82,7 +98,7 @@ class RequestParser:
             ProblemError: if the request is invalid
         """
         parsed = self.parse(body, content_type)
-        return self.assemble(parsed, [self.decode(parsed, part) for part in self.slices(parsed)])
+        return self.assemble(parsed, [self.decode(parsed, range(len(parsed.request.items)))])
 
     def parse(self, body: bytes | bytearray, content_type: str) -> ParsedRequest:
         """Parse a request and validate all but its images; takes up to a second: call it off the event loop.
@@ -100,43 +116,71 @@ class RequestParser:
         self._check_evaluators(names)
         return ParsedRequest(request, names, self._weights_for(request, names), started_s)
 
-    def slices(self, parsed: ParsedRequest) -> Iterator[range]:
-        """Yield ranges of items that take about 30 ms to decode, so that requests can take turns."""
-        items, first, cost = parsed.request.items, 0, 0
-        for index, item in enumerate(items):
-            cost += _RAW_COST if item.image.format == "raw" else _FILE_COST
-            if cost >= _SLICE_COST:
-                yield range(first, index + 1)
-                first, cost = index + 1, 0
-        if first < len(items):
-            yield range(first, len(items))
-
-    def decode(
-        self, parsed: ParsedRequest, part: range, reserve: Callable[[int], None] = lambda _: None
-    ) -> DecodedSlice:
-        """Decode the images of a slice; call it off the event loop.
+    def slices(self, parsed: ParsedRequest, items: range | None = None) -> Iterator[Slice]:
+        """Yield slices of a request that take about 30 ms to decode, so that requests can take turns.
 
         Args:
             parsed: the request
-            part: indices of the slice's items
+            items: consecutive items to decode; None for all
+        """
+        costs: list[float] = []
+        first, lane = 0, usual_lane(0.0)
+        for index in range(len(parsed.request.items)) if items is None else items:
+            sent = parsed.request.items[index].image
+            cost_s = usual_seconds(sent.data, sent.format)
+            if costs and (sum(costs) >= _SLICE_S or usual_lane(cost_s) != lane):
+                yield Slice(range(first, index), lane, sum(costs))
+                costs = []
+            if not costs:
+                first, lane = index, usual_lane(cost_s)
+            costs.append(cost_s)
+        if costs:
+            yield Slice(range(first, first + len(costs)), lane, sum(costs))
+
+    def decode(
+        self,
+        parsed: ParsedRequest,
+        items: range,
+        reserve: Callable[[int], None] = lambda _: None,
+        decode_image: DecodeImage | None = None,
+    ) -> DecodedSlice:
+        """Decode the images of consecutive items; call it off the event loop.
+
+        Args:
+            parsed: the request
+            items: indices of the items
             reserve: called with the decoded size of each image, in bytes, before it is decoded
+            decode_image: decodes one image; None to do it in this process. It may raise `OverrunError` to
+                leave the image and those behind it
 
         Raises:
             ProblemError: if `reserve` raises it
         """
         found = DecodedSlice()
-        for index in part:
-            sent = parsed.request.items[index].image
+        decode_image = decode_image or self._decode_here
+        for index in items:
+
+            def reserve_once(size: int, index: int = index) -> None:
+                if index not in parsed.reserved:
+                    reserve(size)
+                    parsed.reserved.add(index)
+
             try:
-                image = decode(sent.data, sent.format, sent.shape, self._limits.max_image_pixels, reserve)
+                image = decode_image(parsed.request.items[index].image, reserve_once)
             except ImageError as error:
                 found.problems.append(ProblemItem(error.code, str(error), index))
                 if len(found.problems) == MAX_PROBLEM_ITEMS:
                     break
                 continue
+            except OverrunError:
+                found.late = range(index, items.stop)
+                break
             # After the first undecodable image the others are decoded only to report their problems.
             found.images += [] if found.problems else [image]
         return found
+
+    def _decode_here(self, sent: Picture, reserve: Callable[[int], None]) -> DecodedImage:
+        return decode(sent.data, sent.format, sent.shape, self._limits.max_image_pixels, reserve)
 
     def assemble(self, parsed: ParsedRequest, slices: Sequence[DecodedSlice]) -> DecodedRequest:
         """Return the request with the images of its slices.
