@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from reward_service.protocol import MSGPACK
+from reward_service.protocol import MAX_PAIRS, MSGPACK
 from tests.support.attacks import bodies, connections, jpeg, png, prompts, webp
 from tests.support.attacks.bodies import Message
 from tests.support.attacks.sending import Target, in_parallel
@@ -104,6 +104,7 @@ def _files() -> dict[str, Callable[[], bytes | list[bytes]]]:
         "jpeg-restarts": lambda: [jpeg.restarts()] * _IMAGES,
         "jpeg-empty-app2": lambda: jpeg.empty_segments(2_000_000),
         "jpeg-empty-comments": lambda: jpeg.empty_segments(2_000_000, 0xFE),
+        "jpeg-13-hidden-size": lambda: [jpeg.hidden_size(500)] * _IMAGES,
         "jpeg-comments-between-scans": lambda: jpeg.empty_segments_in_scan(10_000_000),
         "jpeg-fill-bytes": lambda: jpeg.fill_bytes(20_000_000),
         "jpeg-fill-bytes-60-mb": lambda: jpeg.fill_bytes(size),
@@ -122,6 +123,7 @@ def _files() -> dict[str, Callable[[], bytes | list[bytes]]]:
         "png-chunks-of-many-images": lambda: [png.flat(before=small * 4000)] * 1024,
         "png-13-flat": lambda: [png.flat(png.SIDE_PX)] * _IMAGES,
         "png-13-deep-filtered": lambda: [png.flat(png.SIDE_PX, png.RGBA, 16, row_filter=4)] * _IMAGES,
+        "png-13-misstated": lambda: [png.misstated()] * _IMAGES,
         "png-13-palette": lambda: [png.flat(png.SIDE_PX, png.PALETTE)] * _IMAGES,
         "png-13-black-and-white": lambda: [png.flat(png.SIDE_PX, png.GREY, 1)] * _IMAGES,
         "png-13-interlaced": lambda: [png.flat(png.SIDE_PX, png.RGB, interlaced=True)] * _IMAGES,
@@ -276,14 +278,17 @@ def _prompts() -> Iterator[Attack]:
     }
     for name, write in kinds.items():
         yield Attack("prompts", name, lambda write=write: _sending(_batches(write)), _FILE_CONNECTIONS)  # type: ignore[misc]
+    for name in ("ordinary-words", "half-mojibake"):
+        most = partial(_batches, kinds[name], MAX_PAIRS)
+        yield Attack("prompts", f"{name}-1024", lambda most=most: _sending(most()), _FILE_CONNECTIONS)  # type: ignore[misc]
 
 
 def _entities() -> Message:
     return bodies.texts(*(prompts.entities(4301 + number) for number in range(8)))
 
 
-def _batches(write: Callable[[int], str]) -> Iterator[Message]:
+def _batches(write: Callable[[int], str], size: int = _PROMPTS) -> Iterator[Message]:
     """Yield requests of prompts that no cache has seen."""
     numbers = itertools.count()
     while True:
-        yield bodies.texts(*(write(next(numbers)) for _ in range(_PROMPTS)))
+        yield bodies.texts(*(write(next(numbers)) for _ in range(size)))

@@ -215,10 +215,10 @@ def churn(target: Target, _: int) -> None:
 
 
 def idle_connections(target: Target, _: int) -> None:
-    """Hold 400 connections open, each with half of a request line."""
+    """Hold 600 connections open, each with half of a request line."""
     opened = []
     with suppress(OSError):
-        for _ in range(400):
+        for _ in range(600):
             opened.append(socket.create_connection(target.address, timeout=5))
             opened[-1].sendall(b"GET /health")
     while not target.over:

@@ -102,6 +102,11 @@ def empty_segments(count: int, marker: int = 0xE2) -> bytes:
     return flat(before_frame=segment(marker) * count)
 
 
+def hidden_size(segments: int) -> bytes:
+    """Return a large image whose frame comes after so many comments."""
+    return flat(SIDE_PX, before_frame=segment(0xFE, b"a") * segments)
+
+
 def empty_segments_in_scan(count: int) -> bytes:
     """Return an image with this many empty comments between its two scans."""
     blocks = _blocks(64)

@@ -49,6 +49,12 @@ def _rows(side_px: int, bits: int, row_filter: int, interlaced: bool) -> bytes:
     return b"".join([*parts, packer.flush()])
 
 
+def misstated(side_px: int = SIDE_PX) -> bytes:
+    """Return a large image whose first header says that it is small."""
+    small, large = flat(64), flat(side_px)
+    return small[:33] + large[8:]
+
+
 def elongated(width: int, height: int) -> bytes:
     """Return a flat image that is not a square, of one bit for each pixel."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, GREY, 0, 0, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 
@@ -17,6 +18,8 @@ from tests.support.attacks.sending import Target
 
 def main(url: str, name: str, seconds: float) -> None:
     """Run the attack."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     attack = attacks()[name]
     play = attack.prepare()
     print("ready", flush=True)
