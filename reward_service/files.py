@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from reward_service.runtime.errors import ConfigError
+
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, preserve: bool = False) -> None:
     """Write a file so that readers, also after a crash, see the old content or the new one, never a part.
@@ -50,14 +52,35 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the exclusive lock of a folder, which leaves no lock file behind.
 
     Raises:
-        OSError: the folder cannot be opened or locked
+        OSError: the folder cannot be opened
+        ConfigError: its file system has no locks
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        lock_descriptor(descriptor)
+        lock(descriptor, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path, *, blocking: bool = True) -> bool:
+    """Lock an open file or folder until it is closed; return False if another process holds the lock.
+
+    Args:
+        descriptor: of the file or folder
+        path: its path, for messages
+        blocking: wait for another holder
+
+    Raises:
+        ConfigError: the file system has no locks
+    """
+    try:
+        return lock_descriptor(descriptor, blocking=blocking)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be locked ({error.strerror or error}): its file system has no locks, as some "
+            "network file systems; choose a folder on a local disk"
+        ) from None
 
 
 def _sync_folder(folder: Path) -> None:

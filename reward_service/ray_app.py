@@ -33,11 +33,12 @@ from reward_service.config import ServiceConfig, load_config
 from reward_service.observability.metrics import Metrics
 from reward_service.observability.telemetry import Telemetry, exit_soon, open_telemetry
 from reward_service.protocol import JSON, PROBLEM, ProblemError, encode
+from reward_service.runtime.process import configure_openmp
 from reward_service.scheduler.autoscaling import PAIRS
 from reward_service.scoring.auth import load_keys
 from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
-from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, configure_openmp, one_line
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, expand_user, one_line
 from reward_service.web.app import create_app
 from reward_service.web.dependencies import request_id
 
@@ -135,7 +136,10 @@ def parse_arguments(arguments: Mapping[str, Any]) -> Arguments:
         location = ".".join(map(str, first["loc"]))
         known = ", ".join(Arguments.model_fields)
         raise ConfigError(f"args: {location}: {one_line(first['msg'])}; known keys: {known}") from None
-    path = parsed.config.expanduser()
+    try:
+        path = expand_user(parsed.config)
+    except ValueError as error:
+        raise ConfigError(f"args: config: {error}") from None
     if not path.exists() and not path.is_absolute():
         path = DEFAULT_CONFIG.parent.parent / path
     return parsed.model_copy(update={"config": path.absolute()})

@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
+from reward_service.runtime.errors import ConfigError as ConfigError  # re-exported
+from reward_service.runtime.errors import one_line as one_line
+from reward_service.runtime.yaml12 import YamlError, parse_yaml
+
 SECTIONS = ("service", "trainer")
+_NO_HOME = "{} has no home folder here; write the whole path, or set the environment variable HOME"
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.yaml"
-
-
-def configure_openmp() -> None:
-    """Let OpenMP's idle threads spin for microseconds, then sleep; call it before torch is imported.
-
-    Service and trainer often share cores. Threads that keep spinning slow the other program down by up to
-    four times; threads that sleep at once make small operations as slow on two cores as on one.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-
-class ConfigError(Exception):
-    """A configuration that cannot be used; the message is one line."""
 
 
 class Settings(BaseModel):
@@ -47,27 +36,32 @@ M = TypeVar("M", bound=BaseModel)
 
 def _resolve_path(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder")
-    path = path.expanduser()
-    return path if folder is None or path.is_absolute() else (Path(folder) / path).resolve()
+    path = expand_user(path)
+    if folder is None or path.is_absolute():
+        return path
+    # Not resolved: a symbolic link may point to another file tomorrow, as those of mounted secrets do.
+    return Path(os.path.normpath(Path(folder) / path))
+
+
+def expand_user(path: Path) -> Path:
+    """Return the path with a leading `~` or `~user` replaced by a home folder.
+
+    Raises:
+        ValueError: the user has no home folder
+    """
+    if not str(path).startswith("~"):
+        return path
+    first = path.parts[0]
+    if first == "~" and os.environ.get("HOME") == "":
+        raise ValueError(_NO_HOME.format(first))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(_NO_HOME.format(first)) from None
 
 
 #: A path in a configuration; a relative one is relative to the folder of the configuration file.
 ConfigPath = Annotated[Path, AfterValidator(_resolve_path)]
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader that reads `1e-3` as a number; YAML 1.1 reads it as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-#: PyYAML raises the last three for impossible dates, wrong tags and deep nesting.
-_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
 def load_section(
@@ -79,7 +73,8 @@ def load_section(
         model: the pydantic model of the section
         path: the YAML file
         section: `service` or `trainer`
-        overrides: `key.subkey=value` strings, relative to the section; values are YAML
+        overrides: `key.subkey=value` strings, relative to the section. Values are YAML, but those of settings
+            that are texts or paths are taken as they are, `null` apart
         presets: `key.subkey` of a mapping in the file, from such keys to values; overrides take precedence
 
     Raises:
@@ -89,7 +84,7 @@ def load_section(
     for key, value in (_read_presets(values, presets) if presets else {}).items():
         _set_key(values, str(key), value, f"{presets}: {key}")
     for override in overrides:
-        _apply_override(values, override)
+        _apply_override(model, values, override)
     return _validate(model, values, section, f"{path}: ", {"folder": path.resolve().parent})
 
 
@@ -135,17 +130,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({one_line(error)}); name a YAML file") from None
     try:
-        document = _parse(text)
-    except _NOT_YAML as error:
-        raise ConfigError(f"{path}: not valid YAML ({one_line(error)}); correct it") from None
+        document = parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error}); correct it") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected the sections {' and '.join(SECTIONS)} at the top")
     return document
-
-
-def _parse(text: str) -> Any:
-    """Parse YAML into plain values only: the loader is a SafeLoader."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader's subclass
 
 
 def _select_section(document: Mapping[str, Any], path: Path, section: str) -> dict[str, Any]:
@@ -160,16 +150,44 @@ def _select_section(document: Mapping[str, Any], path: Path, section: str) -> di
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(model: type[BaseModel], values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: write it as key.subkey=value")
+    if not text.strip():  # an unset variable of a shell must not switch a setting off
+        raise ConfigError(f"override {override!r}: the value is empty; write null for none")
     try:
-        value = _parse(text)
-    except _NOT_YAML:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        value = _override_value(_annotation(model, keys), text)
+    except YamlError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML ({error}); quote it") from None
     _set_key(values, dotted.strip(), value, f"override {override!r}")
+
+
+def _override_value(annotation: Any, text: str) -> Any:
+    """Return the value of an override.
+
+    A path is the text as it is, whatever YAML would make of it. So is another string, unless it is quoted.
+    """
+    inner = _unwrap(annotation)
+    if inner is not Path and not _is_text(annotation):
+        return parse_yaml(text)
+    if text.strip() == "null" and inner is not annotation:
+        return None
+    if inner is Path:
+        return Path(text)
+    if text.strip()[0] in "\"'" and isinstance(quoted := parse_yaml(text), str):
+        return quoted
+    return text.strip()
+
+
+def _is_text(annotation: Any) -> bool:
+    """Return whether a setting's value is a string, or a string or null."""
+    if annotation is None or _is_model(annotation):
+        return False
+    schema = TypeAdapter(annotation).json_schema()
+    kinds = {part.get("type") for part in schema.get("anyOf", [schema])}
+    return "string" in kinds and kinds <= {"string", "null"}
 
 
 def _set_key(values: dict[str, Any], dotted: str, value: Any, prefix: str) -> None:
@@ -198,9 +216,15 @@ def _describe_problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown key; {_suggest(str(location[-1]), _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
         return "required, but missing; add it"
-    message = one_line(detail["msg"].removeprefix("Value error, "))
-    shown = one_line(repr(detail["input"]))
-    return f"{message[:1].lower()}{message[1:]}" + (f" (found {shown})" if len(shown) <= 60 else "")
+    message, found = one_line(detail["msg"].removeprefix("Value error, ")), detail["input"]
+    shown = one_line(repr(str(found) if isinstance(found, Path) else found))
+    remedy = "; put it in quotes" if _is_unquoted_text(detail) else ""
+    return f"{message[:1].lower()}{message[1:]}" + (f" (found {shown})" if len(shown) <= 60 else "") + remedy
+
+
+def _is_unquoted_text(detail: ErrorDetails) -> bool:
+    """Return whether YAML made a number or a boolean of what should be a text or a path."""
+    return detail["type"] in ("string_type", "path_type") and isinstance(detail["input"], int | float)
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:
@@ -212,14 +236,21 @@ def _suggest(key: str, known: Sequence[str]) -> str:
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
     """Return the field names of the model at `location` below `model`; empty if it is not a model."""
-    inner: Any = model
+    inner = _unwrap(_annotation(model, location))
+    return tuple(inner.model_fields) if _is_model(inner) else ()
+
+
+def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
+    """Return the annotation of the setting at `location` below `model`; None if there is none."""
+    found: Any = model
     for part in location:
+        inner = _unwrap(found)
         if _is_model(inner):
             field = inner.model_fields.get(str(part))
-            inner = _unwrap(field.annotation) if field else None
+            found = field.annotation if field else None
         else:  # a key of dict[str, X], an index of list[X]
-            inner = _unwrap((get_args(inner) or (None,))[-1])
-    return tuple(inner.model_fields) if _is_model(inner) else ()
+            found = (get_args(inner) or (None,))[-1]
+    return found
 
 
 def _unwrap(annotation: Any) -> Any:
@@ -233,8 +264,3 @@ def _unwrap(annotation: Any) -> Any:
 
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def one_line(message: object) -> str:
-    """Return the message on one line, with single spaces."""
-    return " ".join(str(message).split())

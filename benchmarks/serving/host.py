@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from reward_service.settings import configure_openmp
+from reward_service.runtime.process import configure_openmp
 
 if TYPE_CHECKING:
     from reward_service.engine.engine import RewardEngine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from reward_service.runtime.text_files import CsvSyntaxError, CsvTable, TextFileError, decode_utf8
 from reward_service.settings import ConfigError, one_line
 
 FileFormat = Literal["csv", "jsonl"]
@@ -21,7 +21,7 @@ _MAX_PROMPT_CHARS = 10_000
 _MAX_WEIGHT = 1e6  # larger sums would lose the other preferences, or overflow
 _SUFFIXES: dict[str, FileFormat] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _SHOWN_IMAGES, _SHOWN_CHARS = 3, 200
-_SURPLUS = "\0"  # never a column of a file, unlike the empty name, which pandas gives to its index
+_OPTIONAL_COLUMNS = ("prompt_id", "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +115,18 @@ def _read_rows(
     file_format = file_format or _SUFFIXES.get(path.suffix.lower())
     if file_format is None:
         raise ConfigError(f"{path}: neither .csv nor .jsonl; give the format with --format")
+    read = _read_csv if file_format == "csv" else _read_jsonl
     rows = []
     try:
-        for line, values in _read_csv(path, columns) if file_format == "csv" else _read_jsonl(path):
+        for line, values in read(decode_utf8(path.read_bytes()), columns):
             try:
                 rows.append(parse(values, line))
             except ValueError as error:
-                raise ConfigError(f"{path}: line {line}: {error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+                raise TextFileError(line, str(error)) from None
+    except CsvSyntaxError as error:
+        raise ConfigError(f"{path}: line {error.line}: not CSV {error.problem}") from None
+    except TextFileError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if not rows:
@@ -131,37 +134,36 @@ def _read_rows(
     return rows
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey=_SURPLUS, strict=True)
+def _read_csv(text: str, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    table = CsvTable(text, columns)
+    missing = [name for name in columns if name not in table.header]
+    if missing:
+        found = ", ".join(table.header)[:_SHOWN_CHARS] or "nothing"
+        raise TextFileError(1, f"no column {' and '.join(missing)} in the header ({found}); add it")
+    for name in (*columns, *_OPTIONAL_COLUMNS):
+        if table.header.count(name) > 1:
+            raise TextFileError(1, f"several columns {name}; keep one of them")
+    for line, fields in table.rows():
+        if len(fields) != len(table.header):
+            problem = f"expected {len(table.header)} fields, found {len(fields)}"
+            raise TextFileError(
+                line, f"{problem}; the separator is a comma: quote a prompt that contains commas"
+            )
+        yield line, dict(zip(table.header, fields, strict=True))
+
+
+def _read_jsonl(text: str, _columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    # Not splitlines(): a JSON string may contain characters that it takes for line ends.
+    for line, row in enumerate(text.split("\n"), 1):
+        if not row.strip():
+            continue
         try:
-            names = reader.fieldnames or ()
-            missing = [name for name in columns if name not in names]
-            if missing:
-                found = ", ".join(names) or "nothing"
-                raise ConfigError(f"{path}: no column {' and '.join(missing)} in the first line ({found})")
-            for values in reader:
-                if _SURPLUS in values or None in values.values():
-                    message = f"expected {len(names)} fields; quote a prompt that contains commas"
-                    raise ConfigError(f"{path}: line {reader.line_num}: {message}")
-                yield reader.line_num, values
-        except csv.Error as error:
-            raise ConfigError(f"{path}: line {reader.line_num}: not CSV ({one_line(error)})") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                values = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}: line {line}: not JSON ({one_line(error)})") from None
-            if not isinstance(values, dict):
-                raise ConfigError(f"{path}: line {line}: expected a JSON object in each line")
-            yield line, values
+            values = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise TextFileError(line, f"not JSON ({one_line(error)})") from None
+        if not isinstance(values, dict):
+            raise TextFileError(line, "expected a JSON object in each line")
+        yield line, values
 
 
 def _parse_image(values: Mapping[str, Any], line: int, column: str = "image") -> ListedImage:

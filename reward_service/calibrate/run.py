@@ -9,11 +9,10 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-
-from tqdm import tqdm
 
 from reward_service.calibrate.inputs import (
     FileFormat,
@@ -40,6 +39,7 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import ModelError, Pair, PairScores, ScoringError
 from reward_service.files import write_atomically
 from reward_service.images import ImageError, Pixels, decode
+from reward_service.runtime.progress import progress as progress_bar
 from reward_service.settings import ConfigError
 
 
@@ -230,9 +230,11 @@ def score_images(
         source, _ = listed[image.key]
         return _read_image(folder / image.image, config, f"{source}: line {image.line}")
 
-    with open_score_file(path, fingerprints) as writer, tqdm(total=len(images), unit="image") as bar:
+    with ExitStack() as stack:
+        writer = stack.enter_context(open_score_file(path, fingerprints))
         unscored = _unscored(writer, images, folder, pairs_only)
-        bar.update(len(images) - len(unscored))
+        done = len(images) - len(unscored)
+        bar = stack.enter_context(progress_bar(len(images), "scoring", "image", done=done))
         for batch in _decoded_batches(unscored, read, config.decode_threads, config.batch_pairs):
             results = _score_batch(engine, names, batch, deterministic=deterministic)
             writer.append(
@@ -248,6 +250,7 @@ def score_images(
                 for (image, _), result in zip(batch, results, strict=True)
             )
             bar.update(len(batch))
+    progress(f"{path}: {len(unscored)} images scored, {done} were there")
     return writer.scores
 
 

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import lock_descriptor
-
 from reward_service.calibrate.inputs import PairKey
+from reward_service.files import lock
 from reward_service.settings import ConfigError
 
 FileStamp = tuple[int, int]
@@ -125,23 +124,16 @@ def open_score_file(path: Path, fingerprints: Mapping[str, str]) -> Iterator[Sco
     The lock is released when the process ends, however it ends.
 
     Raises:
-        ConfigError: other evaluators, a concurrent run, or not writable
+        ConfigError: other evaluators, a concurrent run, not writable, or a file system without locks
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another --scores") from None
     with os.fdopen(descriptor, "r+b") as file:
-        if not _lock(descriptor):
+        if not lock(descriptor, path, blocking=False):
             raise ConfigError(f"{path}: another run is writing it; wait, or name another --scores")
         yield ScoreWriter(file, _continue(path, file, fingerprints))
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        return lock_descriptor(descriptor, blocking=False)
-    except OSError:  # a file system without locks
-        return False
 
 
 def _continue(path: Path, file: BinaryIO, fingerprints: Mapping[str, str]) -> ScoreSet:

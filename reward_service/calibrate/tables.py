@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from reward_service import __version__
@@ -24,6 +23,7 @@ from reward_service.calibrate.statistics import (
     fit_preference,
     score_statistics,
 )
+from reward_service.runtime.console import open_console
 from reward_service.settings import ConfigError
 
 StdKind = Literal["within", "total"]
@@ -179,7 +179,7 @@ def _warnings(names: Sequence[str], statistics: ScoreStatistics, rows: Sequence[
 def print_table(table: Json) -> None:
     """Print scales, correlations, and preferences if there are any."""
     rows: dict[str, Json] = table["evaluators"]
-    console = Console()
+    console = open_console()
     console.print(_scale_table(rows))
     console.print(_correlation_table(table["correlation"]))
     if any("preference" in row for row in rows.values()):

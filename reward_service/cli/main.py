@@ -5,10 +5,9 @@ Every error that the user can fix is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +16,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from reward_service.config import load_config
-from reward_service.settings import DEFAULT_CONFIG, ConfigError, configure_openmp, one_line
+from reward_service.runtime.console import show_whole_summaries
+from reward_service.runtime.process import (
+    NO_HOME,
+    PATHLIB_NO_HOME,
+    POSIX_MODULES,
+    posix_error,
+    prepare_process,
+    use_utf8,
+)
+from reward_service.runtime.signals import interrupt_on_ctrl_c
+from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
 
 app = typer.Typer(
     help="Score images by their prompts with four evaluators.",
@@ -71,8 +80,10 @@ class UserError(Exception):
 
 
 @app.callback()
-def reward_service() -> None:
+def reward_service(context: typer.Context) -> None:
     """Score images by their prompts with four evaluators."""
+    if context.invoked_subcommand != "serve":  # which has handlers of its own, and until then nothing to lose
+        interrupt_on_ctrl_c()
 
 
 @app.command()
@@ -177,7 +188,7 @@ def calibrate(
         force=force,
     )
     print_table(run(request, lambda: load_config(config, settings), _print_stderr))
-    _print_stdout(f"calibration: {output}; serve with --set calibration={output.resolve()}")
+    _print_stdout(f"calibration: {output}; serve with {_set_option('calibration', output)}")
 
 
 @app.command()
@@ -231,7 +242,7 @@ def canary(
     if (path := output or loaded.canary) is None:
         raise UserError("no file to write to; name one with --output, or in service.canary")
     write_golden_scores(loaded, path, _print_stderr)
-    _print_stdout(f"canary: {path}; serve with --set canary={path.resolve()}")
+    _print_stdout(f"canary: {path}; serve with {_set_option('canary', path)}")
 
 
 keys = typer.Typer(help="Manage API keys.", rich_markup_mode=None)
@@ -264,7 +275,7 @@ def new(
     _print_stdout(key)
     more = f"; {name} now has {count} keys, remove those no longer used" if count > 1 else ""
     _print_stderr(f"hash appended to {file}{more}")
-    _print_stderr(f"serve with --set auth.keys={file.resolve()}; a running service reloads the file")
+    _print_stderr(f"serve with {_set_option('auth.keys', file)}; a running service reloads the file")
 
 
 @keys.command()
@@ -292,6 +303,14 @@ def _split_names(option: str | None) -> tuple[str, ...] | None:
     return names
 
 
+def _set_option(key: str, path: Path) -> str:
+    """Return an option that a shell takes as it is.
+
+    The path stays as it was given, but absolute: a link in it may point to another file later.
+    """
+    return f"--set {shlex.quote(f'{key}={path.absolute()}')}"
+
+
 def _print_stdout(line: str) -> None:
     print(line, flush=True)
 
@@ -310,19 +329,14 @@ def _usage_message(error: typer.TyperException) -> str:
     return f"{message[:1].lower()}{message[1:]}"
 
 
-def _allow_any_file_name() -> None:
-    """Make every file name printable: as its own bytes in UTF-8, with escapes in other encodings."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `reward-service`."""
-    configure_openmp()
-    _allow_any_file_name()
+    if arguments is None:
+        use_utf8()
     try:
+        prepare_process("reward-service")
         command: Any = typer.main.get_command(app)
+        show_whole_summaries(command)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))
     except typer.TyperException as error:
         _exit_with_error(f"{_usage_message(error)}; see reward-service --help")
@@ -331,9 +345,15 @@ def main(arguments: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("reward_service"):
             raise
+        if error.name in POSIX_MODULES:
+            _exit_with_error(str(posix_error("reward-service")))
         _exit_with_error(
             f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[service]'"
         )
+    except RuntimeError as error:
+        if str(error) != PATHLIB_NO_HOME:
+            raise
+        _exit_with_error(NO_HOME)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

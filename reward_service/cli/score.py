@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from reward_service.protocol import (
     ScoreResponse,
     encode,
 )
+from reward_service.runtime.console import open_console
 from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.requests import DecodedRequest, RequestParser
 from reward_service.scoring.responses import identities, item_results
@@ -192,7 +192,7 @@ def _print_table(report: OfflineReport) -> None:
         for name, score in result.scores.items():
             table.add_row(image, name, f"{score.raw:.4f}", f"{score.z:+.2f}", f"{score.unit:.3f}")
         table.add_row(image, "reward", "", "", f"{result.reward:.3f}", end_section=True)
-    Console().print(table)
+    open_console().print(table)
     if report.provisional:
         names = ", ".join(report.provisional)
         print(f"provisional scales: {names} ({report.provenance.rstrip('.')})")

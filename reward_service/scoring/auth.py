@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
 from reward_service.config import Sha256
 from reward_service.files import folder_lock, write_atomically
+from reward_service.runtime.yaml12 import DuplicateKeyError, YamlError, parse_yaml
 from reward_service.settings import ConfigError, Settings, one_line
 
 ClientName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -180,8 +180,12 @@ def _read_entries(path: Path) -> tuple[Key, ...]:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a YAML list of keys ({type(error).__name__}); correct it") from None
+    except YamlError as error:
+        # Syntax errors quote the text, which may be a key in place of its hash.
+        where = str(error) if isinstance(error, DuplicateKeyError) else f"line {error.line or 1}"
+        raise ConfigError(f"{path}: not a YAML list of keys ({where}); correct it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a YAML list of keys (not UTF-8 text); correct it") from None
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"{path}: writable by other users, who could add their own keys; chmod go-w")
     if len({entry.sha256 for entry in entries}) < len(entries):
@@ -190,7 +194,7 @@ def _read_entries(path: Path) -> tuple[Key, ...]:
 
 
 def _parse(text: str) -> list[Key]:
-    document = yaml.safe_load(text)
+    document = parse_yaml(text)
     return TypeAdapter(list[Key]).validate_python([] if document is None else document)
 
 
@@ -287,7 +291,7 @@ def _replace(path: Path, text: str, expected: list[Key], problem: str) -> None:
     """Replace the file if the new text holds exactly the expected keys; else raise `problem`."""
     try:
         correct = _parse(text) == expected
-    except (yaml.YAMLError, ValueError):
+    except ValueError:  # not YAML, or not a list of keys
         correct = False
     if not correct:
         raise ConfigError(f"{path}: {problem}")

@@ -63,10 +63,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ("service: 3", [], "must be a mapping, not int"),
         ("- 1", [], "expected the sections"),
         ("service: {count: [}", [], "not valid YAML"),
-        ("service: {count: 2024-99-99}", [], "not valid YAML"),
+        ("service: {count: 2024-99-99}", [], "(found '2024-99-99')"),
         ("service: {count: !!timestamp x}", [], "not valid YAML"),
         ("service: " + "[" * 5000, [], "not valid YAML"),
-        ("service: {count: 3}", ["count=2024-99-99"], "not valid YAML"),
+        ("service: {count: 3}", ["count=2024-99-99"], "(found '2024-99-99')"),
+        ("service: {count: 3}", ["count=[1"], "the value is not valid YAML"),
         ("service: {count: 3, cuont: 1}", [], "service.cuont: unknown key; did you mean 'count'?"),
         ("service: {count: 3, inner: {rat: 1}}", [], "service.inner.rat: unknown key; did you mean 'rate'?"),
         (

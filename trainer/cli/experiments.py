@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from reward_service.runtime.console import open_console
 from reward_service.settings import DEFAULT_CONFIG
 from trainer.cli.options import ConfigOption, Overrides, SeedOption, SetOption, refuse_several
 from trainer.config import (
@@ -51,11 +52,11 @@ def report_command(runs: Sequence[Path], out: Path | None, *, compare: bool, con
 FOLDS_CONFIG, TRIALS_CONFIG = "folds/config.yaml", "search/config.yaml"
 SERVICE_LOG = "service.log"
 
-commands = typer.Typer()
+commands = typer.Typer(rich_markup_mode=None)
 
 ExperimentOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Folder of the experiment. \\[default: NAME-experiment in runs_dir]"),
+    typer.Option("--run", help="Folder of the experiment. [default: NAME-experiment in runs_dir]"),
 ]
 ServiceOption = Annotated[
     bool, typer.Option("--judge", help="Start a reward service for this command, as `demo` does.")
@@ -81,7 +82,7 @@ def crossval(
     refuse_several("crossval")
     more = [] if workers is None else [f"crossval.workers={workers}"]
     settings = load_experiment_config(config, [*command_overrides(seed, set_, overrides), *more])
-    cross_validate_command(settings, run, config if service else None, search=search, console=Console())
+    cross_validate_command(settings, run, config if service else None, search=search, console=open_console())
 
 
 @commands.command()
@@ -102,7 +103,7 @@ def search(
     counts = {"search.trials": trials, "search.workers": workers}
     more = [f"{key}={count}" for key, count in counts.items() if count is not None]
     settings = load_experiment_config(config, [*command_overrides(seed, set_, overrides), *more])
-    search_command(settings, run, config if service else None, Console())
+    search_command(settings, run, config if service else None, open_console())
 
 
 @commands.command(hidden=True)
@@ -131,11 +132,11 @@ def report(
     compare: Annotated[bool, typer.Option("--compare", help="Put several runs side by side.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Page to write. \\[default: report.html in RUN; compare.html here]"),
+        typer.Option("--out", help="Page to write. [default: report.html in RUN; compare.html here]"),
     ] = None,
 ) -> None:
     """Write a page about a run, finished or not, from the files that it left; or compare runs."""
-    report_command(runs, out, compare=compare, console=Console())
+    report_command(runs, out, compare=compare, console=open_console())
 
 
 # ------------------------------------------------------------------------------------ implementation
@@ -220,7 +221,7 @@ def trials_command(path: Path, overrides: Sequence[str]) -> None:
     with ServiceScorer.connect(config.service) as scorer:
         from trainer.experiments.search import work
 
-        work(experiment, config, scorer, Console())
+        work(experiment, config, scorer, open_console())
 
 
 def fold_command(path: Path, overrides: Sequence[str], fold: int) -> None:
@@ -231,4 +232,4 @@ def fold_command(path: Path, overrides: Sequence[str], fold: int) -> None:
     with ServiceScorer.connect(config.service) as scorer:
         from trainer.experiments.crossval import train_one_fold
 
-        train_one_fold(experiment, config, scorer, Console(), fold)
+        train_one_fold(experiment, config, scorer, open_console(), fold)

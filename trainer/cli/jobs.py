@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reward_service.runtime.console import open_console
 from trainer.config import ConfigError
 from trainer.jobs import jobs
 from trainer.jobs import wait as awaiting
@@ -25,7 +25,7 @@ from trainer.runtime.errors import ContainerError
 if TYPE_CHECKING:  # the SDK is imported only by commands that need the engine
     from docker import DockerClient
 
-jobs_app = typer.Typer(help="Run trainer jobs as containers beside a reward service.")
+jobs_app = typer.Typer(help="Run trainer jobs as containers beside a reward service.", rich_markup_mode=None)
 
 NameArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 NamesArgument = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All by default.")]
@@ -114,15 +114,15 @@ def list_(
         if as_json:
             print(json.dumps([asdict(job) for job in found], indent=1))
         elif found:
-            Console().print(table(found))
+            open_console().print(table(found, expand=sys.stdout.isatty()))
         else:
             print("There are no jobs; see reward-trainer jobs submit --help.")
         awaiting.restart_killed_scorers(client, _note)
 
 
-def table(found: Sequence[Job]) -> Table:
-    """Return a table with a line for each job; long commands are cut."""
-    listed = Table(expand=True)
+def table(found: Sequence[Job], *, expand: bool = True) -> Table:
+    """Return a table with a line for each job; if it fills the terminal, long commands are cut."""
+    listed = Table(expand=expand)
     for title in ("job", "state", "started", "ended"):
         listed.add_column(title, no_wrap=True)
     listed.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)

@@ -12,13 +12,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from reward_service.client import RewardClientError
-from reward_service.settings import DEFAULT_CONFIG, configure_openmp, one_line
+from reward_service.runtime.console import open_console, show_whole_summaries
+from reward_service.runtime.process import (
+    NO_HOME,
+    PATHLIB_NO_HOME,
+    POSIX_MODULES,
+    posix_error,
+    prepare_process,
+    use_utf8,
+)
+from reward_service.settings import DEFAULT_CONFIG, one_line
 from trainer.cli.experiments import commands, with_service
 from trainer.cli.jobs import jobs_app
 from trainer.cli.options import ConfigOption, Overrides, RunOption, SeedOption, SetOption, refuse_several
@@ -70,6 +78,7 @@ def leave(code: int) -> None:
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: panels cut names in a narrow window
     help="Improve a LoRA on Karlo's decoder with the rewards of the reward service.",
 )
 
@@ -89,7 +98,7 @@ ResumeOption = Annotated[
 def train(
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML file; its trainer section is read. \\[default: the miniature's]"),
+        typer.Option("--config", help="YAML file; its trainer section is read. [default: the miniature's]"),
     ] = None,
     seed: SeedOption = None,
     run: RunOption = None,
@@ -140,7 +149,7 @@ def plan(
 
     quiet_libraries()
     made = make_plan(settings, sum(weight > 0 for weight in settings.objective.weights.values()), processes)
-    show(made, Console(), as_json=as_json)
+    show(made, open_console(), as_json=as_json)
 
 
 @app.command()
@@ -168,7 +177,7 @@ def generate(
     from trainer.runs.grids import generate_run
 
     path = generate_run(settings, lora, prompts, n, out.resolve())
-    Console().print(f"Images: {path}", soft_wrap=True)
+    open_console().print(f"Images: {path}", soft_wrap=True)
 
 
 @app.command()
@@ -186,7 +195,7 @@ def variance(
     with ServiceScorer.connect(settings.service) as scorer:
         from trainer.runs.studies import variance_run
 
-        variance_run(settings, train[:prompts], scorer, Console())
+        variance_run(settings, train[:prompts], scorer, open_console())
 
 
 @app.command()
@@ -207,15 +216,18 @@ def stages(
     with ServiceScorer.connect(settings.service) as scorer:
         from trainer.runs.studies import stages_run
 
-        stages_run(settings, train[:prompts], images, scorer, Console())
+        stages_run(settings, train[:prompts], images, scorer, open_console())
 
 
 def main() -> None:
     """Run a command; turn every user error into one line on stderr and an exit code."""
-    configure_openmp()
-    install_signal_handlers()
+    use_utf8()
     try:
-        code = app(standalone_mode=False)
+        prepare_process("reward-trainer")
+        install_signal_handlers()
+        command: Any = typer.main.get_command(app)
+        show_whole_summaries(command)
+        code = command(standalone_mode=False)
     except Stop as stop:
         leave(_fail(_with_advice(stop), stop.code, quiet=not is_first_of_job()))
     except (typer.TyperException, ConfigError, RewardClientError, RunError) as error:
@@ -226,12 +238,15 @@ def main() -> None:
         if error.filename is None:
             raise
         code = _fail(_with_advice(error), 2)
+    except RuntimeError as error:
+        if str(error) != PATHLIB_NO_HOME:
+            raise
+        code = _fail(NO_HOME, 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("reward_service", "trainer")):
             raise
-        code = _fail(
-            f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[trainer]'", 2
-        )
+        missing = f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[trainer]'"
+        code = _fail(str(posix_error("reward-trainer")) if error.name in POSIX_MODULES else missing, 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -302,11 +317,12 @@ def _train(
         # The main process keeps its own object: it holds the lock of the run.
         path = Path(processes.broadcast(str(folder.path) if folder else ""))
         with _with_resume_advice(path):
-            result = train_run(settings, prompts, scorer, folder or RunFolder(path), Console(), processes)
+            console = open_console()
+            result = train_run(settings, prompts, scorer, folder or RunFolder(path), console, processes)
             if processes.main:
                 from trainer.report.report import write_report
 
-                Console().print(f"Report: {write_report(path)}", soft_wrap=True)
+                console.print(f"Report: {write_report(path)}", soft_wrap=True)
         found = result.reward_hacking_reason
         if found is not None and settings.guard.stop:
             raise GuardError(f"{path}: the gain is not to be trusted: {found}")
@@ -327,7 +343,7 @@ def _with_resume_advice(run: Path) -> Iterator[None]:
 
 def _print_finished(run: Path | None, iterations: int, processes: Processes) -> None:
     if processes.main:
-        Console().print(
+        open_console().print(
             f"{run} is finished: its {iterations} iterations are done; see evaluation.json in it, "
             "or raise iterations=N to continue",
             soft_wrap=True,

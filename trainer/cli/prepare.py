@@ -8,11 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from reward_service.runtime.console import open_console
 from trainer.config import ConfigError, load_trainer_config
 from trainer.data.diffusiondb import ALL_COMPARED, METADATA, REPOSITORY, Filters, prepare
 from trainer.data.tokenizer import TokenCounter, fetch
 
-prompts_app = typer.Typer(help="Prepare prompt sets.", no_args_is_help=True)
+prompts_app = typer.Typer(help="Prepare prompt sets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @prompts_app.callback()
@@ -27,7 +28,7 @@ def diffusiondb(
         Path | None, typer.Option("--metadata", help=f"{METADATA}; by default the hub's is fetched.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help=f"Of {REPOSITORY} on the hub.  \\[default: main]")
+        str | None, typer.Option("--revision", help=f"Of {REPOSITORY} on the hub.  [default: main]")
     ] = None,
     sample: Annotated[int | None, typer.Option("--sample", min=1, help="Number of prompts to take.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of order and sample.")] = 0,
@@ -52,7 +53,7 @@ def diffusiondb(
     anonymous: Annotated[bool, typer.Option("--anonymous", help="Keep prompts of unknown users.")] = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Folder of Karlo's tokenizer.  \\[default: open_clip's copy]"),
+        typer.Option("--tokenizer", help="Folder of Karlo's tokenizer.  [default: open_clip's copy]"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Take the tokenizer of the Karlo configured here.")
@@ -79,7 +80,7 @@ def diffusiondb(
         seed=seed,
     )
     card = prepare(source, out, filters, counter, commit)
-    _show(card["left out"], Console())
+    _show(card["left out"], open_console())
     print(f"{card['prompts']} prompts of {card['users']} users: {out}, {out.with_suffix('.card.md')}")
     if card["near-duplicates"] != ALL_COMPARED:
         print(f"Near-duplicates: {card['near-duplicates']}.")

@@ -1,7 +1,5 @@
 """Prompt files: text with one prompt a line; CSV and JSON lines, optionally with user and cluster."""
 
-import csv
-import io
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reward_service.runtime.text_files import CsvSyntaxError, CsvTable, TextFileError, decode_utf8
 from trainer.config import ConfigError
 
 USER_COLUMNS = ("user", "user_name")  # the second is DiffusionDB's
@@ -85,16 +84,13 @@ def normalize_text(prompt: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # Excel writes a byte order mark
+        return decode_utf8(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such prompt file; set trainer.prompts in the configuration") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: is a folder; name a file of prompts in it") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
+    except TextFileError as error:
+        raise ConfigError(f"{path}, {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
@@ -106,26 +102,20 @@ def _read_lines(_path: Path, text: str) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    start = 1  # a quoted prompt may span lines; messages name the first of them
     try:
-        header = [name.strip().casefold() for name in next(reader, [])]
-        columns = _columns(path, header)
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields and len(fields) != len(header):
+        table = CsvTable(text, ("prompt",))
+        columns = _columns(path, table.header)
+        for line, fields in table.rows():
+            if len(fields) != len(table.header):
                 raise ConfigError(
-                    f"{path}, line {start}: {len(fields)} fields, but the header has {len(header)}; "
-                    'put a prompt with commas between double quotes ("...")'
+                    f"{path}, line {line}: {len(fields)} fields, but the header has {len(table.header)}; "
+                    'the separator is a comma: put a prompt with commas between double quotes ("...")'
                 )
-            if fields:
-                yield Row(start, **{name: fields[column] for name, column in columns.items()})
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ConfigError(
-            f"{path}, line {start}: invalid CSV ({error}); close every quote, double those within a prompt, "
-            f"and keep fields below {csv.field_size_limit():,} characters"
-        ) from error
+            yield Row(line, **{name: fields[column] for name, column in columns.items()})
+    except CsvSyntaxError as error:
+        raise ConfigError(f"{path}, line {error.line}: invalid CSV {error.problem}") from error
+    except TextFileError as error:
+        raise ConfigError(f"{path}, {error}") from error
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from reward_service.runtime.progress import progress
 from trainer.config import EvaluationConfig
 from trainer.evaluation.comparison import Measurement
 from trainer.rl.rewards import Floats, Images, Scorer, Scores, ScoringError
@@ -11,7 +12,6 @@ from trainer.rl.rollout import sample_and_score
 from trainer.rl.sampler import NOTHING_SHARED, ImageSampler
 from trainer.runtime.distributed import ALONE, Processes
 from trainer.runtime.errors import EvaluationError
-from trainer.runtime.progress import progress
 from trainer.runtime.rng import ImageKey
 
 

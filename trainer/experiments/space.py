@@ -254,7 +254,7 @@ def check_space(config: TrainerConfig, scorer: Scorer) -> None:
     if not space:
         raise ConfigError(
             "trainer.search.space: nothing to search; name settings, such as "
-            "--set search.space.update.learning_rate='{low: 1e-4, high: 1e-2, log: true}'"
+            "--set 'search.space={update.learning_rate: {low: 1e-4, high: 1e-2, log: true}}'"
         )
     for key in space:
         try:

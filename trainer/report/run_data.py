@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from reward_service.runtime.yaml12 import dump_yaml, parse_yaml
 from trainer.config import flatten
 from trainer.evaluation.comparison import COMPOSITE, Measurement
 from trainer.runs.folder import CONFIG_FILE, METRICS_FILE
@@ -97,11 +96,11 @@ class RunData:
 
     def _config(self) -> Json:
         try:
-            found = yaml.safe_load((self.path / CONFIG_FILE).read_bytes())
+            found = parse_yaml((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.notes.append(f"{CONFIG_FILE} is missing: the configuration is unknown")
             return {}
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             self.notes.append(f"{CONFIG_FILE} could not be read: {_cause(error)}")
             return {}
         section = mapping(mapping(found).get("trainer"))
@@ -162,7 +161,7 @@ class RunData:
     @property
     def yaml(self) -> str:
         """Configuration as YAML, passwords masked."""
-        text = yaml.safe_dump({"trainer": dict(self.config)}, sort_keys=False, allow_unicode=True)
+        text = dump_yaml({"trainer": dict(self.config)}, allow_unicode=True)
         return str(masked(text))
 
     @property

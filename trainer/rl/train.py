@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from reward_service.runtime.progress import progress, track
 from trainer.config import TrainerConfig, UpdateConfig
 from trainer.rl.diffusion import trainable_steps
 from trainer.rl.objective import Advantages, Deviations, group_advantages, initial_deviations
@@ -46,7 +47,6 @@ from trainer.rl.rollout import DropCount, PooledRollout, Rollout, collect_rollou
 from trainer.rl.sampler import ImageSampler
 from trainer.runtime.distributed import ALONE, Processes
 from trainer.runtime.errors import DivergenceError
-from trainer.runtime.progress import progress, track
 from trainer.runtime.rng import stream_seed
 
 IterationKey = tuple[int, int, int]  # seed, fold, iteration

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
+from reward_service.runtime.yaml12 import dump_yaml
 from trainer.config import LORA_FILE, ConfigError, TrainerConfig, flatten, load_trainer_config
 from trainer.data.splits import Split, read_splits
 from trainer.runtime.errors import StorageError, reason
@@ -101,7 +101,7 @@ class RunFolder:
     def write_config(self, config: TrainerConfig, name: str = CONFIG_FILE) -> None:
         """Write the resolved configuration; a folder that has it is a run."""
         resolved = {"trainer": config.model_dump(mode="json")}
-        self.write_text(name, yaml.safe_dump(resolved, sort_keys=False))
+        self.write_text(name, dump_yaml(resolved))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""

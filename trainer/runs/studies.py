@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap, spearmanr
 
+from reward_service.runtime.progress import progress, track
 from trainer.config import EvaluationConfig, Sharing, TrainerConfig
 from trainer.evaluation.comparison import COMPOSITE, paired_interval
 from trainer.rl.karlo import to_uint8
@@ -31,7 +32,6 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.setup import check_evaluators, load_sampler
 from trainer.runtime.distributed import Processes
 from trainer.runtime.errors import EvaluationError
-from trainer.runtime.progress import progress, track
 from trainer.runtime.rng import ImageKey
 
 # ---------------------------------------------------------------------------------- sharing of noise

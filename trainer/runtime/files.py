@@ -1,5 +1,6 @@
 """Atomic writes of files and folders, and locks between processes."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -15,6 +16,9 @@ from trainer.runtime.errors import StorageError
 
 # Names of incomplete files and folders; `clear_stale` removes those that a killed process left.
 STAGING, REMOVING, PARTIAL = ".writing-", ".removing-", ".partial"
+
+# Errors of flock on a file system that has no locks, or whose lock server does not answer.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -158,14 +162,23 @@ class Lock:
 
         Raises:
             LockHeldError: Another process holds the lock, after the wait.
-            OSError: The file cannot be opened, or the file system has no locks.
+            StorageError: The file system has no locks.
+            OSError: The file cannot be opened.
         """
         # A lock that did not end with its process would outlive a kill: hence no fallback.
         self._lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)
         try:
             self._lock.acquire(timeout=-1 if wait_s is None else wait_s)
         except filelock.Timeout as error:
-            raise LockHeldError(path, path.read_text(errors="replace").strip() or "unknown") from error
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            raise LockHeldError(path, holder or "unknown") from error
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            raise StorageError(
+                f"{path}: cannot be locked ({error.strerror}): its file system has no locks, as some network "
+                "file systems; choose a folder on a local disk (runs_dir, or --run)"
+            ) from error
         with suppress(OSError):  # on a full disk: the lock holds, only its holder stays unknown
             path.write_text(str(os.getpid()), encoding="ascii")
 

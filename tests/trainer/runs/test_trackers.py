@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from reward_service.runtime import progress as progress_module
+from reward_service.runtime.progress import progress, track
 from tests.trainer.conftest import PROMPTS, FakeScorer
 from tests.trainer.rl.test_train import with_changes
 from trainer.config import ConfigError, TrainerConfig
@@ -21,9 +23,7 @@ from trainer.runs import trackers
 from trainer.runs.folder import RunFolder
 from trainer.runs.trackers import RunLogger, flat_numbers
 from trainer.runs.train import train_run
-from trainer.runtime import progress as progress_module
 from trainer.runtime.errors import EvaluationError
-from trainer.runtime.progress import progress, track
 
 IMAGE = Image.fromarray(np.full((6, 9, 3), 128, np.uint8))
 
