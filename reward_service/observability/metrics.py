@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -44,6 +45,8 @@ class Metrics:
 
         # prometheus-client adds _total to a counter's name.
         self.requests = counter("requests", "Responses, by route and status.", "route", "code")
+        # Looked up for every request; there are as many as routes times statuses.
+        self._responses = cache(lambda route, code: self.requests.labels(route, str(code)))
         self.rejections = counter("rejections", "Problem responses, by problem code.", "reason")
         self.client_pairs = counter("client_pairs", "Pairs scored, by configured client.", "client")
         self.pairs = counter("pairs", "Pairs scored on the device.")
@@ -111,7 +114,7 @@ class Metrics:
 
     def on_response(self, route: str, code: int, reason: str | None = None) -> None:
         """Count a response; `reason` is the problem code, None if it is not a problem."""
-        self.requests.labels(self.route(route), str(code)).inc()
+        self._responses(self.route(route), code).inc()
         if reason is not None:
             self.rejections.labels(reason).inc()
 

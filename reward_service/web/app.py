@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
@@ -52,6 +53,8 @@ STATIC_FILES = Path(__file__).resolve().parent / "static"
 SWAGGER_UI_PACKAGE = ("fastapi_offline", "static")
 
 _INTERNAL_ERROR = ProblemError("internal_error", "the service failed; see its log for the cause")
+_LIVE = Health("live")
+_VARY = {"Vary": "Accept"}
 _logger = logging.getLogger(__name__)
 # Both pages may load and send data only from and to this service, and run no inline script.
 _OWN_FILES_ONLY = (
@@ -94,7 +97,10 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # The service traces its requests itself.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.router.route_class = _Route
     # A redirect would be an empty response for a client that does not follow it.
     app.router.redirect_slashes = False
     app.state.service, app.state.log, app.state.tracer = scoring, log, tracer
@@ -118,7 +124,7 @@ class _Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application inside its middleware; observability is outermost."""
-        inner = _HeadMiddleware(super().build_middleware_stack())
+        inner = _HeadMiddleware(_LivenessMiddleware(super().build_middleware_stack()))
         state = self.state
         return ObservabilityMiddleware(inner, state.service.metrics, state.log, state.tracer)
 
@@ -146,6 +152,34 @@ class _HeadMiddleware:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         await self._app(dict(scope, method="GET"), receive, send_without_body)
+
+
+class _LivenessMiddleware:
+    """ASGI middleware that responds to the liveness probe; the router alone would take longer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._responses = {kind: Response(encode(_LIVE, kind), 200, _VARY, kind) for kind in (JSON, MSGPACK)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] != "/health/live" or scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        response = self._responses[_kind(request)]
+        headers = [*response.raw_headers, (b"x-request-id", request_id(request).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+
+class _Route(APIRoute):
+    """Route whose endpoint gets the request as it is; FastAPI would parse cookies and query for nothing."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the endpoint."""
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
 
 
 # Scoring ----------------------------------------------------------------------------------------------
@@ -244,7 +278,7 @@ def _add_information_routes(app: FastAPI, service: ScoringService) -> None:
 def _add_health_routes(app: FastAPI, service: ScoringService) -> None:
     async def live(request: Request) -> Response:
         """Report that the process runs, whatever the state of the models."""
-        return _encoded(request, Health("live"))
+        return _encoded(request, _LIVE)
 
     async def ready(request: Request) -> Response:
         """Report whether the models are loaded, warmed up and verified; 503 until then and at shutdown."""
@@ -347,6 +381,10 @@ def _headers(request: Request) -> dict[str, str]:
     return {"X-Request-Id": trace_of(request).id or ""}
 
 
+def _kind(request: Request) -> str:
+    return MSGPACK if prefers_msgpack(request) else JSON
+
+
 def _encoded(request: Request, value: Struct, status: int = 200) -> Response:
-    kind = MSGPACK if prefers_msgpack(request) else JSON
-    return Response(encode(value, kind), status, _headers(request) | {"Vary": "Accept"}, kind)
+    kind = _kind(request)
+    return Response(encode(value, kind), status, _headers(request) | _VARY, kind)

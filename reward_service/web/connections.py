@@ -38,9 +38,10 @@ _HEAD_END = b"\r\n\r\n"
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}"
 _REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % _TOKEN)
 _REQUEST_LINE_START = re.compile(rb"%s(?: |\Z)" % _TOKEN)
-_UPGRADE = re.compile(rb"^upgrade:", re.IGNORECASE | re.MULTILINE)
+_UPGRADE = re.compile(rb"\n[Uu][Pp][Gg][Rr][Aa][Dd][Ee]:")
 _HEALTH_PROBE = re.compile(rb"(?:GET|HEAD) /health/(?:live|ready) ")
 _HTTP_1_1 = b"1.1"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _MALFORMED = ProblemError("malformed_request", "not a valid HTTP/1.1 request; check the client")
 _LARGE_HEAD = ProblemError(
@@ -116,11 +117,11 @@ class Connection(HttpToolsProtocol):
             self._refuse(_TOO_MANY)
             return
         self._unset_keepalive_if_required()
-        if self in self.idle and self._timer is None:
-            self._set_timer(self.limits.header_timeout_s)
         self._unparsed = self._unparsed + data if self._unparsed else data
         if self._turn is None:
             self._parse()
+        if self._timer is None and self in self.idle:
+            self._set_timer(self.limits.header_timeout_s)
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, also if its client does not read the last response."""
@@ -172,10 +173,8 @@ class Connection(HttpToolsProtocol):
         self._unparsed, self._request_line, self._chunked = received[len(head) :], line, False
         # The application answers requests with methods and targets that llhttp does not know, and ignores
         # upgrades, after which llhttp would not parse the body.
-        version = b"1.1" if line[3] == _HTTP_1_1 else b"1.0"
-        self._feed(
-            b"POST / HTTP/%s\r\n%s" % (version, _UPGRADE.sub(b"X-Ignored-Upgrade:", head[line.end() :]))
-        )
+        start = b"POST / HTTP/1.1\r\n" if line[3] == _HTTP_1_1 else b"POST / HTTP/1.0\r\n"
+        self._feed(_UPGRADE.sub(b"\nX-Ignored-Upgrade:", start + head[line.end() :]))
         return not self._discarding
 
     def _feed_body(self) -> None:
@@ -215,8 +214,12 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Add a header to the request; fields behind a chunked body are none."""
-        if not self._in_body:
-            super().on_header(name, value)
+        if self._in_body:
+            return
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Start the application on a request.
@@ -376,11 +379,11 @@ class _ResponseTransport:
 
     def write(self, data: bytes) -> None:
         """Send bytes at the end of this turn of the event loop."""
-        if not self._unsent:
+        if len(self._unsent) == 1:  # a head waits for the first bytes of its body
             self._loop.call_soon(self.flush)
         self._unsent.append(data)
         self._unsent_bytes += len(data)
-        if self._unsent_bytes > _MAX_UNSENT_BYTES:
+        if self._unsent_bytes > _MAX_UNSENT_BYTES or data == _CONTINUE:
             self.flush()
 
     def flush(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
+import secrets
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
 _QUALITY = re.compile(r"[01](\.[0-9]{0,3})?")
 _CHALLENGE = 'Bearer realm="reward-service"'
 _MAX_LENGTH_DIGITS = 18
+_MAX_ACCEPT_CHARS = 1024
 
 
 class ClientDisconnectedError(Exception):
@@ -33,16 +34,17 @@ class ClientDisconnectedError(Exception):
 
 def request_id(request: Request) -> str:
     """Return the client's `X-Request-Id` if it is valid, else a new ID; the same for the whole request."""
-    if not hasattr(request.state, "id"):
+    state: dict[str, Any] = request.scope.setdefault("state", {})
+    if "id" not in state:
         given = request.headers.get("x-request-id", "")
-        request.state.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    return str(request.state.id)
+        state["id"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return str(state["id"])
 
 
 def trace_of(request: Request) -> RequestTrace:
     """Return the trace of a request, with its request ID."""
-    trace: RequestTrace = request.state.trace
-    trace.id = request_id(request)
+    trace: RequestTrace = request.scope["state"]["trace"]
+    trace.id = trace.id or request_id(request)
     return trace
 
 
@@ -132,9 +134,15 @@ def content_length(request: Request, limit: int) -> int | None:
 
 
 def prefers_msgpack(request: Request) -> bool:
-    """Return True if Accept names msgpack with a quality not below that of JSON."""
+    """Return True if Accept names msgpack with a quality not below that of JSON.
+
+    A header too long to be meant counts as absent.
+    """
+    accept = request.headers.get("accept", "").lower()
+    if MSGPACK not in accept or len(accept) > _MAX_ACCEPT_CHARS:
+        return False
     qualities = {JSON: 0.0, MSGPACK: 0.0}
-    for entry in request.headers.get("accept", "").lower().split(","):
+    for entry in accept.split(","):
         name, *options = (part.strip() for part in entry.split(";"))
         quality = next((option[2:] for option in options if option.startswith("q=")), "1")
         qualities[name] = float(quality) if _QUALITY.fullmatch(quality) else 0.0

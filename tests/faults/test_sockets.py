@@ -26,7 +26,7 @@ SIZE = len(BODY)
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (SIZE, BODY)
 NO_REQUEST, NO_BODY, LATE = (400, "malformed_request"), (400, "malformed_body"), (408, "body_timeout")
-NOT_HERE = (405, "method_not_allowed")
+NOT_HERE, LARGE_HEAD = (405, "method_not_allowed"), (431, "headers_too_large")
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -185,9 +185,9 @@ PROTOCOLS: dict[str, tuple[bytes, Outcome, bool]] = {
     "HTTP/2 from the start": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (404, "not_found"), True),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600), NO_REQUEST, True),
     "nonsense": (bytes(range(256)) * 8, NO_REQUEST, True),
-    "a head of 100 KB": (head(SIZE, "X-A: " + "b" * 200_000 + "\r\n") + BODY, NO_REQUEST, True),
+    "a head of 100 KB": (head(SIZE, "X-A: " + "b" * 200_000 + "\r\n") + BODY, LARGE_HEAD, True),
     "a head of 20,000 lines": (
-        head(SIZE, "".join(f"X-{i}: bbbb\r\n" for i in range(20_000))) + BODY, NO_REQUEST, True),
+        head(SIZE, "".join(f"X-{i}: bbbb\r\n" for i in range(20_000))) + BODY, LARGE_HEAD, True),
     "a header with a zero byte": (head(SIZE, "X-A: b\0c\r\n") + BODY, NO_REQUEST, True),
     "two hosts": (head(SIZE, "Host: y\r\n") + BODY, NO_REQUEST, True),
     "a space before the colon": (head(SIZE, "Content-Length : 3\r\n") + BODY, NO_REQUEST, True),
@@ -203,7 +203,7 @@ PROTOCOLS: dict[str, tuple[bytes, Outcome, bool]] = {
     "a way out of the folder": (
         b"GET /page/%2e%2e/%2e%2e/pyproject.toml HTTP/1.1\r\nHost: x\r\n\r\n", (404, "not_found"), False),
     "an address of 60 KB": (
-        b"GET /" + b"a" * 60_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", (404, "not_found"), False),
+        b"GET /" + b"a" * 60_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", LARGE_HEAD, True),
 }  # fmt: skip
 
 

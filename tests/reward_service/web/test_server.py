@@ -190,7 +190,8 @@ NOT_HTTP = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "version": b"GET / HTTP/x\r\n\r\n",
     "address": b"GET /\xff HTTP/1.1\r\n\r\n",
-    "long head": b"GET / HTTP/1.1\r\nHost: x\r\na: " + b"b" * 100_000,
+    "line ends": b"GET / HTTP/1.1\nHost: x\n\n",
+    "coding": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
     "no host": b"GET / HTTP/1.1\r\n\r\n",
 }
 
