@@ -5,11 +5,12 @@ Goyal, Vin and Cheng, "Start-time fair queuing", SIGCOMM 1996, with the paper's 
 | name | symbol | meaning |
 |---|---|---|
 | `start` | S | start tag of a client's next quantum: max(v at arrival, finish tag of its last quantum) |
-| finish | F | S + pairs / weight; a client's finish tag is the start tag of its next quantum |
+| finish | F | S + cost / weight; a client's finish tag is the start tag of its next quantum |
 | `virtual` | v | virtual time: start tag of the quantum taken last |
 
-The smallest start tag goes first. Of two backlogged clients, neither gets more than one quantum each ahead of
-its weighted share (theorem 1 of the paper): |W_f/r_f - W_m/r_m| <= l_f/r_f + l_m/r_m.
+The unit of cost is an ordinary pair; a pair that takes longer costs several. The smallest start tag goes
+first. Of two backlogged clients, neither gets more than one quantum each ahead of its weighted share (theorem
+1 of the paper): |W_f/r_f - W_m/r_m| <= l_f/r_f + l_m/r_m.
 
 Pairs of different lanes cannot share a batch. A batch has the lane of the client that is first, and is filled
 in the same order with pairs of that lane, from clients that are less than a whole batch ahead of the other
@@ -33,6 +34,10 @@ class Job(Protocol):
     @property
     def pairs(self) -> int:
         """Number of pairs."""
+
+    @property
+    def pair_cost(self) -> int:
+        """Cost of each pair, in ordinary pairs."""
 
     @property
     def client(self) -> str:
@@ -78,8 +83,8 @@ class FairQueue(Generic[AnyJob]):
     """Jobs of many clients, taken in fair order; within a client by deadline, then by arrival.
 
     Args:
-        quantum: most pairs of one client before the next client's turn
-        batch_pairs: most pairs that a client may be ahead of backlogged clients of other lanes
+        quantum: cost of one client's pairs before the next client's turn; a single pair may cost more
+        batch_pairs: cost that a client may be ahead of backlogged clients of other lanes
     """
 
     def __init__(self, quantum: int, batch_pairs: int) -> None:
@@ -126,11 +131,12 @@ class FairQueue(Generic[AnyJob]):
         return remaining
 
     def take(self, max_pairs: int) -> list[JobSlice[AnyJob]]:
-        """Take up to `max_pairs` pairs of one lane, and at least one if any are queued."""
+        """Take pairs of one lane that cost up to `max_pairs`, and at least one if any are queued."""
         slices: list[JobSlice[AnyJob]] = []
         skipped: list[tuple[float, bool, int, _Client[AnyJob]]] = []
         lane: Hashable = None
-        while max_pairs and self._order:
+        room = max_pairs
+        while room > 0 and self._order:
             entry = heapq.heappop(self._order)
             start, _, _, client = entry
             head = self._head(client)
@@ -140,13 +146,14 @@ class FairQueue(Generic[AnyJob]):
             lane = lane if slices else head.lane
             lowest_start = skipped[0][0] if skipped else start
             allowed = int(self._batch_pairs - (start - lowest_start) * client.weight + _ROUNDING)
-            if lane not in client.lanes or allowed < 1:
+            heap = client.lanes.get(lane)
+            if not heap or allowed < 1 or (slices and heap[0][2].pair_cost > room):
                 skipped.append(entry)
                 continue
             self._virtual = lowest_start
-            taken = self._take_slice(client, lane, min(max_pairs, allowed, self._quantum))
+            taken = self._take_slice(client, lane, min(room, allowed, self._quantum))
             slices.append(taken)
-            max_pairs -= taken.stop - taken.start
+            room -= (taken.stop - taken.start) * taken.job.pair_cost
         for entry in skipped:
             heapq.heappush(self._order, entry)
         self._compact()
@@ -162,16 +169,16 @@ class FairQueue(Generic[AnyJob]):
         other._order = [(*entry[:3], copy_of[id(entry[3])]) for entry in self._order]
         return other.take(max_pairs)
 
-    def _take_slice(self, client: _Client[AnyJob], lane: Hashable, max_pairs: int) -> JobSlice[AnyJob]:
+    def _take_slice(self, client: _Client[AnyJob], lane: Hashable, max_cost: int) -> JobSlice[AnyJob]:
         job = client.lanes[lane][0][2]
         start = self._taken[job]
-        stop = min(job.pairs, start + max_pairs)
+        stop = min(job.pairs, start + max(1, max_cost // job.pair_cost))
         if stop == job.pairs:
             del self._taken[job]
         else:
             self._taken[job] = stop
         self.pairs -= stop - start
-        client.start += (stop - start) / client.weight
+        client.start += (stop - start) * job.pair_cost / client.weight
         heapq.heappush(self._order, (client.start, True, self._next_sequence(), client))
         return JobSlice(job, start, stop)
 

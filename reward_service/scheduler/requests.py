@@ -121,6 +121,7 @@ class QueuedRequest(Generic[Input, Result]):
     weight: float
     deadline_s: float
     submitted_s: float
+    pair_cost: int = 1
     started_s: float | None = None
     results: dict[int, Result] = field(default_factory=dict)
     prepared: dict[int, Any] = field(default_factory=dict)

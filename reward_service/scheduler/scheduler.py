@@ -125,6 +125,7 @@ class Scheduler(Generic[Input, Result]):
         client: str = "",
         weight: float = 1.0,
         deadline_s: float | None = None,
+        pair_cost: int = 1,
     ) -> Future[Completed[Result]]:
         """Admit a request as a whole. Cancel the future to withdraw it.
 
@@ -134,6 +135,7 @@ class Scheduler(Generic[Input, Result]):
             client: clients share the device in proportion to their `weight`
             weight: a finite number above 0
             deadline_s: on the scheduler's clock; the future is settled by then
+            pair_cost: how many ordinary pairs each of these pairs takes as long as
 
         Returns:
             the future result; its exception is a `PairFailedError` if a pair cannot be scored, a
@@ -147,7 +149,7 @@ class Scheduler(Generic[Input, Result]):
             ValueError: no inputs, or an invalid weight
         """
         now, deadline = self._clock(), math.inf if deadline_s is None else deadline_s
-        request = QueuedRequest[Input, Result](inputs, lane, client, weight, deadline, now)
+        request = QueuedRequest[Input, Result](inputs, lane, client, weight, deadline, now, pair_cost)
         with self._lock:
             if self._make_refusal:
                 raise self._make_refusal()

@@ -11,7 +11,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +78,8 @@ Result = TypeVar("Result")
 RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
 _ABANDONED_S = 0.1
+# Of pixels. Larger images take longer to resize than the towers take for a pair.
+_ORDINARY_IMAGE_BYTES = 3 * 2**19
 
 
 class ScoringService:
@@ -365,6 +367,7 @@ class ScoringService:
                 client=ticket.client.queue,
                 weight=ticket.weight,
                 deadline_s=deadline_s,
+                pair_cost=_pair_cost(request.pairs),
             )
             # Cancelling the asyncio future also cancels the scheduler's.
             return await asyncio.wrap_future(future)
@@ -377,6 +380,11 @@ class ScoringService:
         end_ns = None
         for stage in reversed(seconds):
             end_ns = trace.add_span(stage, seconds[stage], end_ns)
+
+
+def _pair_cost(pairs: Sequence[Pair]) -> int:
+    """Return how many ordinary pairs the pair with the largest image takes as long as."""
+    return math.ceil(max(pair.image.size for pair in pairs) / _ORDINARY_IMAGE_BYTES)
 
 
 @contextmanager

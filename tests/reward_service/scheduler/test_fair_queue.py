@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -307,6 +308,7 @@ class PlainJob:
     lane: str = "a"
     weight: float = 1.0
     deadline_s: float = math.inf
+    pair_cost: int = 1
 
 
 def served(queue: FairQueue[PlainJob], batches: int, most: int) -> Counter[str]:
@@ -390,3 +392,29 @@ def test_memory_is_proportional_to_the_queue() -> None:
     assert len(queue._clients) < 300
     assert len(queue._order) < 300
     assert queue._entries < 300
+
+
+def test_costly_pairs_share_no_batch() -> None:
+    """Pairs that take long are taken one by one, and leave room for others of the same batch."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 16)
+    queue.add(PlainJob(3, "heavy", pair_cost=12))
+    queue.add(PlainJob(2, "light"))
+    batches = [[(it.job.client, it.stop - it.start) for it in queue.take(16)] for _ in range(3)]
+    assert sorted(batches[0]) == [("heavy", 1), ("light", 2)]
+    assert batches[1:] == [[("heavy", 1)]] * 2
+
+
+def test_pair_beyond_a_whole_batch_is_taken() -> None:
+    """Alone, however much it costs."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 16)
+    queue.add(PlainJob(2, "heavy", pair_cost=100))
+    assert [served(queue, 1, 16)["heavy"] for _ in range(2)] == [1, 1]
+
+
+def test_clients_are_charged_for_the_cost_of_their_pairs() -> None:
+    """Two backlogged clients get equal time, not equally many pairs."""
+    queue: FairQueue[PlainJob] = FairQueue(2, 16)
+    queue.add(PlainJob(1000, "heavy", pair_cost=4))
+    queue.add(PlainJob(1000, "light"))
+    count = served(queue, 50, 16)
+    assert count["light"] == pytest.approx(4 * count["heavy"], rel=0.1)
