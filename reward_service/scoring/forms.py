@@ -44,6 +44,8 @@ _MAX_PROMPT_BYTES = 4 * MAX_PROMPT_CHARS  # UTF-8 has at most 4 bytes per charac
 # The parser's work on a header is quadratic in its parameters.
 _MAX_HEADER_CHARS, _MAX_PARAMETERS = 4096, 16
 _MAX_PADDING = 16
+# Copying one piece takes less than a millisecond, in which no other thread runs.
+_CHUNK_BYTES = 2**20
 _BOOLEANS = {"true": True, "false": False}
 _TEXT_TYPES = ("text/plain; charset=utf-8", "text/plain; charset=utf8")
 _JSON_TYPES = ("application/json", "application/json; charset=utf-8")
@@ -67,7 +69,7 @@ def decode_form(body: bytes | bytearray, content_type: str) -> ScoreRequest:
     prompts: list[str] = []
     images: list[bytes] = []
     options: dict[str, Any] = {}
-    for part in _parts(bytes(body), content_type):
+    for part in _parts(body, content_type):
         name = part.name()
         if name == "image":
             _check_encoding(part, name)
@@ -216,39 +218,48 @@ class _PartCollector:
     def __init__(self) -> None:
         self.parts: list[_Part] = []
         self.complete = False
-        self._field = b""
+        self._field, self._value = b"", b""
 
     def callbacks(self) -> Any:
-        # The parser gets the whole body at once, so that it calls these once per header and part.
         return {
             "on_part_begin": lambda: self.parts.append(_Part()),
-            "on_header_field": self._on_field,
-            "on_header_value": self._on_value,
+            "on_header_begin": self._on_header_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
             "on_part_data": lambda body, start, end: self.parts[-1].pieces.append(body[start:end]),
             "on_end": self._on_end,
         }
 
-    def _on_field(self, body: bytes, start: int, end: int) -> None:
-        self._field = body[start:end].lower()
-        if self._field in self.parts[-1].headers:
-            raise MalformedBodyError("the body is not a valid form: a field has a header twice", syntax=True)
-        self.parts[-1].headers[self._field] = b""
+    def _on_header_begin(self) -> None:
+        self._field, self._value = b"", b""
 
-    def _on_value(self, body: bytes, start: int, end: int) -> None:
-        self.parts[-1].headers[self._field] = body[start:end]
+    def _on_header_field(self, body: bytes, start: int, end: int) -> None:
+        self._field += body[start:end]
+
+    def _on_header_value(self, body: bytes, start: int, end: int) -> None:
+        self._value += body[start:end]
+
+    def _on_header_end(self) -> None:
+        headers, name = self.parts[-1].headers, self._field.lower()
+        if name in headers:
+            raise MalformedBodyError("the body is not a valid form: a field has a header twice", syntax=True)
+        headers[name] = self._value
 
     def _on_end(self) -> None:
         self.complete = True
 
 
-def _parts(body: bytes, content_type: str) -> Iterable[_Part]:
+def _parts(body: bytes | bytearray, content_type: str) -> Iterable[_Part]:
     boundary = _parsed(content_type.encode("latin-1", "replace"))[1].get(b"boundary")
     if not boundary:
         raise MalformedBodyError("the body is not a valid form: Content-Type has no boundary", syntax=True)
     _check_delimiters(body, b"\r\n--" + boundary)
     collector = _PartCollector()
     try:
-        MultipartParser(boundary, collector.callbacks()).write(body)
+        parser = MultipartParser(boundary, collector.callbacks())
+        for start in range(0, len(body), _CHUNK_BYTES):
+            parser.write(bytes(body[start : start + _CHUNK_BYTES]))
     except FormParserError:
         raise MalformedBodyError("the body is not a valid form", syntax=True) from None
     if not collector.complete:
@@ -256,7 +267,7 @@ def _parts(body: bytes, content_type: str) -> Iterable[_Part]:
     return collector.parts
 
 
-def _check_delimiters(body: bytes, delimiter: bytes) -> None:
+def _check_delimiters(body: bytes | bytearray, delimiter: bytes) -> None:
     """Bound the parser's work: behind each delimiter it takes bytes one by one, even endless white space."""
     # The first delimiter needs no line end before it, and the last one begins no field.
     end, count = 0, 0 if body.startswith(delimiter[2:]) else -1
