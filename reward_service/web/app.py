@@ -130,10 +130,12 @@ class _Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """Return FastAPI's document with the schemas of the wire types."""
-        document = super().openapi()
-        for name, found in openapi.components().items():
-            document.setdefault("components", {}).setdefault(name, {}).update(found)
-        return document
+        if self.openapi_schema is None:
+            document = super().openapi()
+            for name, found in openapi.components().items():
+                document.setdefault("components", {}).setdefault(name, {}).update(found)
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
 class _HeadMiddleware:
@@ -334,6 +336,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ProblemError)
         if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR and error.__cause__ is not None:
             _logger.error("a request failed", exc_info=error.__cause__)
+        # Tracebacks lead to the body and, through futures, back to the error: a cycle of up to 200 MB.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         return _problem_response(request, error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:

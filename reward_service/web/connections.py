@@ -34,6 +34,8 @@ _PORTION_BYTES = 16_384
 _FREE_FRAMING_BYTES, _CARRIED_PER_FRAMING = 16_384, 16
 _RESERVED_FILES = 128
 
+_MAX_EMPTY_LINES_BYTES = 64
+
 _HEAD_END = b"\r\n\r\n"
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}"
 _REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % _TOKEN)
@@ -157,7 +159,11 @@ class Connection(HttpToolsProtocol):
 
     def _feed_head(self) -> bool:
         """Parse request line and headers; return False if they are incomplete, or refused."""
-        received = self._unparsed = self._unparsed.lstrip(b"\r\n")  # RFC 9112, section 2.2
+        received = self._unparsed.lstrip(b"\r\n")  # RFC 9112, section 2.2
+        if len(self._unparsed) - len(received) > _MAX_EMPTY_LINES_BYTES:
+            self._refuse(_MALFORMED)
+            return False
+        self._unparsed = received
         end = received.find(_HEAD_END, 0, MAX_HEAD_BYTES)
         whole = end >= 0
         head = received[: end + len(_HEAD_END)] if whole else received
