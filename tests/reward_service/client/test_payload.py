@@ -158,7 +158,7 @@ class BytesPath(os.PathLike[bytes]):
         (torch.zeros(3, 4, 5, dtype=torch.complex128).conj().imag, "tensor cannot be read"),
         (torch.zeros(3, 4, 5, dtype=torch.complex64), "complex64"),
         (closed_image(), "Pillow image cannot be read .*closed"),
-        (image_with_text_behind_its_pixels(), "Pillow image cannot be read .*text"),
+        (image_with_text_behind_its_pixels(), "Pillow image cannot be read .*too large"),
         (Image.new("RGB", (0, 0)), "no pixels: 0x0"),
         (Image.new("RGB", (0, 5)), "no pixels: 0x5"),
         (Image.new("F", (2, 2)), "mode F has no fixed range"),
