@@ -20,12 +20,10 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from reward_service.engine.tokenizer import Tokenizer, Tokens, pad_tokens
+from reward_service.engine.tokenizer import CachedTokenizer, Tokenizer, Tokens, pad_tokens
 
 Encode: TypeAlias = Callable[[Tensor], Tensor]
 Prepare: TypeAlias = Callable[[Encode, Tensor], Encode]
-#: Unit embedding (D,) of one prompt, and whether the prompt was truncated.
-TextEntry: TypeAlias = tuple[Tensor, bool]
 
 # A pass is compiled per tower and batch size, but torch counts all of them against one limit (8 by default),
 # and silently runs uncompiled beyond it.
@@ -52,7 +50,8 @@ class Tower:
         identity: hash of weights, architecture and tokenizer
         device: device of the trunk
         dtype: dtype of the trunk
-        cache_entries: capacity of the text cache (least recently used prompts are evicted)
+        cache_entries: capacity of the caches of tokens and of text embeddings (the least recently used
+            are evicted)
     """
 
     def __init__(
@@ -70,13 +69,14 @@ class Tower:
         self.size_px = int(model.visual.image_size[0])
         self.embedding_size = int(model.visual.output_dim)
         self._device, self._dtype = device, dtype
-        self._tokenizer = tokenizer
+        #: Tokenizer with a cache; the only attribute that other threads may use while the tower is in use.
+        self.tokenizer = CachedTokenizer(tokenizer, cache_entries)
         self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
         shorten_last_block(self.model.visual)
         self._encode: Encode = self._encode_images
         size = (tokenizer.context_length,) * 2
         self._mask = torch.full(size, float("-inf"), device=device, dtype=dtype).triu(1)
-        self._cache: OrderedDict[tuple[str, bool], TextEntry] = OrderedDict()
+        self._cache: OrderedDict[tuple[tuple[int, ...], bool], Tensor] = OrderedDict()
         self._cache_entries = cache_entries
 
     @torch.inference_mode()
@@ -110,26 +110,34 @@ class Tower:
     def embed_texts(
         self, prompts: Sequence[str], *, batch_size: int = 64, deterministic: bool = False
     ) -> TextEmbeddings:
-        """Return unit embeddings of prompts; each distinct prompt is computed once and cached.
+        """Return unit embeddings of prompts; see `embed_tokens`."""
+        rows = [self.tokenizer(prompt) for prompt in prompts]
+        return self.embed_tokens(rows, batch_size=batch_size, deterministic=deterministic)
+
+    def embed_tokens(
+        self, rows: Sequence[Tokens], *, batch_size: int = 64, deterministic: bool = False
+    ) -> TextEmbeddings:
+        """Return unit embeddings of tokenized prompts; equal ones are computed once and cached.
 
         Args:
-            prompts: prompts, not yet tokenized
+            rows: what the tower's tokenizer returned
             batch_size: maximum number of prompts of one forward pass
             deterministic: embed each prompt in a forward pass of its own
         """
-        entries: dict[str, TextEntry] = {}
-        for prompt in dict.fromkeys(prompts):
-            if (entry := self._cache.get((prompt, deterministic))) is not None:
-                self._cache.move_to_end((prompt, deterministic))
-                entries[prompt] = entry
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in entries]
+        vectors: dict[tuple[int, ...], Tensor] = {}
+        distinct = list(dict.fromkeys(row.ids for row in rows))
+        for ids in distinct:
+            if (vector := self._cache.get((ids, deterministic))) is not None:
+                self._cache.move_to_end((ids, deterministic))
+                vectors[ids] = vector
+        missing = [ids for ids in distinct if ids not in vectors]
         step = 1 if deterministic else batch_size
         for start in range(0, len(missing), step):
             part = missing[start : start + step]
-            entries.update(zip(part, self._compute_texts(part), strict=True))
-        self._add_to_cache({(prompt, deterministic): entries[prompt] for prompt in missing})
-        vectors = torch.stack([entries[prompt][0] for prompt in prompts])
-        return TextEmbeddings(vectors, [entries[prompt][1] for prompt in prompts])
+            vectors.update(zip(part, self._compute_texts(part), strict=True))
+        self._add_to_cache({(ids, deterministic): vectors[ids] for ids in missing})
+        stacked = torch.stack([vectors[row.ids] for row in rows])
+        return TextEmbeddings(stacked, [row.truncated for row in rows])
 
     def clear_text_cache(self) -> None:
         """Empty the text cache."""
@@ -137,24 +145,23 @@ class Tower:
 
     def evict_text(self, prompt: str) -> None:
         """Remove one prompt from the text cache."""
+        ids = self.tokenizer(prompt).ids
         for deterministic in (False, True):
-            self._cache.pop((prompt, deterministic), None)
+            self._cache.pop((ids, deterministic), None)
 
-    def _add_to_cache(self, entries: dict[tuple[str, bool], TextEntry]) -> None:
+    def _add_to_cache(self, entries: dict[tuple[tuple[int, ...], bool], Tensor]) -> None:
         self._cache.update(entries)
         while len(self._cache) > self._cache_entries:
             self._cache.popitem(last=False)
 
     @torch.inference_mode()
-    def _compute_texts(self, prompts: Sequence[str]) -> list[TextEntry]:
-        rows: list[Tokens] = [self._tokenizer(prompt) for prompt in prompts]
+    def _compute_texts(self, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
         # Attention is causal: positions after the longest prompt's end have no effect and are left out.
-        length = max(len(row.ids) for row in rows)
-        ids = pad_tokens(rows, self._tokenizer.pad_id, length).to(self._device)
-        last = torch.tensor([len(row.ids) - 1 for row in rows], device=self._device)
-        vectors = self._encode_texts(ids, last)
+        length = max(map(len, rows))
+        ids = pad_tokens(rows, self.tokenizer.pad_id, length).to(self._device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
         # Copies: a view in the cache would keep its whole batch alive.
-        return [(vector.clone(), row.truncated) for vector, row in zip(vectors, rows, strict=True)]
+        return [vector.clone() for vector in self._encode_texts(ids, last)]
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.model.visual(pixels).float(), dim=-1)

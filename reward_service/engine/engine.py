@@ -18,10 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reward_service.engine.clip import TextEmbeddings
+from reward_service.engine.clip import TextEmbeddings, Tower
 from reward_service.engine.evaluators import Evaluator
 from reward_service.engine.preprocessing import Preprocessing
-from reward_service.engine.types import FatalDeviceError, OutOfMemoryError, Pair, PairScores, ScoringError
+from reward_service.engine.tokenizer import Tokens
+from reward_service.engine.types import (
+    FatalDeviceError,
+    OutOfMemoryError,
+    Pair,
+    PairScores,
+    PromptError,
+    ScoringError,
+)
 from reward_service.images import Pixels
 from reward_service.settings import one_line
 
@@ -67,6 +75,7 @@ class RewardEngine:
 
         Raises:
             ScoringError: an evaluator fails on a pair, or its score is not finite
+            PromptError: a prompt cannot be tokenized
             OutOfMemoryError: the device has no memory for so many pairs
             FatalDeviceError: the device is broken
         """
@@ -95,6 +104,22 @@ class RewardEngine:
         images, rows = deduplicate_images([pair.image for pair in pairs])
         inputs = list(self._workers.map(partial(_preprocess, methods), images))
         return [replace(pair, preprocessed=inputs[row]) for pair, row in zip(pairs, rows, strict=True)]
+
+    def tokenize(self, prompt: str, names: Sequence[str] | None = None) -> dict[str, Tokens]:
+        """Return a prompt's tokens by tower; safe on any thread while `score` runs.
+
+        Args:
+            prompt: the prompt
+            names: evaluators whose towers read it; None for all
+
+        Raises:
+            PromptError: the prompt cannot be tokenized
+        """
+        towers = {}
+        for name in self.evaluators if names is None else names:
+            if (evaluator := self.evaluators[name]).reads_prompt:
+                towers[evaluator.tower_name] = evaluator.tower
+        return {name: _tokenize(tower, prompt) for name, tower in towers.items()}
 
     def evict_prompt(self, prompt: str) -> None:
         """Remove a prompt from the towers' text caches, so that its next use computes it again."""
@@ -205,14 +230,14 @@ class RewardEngine:
         stopwatch: Stopwatch,
     ) -> dict[str, TextEmbeddings]:
         """Return the prompts' embeddings by tower."""
-        prompts = [pair.prompt for pair in pairs]
         texts: dict[str, TextEmbeddings] = {}
         for evaluator in evaluators:
             name, tower = evaluator.tower_name, evaluator.tower
             if evaluator.reads_prompt and name not in texts:
+                rows = [pair.tokens.get(name) or _tokenize(tower, pair.prompt) for pair in pairs]
                 with _attribute_errors(evaluator.name), stopwatch(name):
-                    texts[name] = tower.embed_texts(
-                        prompts, batch_size=self._batch_pairs, deterministic=deterministic
+                    texts[name] = tower.embed_tokens(
+                        rows, batch_size=self._batch_pairs, deterministic=deterministic
                     )
         return texts
 
@@ -280,6 +305,17 @@ class Stopwatch:
         for name, begin, end in self._events:
             total[name] += begin.elapsed_time(end) / 1000
         return dict(total)
+
+
+def _tokenize(tower: Tower, prompt: str) -> Tokens:
+    try:
+        return tower.tokenizer(prompt)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Only the type of the error: its message could repeat the prompt.
+        message = f"the prompt cannot be tokenized ({type(error).__name__}); send another"
+        raise PromptError(message) from error
 
 
 def _preprocess(methods: Iterable[Preprocessing], image: Pixels) -> dict[Preprocessing, Tensor]:

@@ -1,36 +1,51 @@
-"""Tokenizers: prompts to token ids, as each model's own tokenizer does it.
+"""Tokenizers: prompts to token ids, as each model's own tokenizer does it, in bounded time.
 
-One difference from the references: special tokens that a prompt spells out are read as plain text. As in the
-references, a truncated prompt keeps its end token, and a prompt that is empty after cleaning becomes start
-and end token only: it is scored as the empty prompt.
+A prompt is tokenized from its beginning, and no further than its tokens are read: the rest costs nothing.
+Differences from the references:
+
+* special tokens that a prompt spells out are read as plain text;
+* lone surrogates become U+FFFD, as OpenAI's cleaning does it; transformers' tokenizer raises;
+* those of the cleaning: see `reward_service.engine.cleaning`.
+
+As in the references, a truncated prompt keeps its end token, and a prompt that is empty after cleaning
+becomes start and end token only: it is scored as the empty prompt.
 """
 
 from __future__ import annotations
 
-import html
+import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import ftfy
 import regex  # type: ignore[import-untyped]  # its stubs are a separate package
 import torch
+from ftfy.fixes import fix_surrogates
 from torch import Tensor
+
+from reward_service.engine.cleaning import clean_lines
 
 # A prompt that spells a special token would inject it: `<|endoftext|>` empties the prompt in transformers,
 # `<start_of_text>` starts a new one in open_clip.
 _SPECIAL = re.compile(
-    r"(?<=<\|)(?:startoftext|endoftext)(?=\|>)|(?<=<)(?:start_of_text|end_of_text)(?=>)", re.IGNORECASE
+    r"(?<=<\|)(?:startoftext|endoftext)(?=\|>)|(?<=<)(?:start_of_text|end_of_text)(?=>)",
+    re.IGNORECASE | re.ASCII,  # a long s is no s: where this changes the words, the token was special
 )
 # OpenAI CLIP's rule for splitting a cleaned prompt into words.
 _WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-_MAX_CACHED_WORDS = 100_000
+# Words that are encoded at once, and characters that are normalized at once: neither much more than what
+# fills a context.
+_WORDS_AT_ONCE = 16
+_PORTION_CHARS = 1000
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Tokens:
 
 
 class Tokenizer(Protocol):
-    """Tokenizer of a tower."""
+    """Tokenizer of a tower; safe on any thread."""
 
     @property
     def context_length(self) -> int:
@@ -75,30 +90,35 @@ class HuggingFaceTokenizer:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        self._tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges)
-        self._openai = cleaning == "openai"
-        if self._openai:
-            _reduce_to_bpe(self._tokenizer.backend_tokenizer)
+        tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges)
         self.context_length = context_length
-        self.pad_id = int(self._tokenizer.pad_token_id)
-        self._start, self._end = int(self._tokenizer.bos_token_id), int(self._tokenizer.eos_token_id)
+        self.pad_id = int(tokenizer.pad_token_id)
+        self._start, self._end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+        self._special = {str(tokenizer.bos_token), str(tokenizer.eos_token)}
+        self._backend = tokenizer.backend_tokenizer
+        self._openai = cleaning == "openai"
+        # OpenAI's words are not split any further: transformers' lower-casing ignores the final sigma, it
+        # composes accents (NFC), and it follows another version of Unicode in what is a letter.
+        self._encode = _word_encoder(self._backend.model, split_bytes=self._openai)
 
     def __call__(self, prompt: str) -> Tokens:
         """See `Tokenizer`."""
-        cleaned = clean_openai(prompt) if self._openai else prompt
-        ids = _encode_as_text(self._encode, cleaned, self._start, self._end)
-        return _truncate([self._start, *ids, self._end], self.context_length)
+        words = _openai_words(prompt, _WORDS, self._special) if self._openai else self._own_words(prompt)
+        return _encode_words(words, self._encode, self._start, self._end, self.context_length)
 
-    def _encode(self, cleaned: str) -> list[int]:
-        if self._openai:
-            words = _WORDS.findall(cleaned)
-            encoded = self._tokenizer.backend_tokenizer.encode(words, is_pretokenized=True)
-            return list(encoded.ids[1:-1])
-        return list(self._tokenizer(cleaned, verbose=False)["input_ids"][1:-1])
+    def _own_words(self, prompt: str) -> Iterator[str]:
+        """Yield the words as transformers splits them, each byte already a letter of the vocabulary."""
+        text = fix_surrogates(prompt)
+        if any(token in text for token in self._special):
+            text = neutralize_special_tokens(text)
+        normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
+        for portion in _portions(text):
+            for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(portion)):
+                yield word
 
 
 class OpenClipTokenizer:
-    """open_clip's tokenizer.
+    """open_clip's tokenizer; its byte pair encoding, in Python, takes quadratic time and is not used.
 
     Args:
         vocabulary: a gzipped BPE file
@@ -109,35 +129,62 @@ class OpenClipTokenizer:
 
     def __init__(self, vocabulary: Path, context_length: int) -> None:
         from open_clip.tokenizer import SimpleTokenizer
+        from tokenizers.models import BPE
 
-        self._tokenizer: Any = SimpleTokenizer(str(vocabulary), context_length=context_length)
-        self._clean = self._tokenizer.clean_fn
-        # `__call__` cleans, once: cleaning resolves entities, and `&lt;end_of_text&gt;` is one too.
-        self._tokenizer.clean_fn = str
-        self._special_words = dict(self._tokenizer.cache)
+        tokenizer: Any = SimpleTokenizer(str(vocabulary))
+        words, ranks = tokenizer.encoder, tokenizer.bpe_ranks
+        # Other lines, such as an empty last one, are never applied.
+        merges = [
+            merge
+            for merge in sorted(ranks, key=ranks.__getitem__)
+            if len(merge) == 2 and words.keys() >= {*merge}
+        ]
+        model = BPE(vocab=words, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
         self.context_length = context_length
+        self._pattern, self._special = tokenizer.pat, set(tokenizer.cache)
+        self._start, self._end = tokenizer.sot_token_id, tokenizer.eot_token_id
+        self._encode = _word_encoder(model, split_bytes=True)
 
     def __call__(self, prompt: str) -> Tokens:
         """See `Tokenizer`."""
-        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:
-            # open_clip caches every word it has ever encoded, without a limit.
-            self._tokenizer.cache = dict(self._special_words)
-        start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
-        ids = _encode_as_text(self._tokenizer.encode, self._clean(prompt), start, end)
-        return _truncate([start, *ids, end], self.context_length)
+        words = _openai_words(prompt, self._pattern, self._special)
+        return _encode_words(words, self._encode, self._start, self._end, self.context_length)
 
 
-def pad_tokens(rows: Sequence[Tokens], pad_id: int, length: int) -> Tensor:
-    """Return token ids as int64 (len(rows), length), padded with `pad_id`."""
-    return torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])
+class CachedTokenizer:
+    """Tokenizer that keeps the tokens of the prompts used last; safe on any thread.
 
+    The cache holds no prompts, which can be long, but their hashes.
 
-def clean_openai(prompt: str) -> str:
-    """Clean a prompt as OpenAI's CLIP does before BPE.
-
-    Fix broken encodings, resolve HTML entities twice, collapse white space, lower the case.
+    Args:
+        tokenizer: tokenizes the prompts that are not cached
+        entries: capacity
     """
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
+
+    def __init__(self, tokenizer: Tokenizer, entries: int) -> None:
+        self.context_length, self.pad_id = tokenizer.context_length, tokenizer.pad_id
+        self._tokenizer, self._entries = tokenizer, entries
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[bytes, Tokens] = OrderedDict()
+
+    def __call__(self, prompt: str) -> Tokens:
+        """See `Tokenizer`."""
+        key = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).digest()
+        with self._lock:
+            if (tokens := self._cache.get(key)) is not None:
+                self._cache.move_to_end(key)
+                return tokens
+        tokens = self._tokenizer(prompt)
+        with self._lock:
+            self._cache[key] = tokens
+            while len(self._cache) > self._entries:
+                self._cache.popitem(last=False)
+        return tokens
+
+
+def pad_tokens(rows: Sequence[Sequence[int]], pad_id: int, length: int) -> Tensor:
+    """Return token ids as int64 (len(rows), length), padded with `pad_id`."""
+    return torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
 
 
 def neutralize_special_tokens(prompt: str) -> str:
@@ -149,26 +196,51 @@ def neutralize_special_tokens(prompt: str) -> str:
     return _SPECIAL.sub(r" \g<0> ", prompt)
 
 
-def _encode_as_text(encode: Callable[[str], list[int]], cleaned: str, start: int, end: int) -> list[int]:
-    """Return the reference's ids; if they contain a special token, those of the neutralized prompt."""
-    ids = encode(cleaned)
-    return encode(neutralize_special_tokens(cleaned)) if start in ids or end in ids else ids
+def _openai_words(prompt: str, pattern: Any, special: Container[str]) -> Iterator[str]:
+    """Yield the words of a prompt as OpenAI cleans and splits it; those of a special token as plain text."""
+    for line in clean_lines(prompt):
+        words = pattern.findall(line)
+        if any(word in special for word in words):
+            words = pattern.findall(neutralize_special_tokens(line))
+        yield from words
 
 
-def _truncate(ids: Sequence[int], context_length: int) -> Tokens:
-    if len(ids) <= context_length:
-        return Tokens(tuple(ids), truncated=False)
-    # The embedding is read at the end token; without it, all long prompts would be embedded alike.
-    return Tokens((*ids[: context_length - 1], ids[-1]), truncated=True)
+def _portions(text: str) -> Iterator[str]:
+    """Yield the text in parts, cut before spaces: transformers normalizes and splits each as in the whole."""
+    start = 0
+    while start < len(text):
+        end = text.find(" ", start + _PORTION_CHARS)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end
 
 
-def _reduce_to_bpe(backend: Any) -> None:
-    """Remove the steps before BPE that transformers adds to OpenAI's, or does differently.
+def _word_encoder(model: Any, *, split_bytes: bool) -> Callable[[list[str]], list[int]]:
+    """Return a function that encodes words by the model's merges alone, without special tokens.
 
-    Its lower-casing ignores the final sigma, it composes accents (NFC), and it follows another version of
-    Unicode in what is a letter.
+    Args:
+        model: `tokenizers.models.BPE`, whose time grows with n log n
+        split_bytes: whether the bytes of the words are still to be mapped to letters of the vocabulary
     """
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
 
-    backend.normalizer = normalizers.Sequence([])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(model)
+    if split_bytes:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return lambda words: list(backend.encode(words, is_pretokenized=True).ids)
+
+
+def _encode_words(
+    words: Iterator[str],
+    encode: Callable[[list[str]], list[int]],
+    start: int,
+    end: int,
+    context_length: int,
+) -> Tokens:
+    """Return the tokens of a prompt; reads no more words than fill the context."""
+    content = context_length - 2
+    ids: list[int] = []
+    while len(ids) <= content and (batch := list(islice(words, _WORDS_AT_ONCE))):
+        ids += encode(batch)
+    # The embedding is read at the end token; without it, all long prompts would be embedded alike.
+    return Tokens((start, *ids[:content], end), truncated=len(ids) > content)

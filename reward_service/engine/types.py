@@ -22,6 +22,10 @@ class ScoringError(Exception):
         self.evaluator = evaluator
 
 
+class PromptError(ScoringError):
+    """A prompt that cannot be tokenized: no evaluator is at fault."""
+
+
 class OutOfMemoryError(Exception):
     """The device has no memory for a batch of this size; a smaller batch may fit."""
 
@@ -38,11 +42,13 @@ class Pair:
         prompt: the prompt, not yet tokenized
         image: uint8 RGB of shape (H, W, 3)
         preprocessed: the image's input tensors by `Preprocessing`, as far as `RewardEngine.prepare` made them
+        tokens: the prompt's tokens by tower, as far as `RewardEngine.tokenize` made them
     """
 
     prompt: str
     image: Pixels
     preprocessed: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    tokens: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from reward_service.engine.evaluators import fold_linear_layers
 from reward_service.engine.loading import build_engine, load_tower
 from reward_service.engine.preprocessing import Preprocessing
 from reward_service.engine.tokenizer import (
+    CachedTokenizer,
     HuggingFaceTokenizer,
     OpenClipTokenizer,
+    Tokens,
     neutralize_special_tokens,
 )
-from reward_service.engine.types import ModelError, Pair, ScoringError
+from reward_service.engine.types import ModelError, Pair, PromptError, ScoringError
 from reward_service.images import Pixels
 from tests.reward_service.conftest import PROMPTS
 from tests.support.service.checkpoints import CONTEXT, Checkpoints
@@ -155,7 +158,28 @@ def test_text_cache_is_bounded(checkpoints: Checkpoints) -> None:
     assert len(tower.embed_texts(["a", "b", "c", "a"]).vectors) == 4
     tower.embed_texts(["b"])
     tower.embed_texts(["d"])
-    assert [prompt for prompt, _ in tower._cache] == ["b", "d"]
+    assert [ids for ids, _ in tower._cache] == [tower.tokenizer(prompt).ids for prompt in ("b", "d")]
+
+
+def test_tokenized_pairs_are_not_tokenized_again(
+    engine: RewardEngine, images: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tokens came with them: `score` runs on the device's thread, which tokenizing must not hold."""
+    pair = Pair("a red square", images[0])
+    expected = engine.score([pair])
+    tokenized = replace(pair, tokens=engine.tokenize(pair.prompt))
+    assert set(tokenized.tokens) == {"clip", "pickscore", "hps"}
+    assert set(engine.tokenize(pair.prompt, ["hpsv2", "aesthetic"])) == {"hps"}
+
+    def fail(_: CachedTokenizer, prompt: str) -> Tokens:
+        raise ValueError(f"not to be tokenized: {prompt}")
+
+    monkeypatch.setattr(CachedTokenizer, "__call__", fail)
+    assert engine.score([tokenized]) == expected
+    with pytest.raises(PromptError, match=r"^the prompt cannot be tokenized \(ValueError\); send another$"):
+        engine.score([tokenized, pair])
+    with pytest.raises(PromptError):
+        engine.tokenize("a")
 
 
 def test_long_prompts_are_truncated_at_the_end(engine: RewardEngine, images: list[Pixels]) -> None:

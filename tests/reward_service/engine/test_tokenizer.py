@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +23,16 @@ from benchmarks.parity.weights import (
     write_open_clip,
     write_tokenizer,
 )
+from benchmarks.tokenizing import References, fuzz, generate
 from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
 from reward_service.engine.tokenizer import (
+    CachedTokenizer,
     HuggingFaceTokenizer,
     OpenClipTokenizer,
     Tokenizer,
+    Tokens,
     neutralize_special_tokens,
 )
 from reward_service.engine.types import Pair
@@ -128,6 +134,105 @@ def reference_open_clip() -> SimpleTokenizer:
 @cache
 def reference_transformers(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzzed_prompts_have_the_references_ids(
+    seed: int, vocabulary: Path, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """A sample of what `python -m benchmarks.tokenizing` does with a million prompts."""
+    rng = random.Random(seed)
+    findings = fuzz(tokenizers, References(vocabulary), (generate(rng) for _ in range(60)))
+    assert findings.failures == []
+    assert findings.prompts == 60
+    assert findings.compared > 150
+
+
+@pytest.mark.parametrize("letters", ["abcdefghijklmnopqrstuvwxyz", "ab", "a", "äöü", "😀😁😂🤣", "!?"])
+def test_one_long_word_has_the_references_ids(letters: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """open_clip's own encoding takes quadratic time: 24 s for the tokenizers' limit of 10,000 letters."""
+    rng = random.Random(0)
+    word = "".join(rng.choice(letters) for _ in range(800))
+    ids = reference_open_clip().encode(word)
+    expected = Tokens((START, *ids[: CONTEXT - 2], END), truncated=len(ids) > CONTEXT - 2)
+    for tokenizer in tokenizers.values():
+        assert tokenizer(word) == expected
+
+
+EXTREME = {
+    "letters": "".join(chr(97 + (i * i * 7 + i // 13) % 26) for i in range(10_000)),
+    "emoji": "".join(chr(0x1F300 + i * 7 % 0x300) for i in range(10_000)),
+    "emoji words": " ".join("😀😁🤣" for _ in range(2500)),
+    "entity": f"a &#{'9' * 4301};",
+    "nested": "é&" + "amp;" * 2498,
+    "marks": "a" + "\u0315" * 5000 + "\u0300" * 4999,
+    "ligatures": "\ufdfa" * 10_000,
+    "surrogates": "\ud800" * 5000 + "\udc00" * 5000,
+    "nul": "\x00" * 10_000,
+    "lines": "\u2000\n" * 5000,
+    "special": "<|endoftext|>" * 769,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", EXTREME.values(), ids=EXTREME.keys())
+def test_extreme_prompts_are_tokenized(name: str, prompt: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """None raises; most take seconds in the references, and some raise there."""
+    ids = tokenizers[name](prompt).ids
+    assert (ids[0], ids[-1]) == (START, END)
+    assert max(ids[1:-1], default=0) < START
+
+
+def test_surrogates_are_replaced(tokenizers: dict[str, Tokenizer]) -> None:
+    """A pair is the character that it encodes, a lone one U+FFFD, for all tokenizers."""
+    for tokenizer in tokenizers.values():
+        assert tokenizer("a \ud83d\ude00 b") == tokenizer("a 😀 b")
+        assert tokenizer("a \ud83d b") == tokenizer("a \ufffd b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_work_on_a_prompt_ends_where_its_context_is_full(
+    name: str, tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5,000 words not many more are encoded than fit."""
+    tokenizer: Any = tokenizers[name]
+    encoded: list[str] = []
+    encode = tokenizer._encode
+
+    def record(words: list[str]) -> list[int]:
+        encoded.extend(words)
+        return encode(words)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(tokenizer, "_encode", record)
+    assert tokenizer("a " * 5000).truncated
+    assert CONTEXT <= len(encoded) < 2 * CONTEXT
+
+
+def test_cache_of_tokens_is_bounded_and_holds_no_prompts() -> None:
+    """The least recently used entry is evicted, and a long prompt costs no more than a short one."""
+    seen: list[str] = []
+
+    class Counting:
+        context_length, pad_id = CONTEXT, 0
+
+        def __call__(self, prompt: str) -> Tokens:
+            seen.append(prompt)
+            return Tokens((START, len(prompt), END), truncated=False)
+
+    tokenizer = CachedTokenizer(Counting(), 2)
+    for prompt in ("a", "b", "a", "c" * 9999, "a", "b", "\ud800"):
+        assert tokenizer(prompt).ids == (START, len(prompt), END)
+    assert seen == ["a", "b", "c" * 9999, "b", "\ud800"]
+    assert len(tokenizer._cache) == 2
+    assert not any("ccc" in str(entry) for entry in tokenizer._cache.items())
+
+
+def test_tokenizers_work_on_many_threads(tokenizers: dict[str, Tokenizer]) -> None:
+    """Requests are tokenized on several threads at once."""
+    prompts = [f"a photo of {number} cats, naïve 😀" for number in range(200)]
+    for tokenizer in tokenizers.values():
+        with ThreadPoolExecutor(8) as workers:
+            assert list(workers.map(tokenizer, prompts)) == [tokenizer(prompt) for prompt in prompts]
 
 
 def test_neutralization_is_invisible_without_the_special_token() -> None:
