@@ -177,15 +177,12 @@ class Watch(Settings):
     Attributes:
         canary_every_s: pause between two scorings of the canary pair
         stuck_s: timeout of a batch, after which the process exits
-        breaker_failures: number of different consecutive pairs that an evaluator must fail on to be taken
-            out of service
         breaker_pause_s: pause before a failed evaluator is tried again, doubled after each failure
         breaker_longest_pause_s: upper limit of that pause
     """
 
     canary_every_s: Seconds = 60.0
     stuck_s: Seconds = 300.0
-    breaker_failures: PositiveInt = 5
     breaker_pause_s: Seconds = 5.0
     breaker_longest_pause_s: Seconds = 300.0
 
@@ -235,7 +232,7 @@ class ServiceConfig(Settings):
         prepare_ahead: whether to preprocess the next batch's images while a batch runs; None means only if
             the device is not the CPU, which would be busy with the batch
         batch_pairs: maximum number of pairs of one forward pass
-        text_cache_entries: prompts per tower whose embeddings are cached
+        text_cache_entries: prompts per tower whose tokens and embeddings are cached
         drain_s: time to finish accepted requests on shutdown
         limits: limits of requests and clients
         watch: self-checks

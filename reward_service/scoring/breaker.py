@@ -2,20 +2,20 @@
 
 A breaker takes an evaluator that keeps failing out of service, while the others go on:
 
-    closed ── fails on several different pairs in a row, or on the canary ──► open
+    closed ── fails on a pair and on the canary ──► open
     open ── the pause is over ──► half open ── scores the canary ──► closed
                                             └─ fails ──► open, for twice as long
 
 When an evaluator fails, the canary pair shows the cause. If the evaluator scores the canary, the pair is at
-fault, and the error goes to the scheduler, which isolates the pair. If it does not, its breaker opens and the
-batch is scored without it. A canary score that has changed is fatal: wrong scores are worse than none.
+fault, and the error goes to the scheduler, which isolates the pair: however many such pairs a client sends,
+they take the evaluator from nobody. If it does not, its breaker opens and the batch is scored without it. A
+canary score that has changed is fatal: wrong scores are worse than none.
 
 This module imports neither torch nor a web framework.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -36,7 +36,6 @@ class CircuitBreaker:
     """Circuit breaker of one evaluator: changed by one thread, read by any.
 
     Args:
-        failures: number of different pairs in a row that open it
         pause_s: how long it stays open the first time
         longest_pause_s: limit of the pause, which doubles each time
         clock: returns monotonic seconds
@@ -44,15 +43,13 @@ class CircuitBreaker:
 
     def __init__(
         self,
-        failures: int,
         pause_s: float,
         longest_pause_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._failures, self._clock = failures, clock
+        self._clock = clock
         self._first_pause_s, self._longest_pause_s = pause_s, longest_pause_s
         self._pause_s = pause_s
-        self._failed_pairs: set[Hashable] = set()
         self._open_until_s: float | None = None
         self.reason = ""
 
@@ -68,27 +65,14 @@ class CircuitBreaker:
         """Seconds until the evaluator may be retried; 0 if it may be now."""
         return 0.0 if self._open_until_s is None else max(0.0, self._open_until_s - self._clock())
 
-    def record_failure(self, pair: Hashable, reason: str) -> bool:
-        """Record a pair that failed although it was scored alone.
-
-        Returns:
-            whether the breaker is open; the same pair again never opens it
-        """
-        self._failed_pairs.add(pair)
-        if len(self._failed_pairs) >= self._failures:
-            self.trip(reason)
-        return self._open_until_s is not None
-
     def trip(self, reason: str) -> None:
         """Open it; if it was open or half open, for twice as long as before."""
         if self._open_until_s is not None:
             self._pause_s = min(2 * self._pause_s, self._longest_pause_s)
         self._open_until_s, self.reason = self._clock() + self._pause_s, reason
-        self._failed_pairs.clear()
 
     def reset(self) -> None:
-        """Close it and reset the pause and the recorded failures."""
-        self._failed_pairs.clear()
+        """Close it and reset the pause."""
         self._open_until_s, self._pause_s, self.reason = None, self._first_pause_s, ""
 
 
@@ -135,9 +119,7 @@ class EvaluatorBreakers:
         self.canary = canary_pair()
         self._expected: dict[str, ExpectedScore] = {}
         self._breakers = {
-            name: CircuitBreaker(
-                settings.breaker_failures, settings.breaker_pause_s, settings.breaker_longest_pause_s, clock
-            )
+            name: CircuitBreaker(settings.breaker_pause_s, settings.breaker_longest_pause_s, clock)
             for name in engine.evaluators
         }
 
@@ -194,7 +176,7 @@ class EvaluatorBreakers:
             try:
                 scored = self._engine.score(pairs, working, deterministic=deterministic)
             except ScoringError as error:
-                if not self._take_out_of_service(error, pairs):
+                if not self._take_out_of_service(error):
                     raise
                 continue
             for name in working:
@@ -219,15 +201,14 @@ class EvaluatorBreakers:
             breaker.reset()
             self._on_change(name, True, "")
 
-    def _take_out_of_service(self, error: ScoringError, pairs: Sequence[Pair]) -> bool:
-        """Open the failing evaluator's breaker if it is at fault, and return whether it is open."""
+    def _take_out_of_service(self, error: ScoringError) -> bool:
+        """Open the failing evaluator's breaker if it is at fault, and return whether it is."""
         breaker = self._breakers.get(error.evaluator or "")
         if breaker is None or error.evaluator is None:
             return False
-        if (reason := self._canary_error(error.evaluator)) is not None:
-            breaker.trip(reason)
-        elif len(pairs) > 1 or not breaker.record_failure(_pair_digest(pairs[0]), one_line(error)):
+        if (reason := self._canary_error(error.evaluator)) is None:
             return False
+        breaker.trip(reason)
         self._on_change(error.evaluator, False, breaker.reason)
         return True
 
@@ -282,7 +263,3 @@ class CanaryLoop:
             if lines := self._breakers.mismatches(scores.raw):
                 self._on_mismatch("; ".join(lines))
                 return
-
-
-def _pair_digest(pair: Pair) -> bytes:
-    return hashlib.sha256(pair.prompt.encode(errors="replace") + b"\0" + pair.image.tobytes()).digest()

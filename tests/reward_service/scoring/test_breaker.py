@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 
 from reward_service.config import Watch
-from reward_service.engine.types import FatalDeviceError, OutOfMemoryError, Pair, PairScores, ScoringError
+from reward_service.engine.types import (
+    FatalDeviceError,
+    OutOfMemoryError,
+    Pair,
+    PairScores,
+    PromptError,
+    ScoringError,
+)
 from reward_service.scoring.breaker import CircuitBreaker, EvaluatorBreakers
 
 ALL = ("aesthetic", "clip", "hpsv2")
 LANE = (ALL, False)
-SETTINGS = Watch(breaker_failures=3, breaker_pause_s=10, breaker_longest_pause_s=35)
+SETTINGS = Watch(breaker_pause_s=10, breaker_longest_pause_s=35)
 
 
 class Clock:
@@ -87,15 +94,10 @@ def breakers(engine: FakeEngine, clock: Clock, changes: list[tuple[str, bool]]) 
     return breakers
 
 
-def test_breaker_opens_after_several_different_pairs(clock: Clock) -> None:
-    """One failing pair, however often it is sent, does not open it; several do, for a pause that doubles."""
-    breaker = CircuitBreaker(3, 10, 35, clock)
-    assert not any(breaker.record_failure("a", "it failed") for _ in range(10))
-    assert not breaker.record_failure("b", "it failed")
-    breaker.reset()
-    assert not breaker.record_failure("c", "it failed")
-    assert not breaker.record_failure("a", "it failed")
-    assert breaker.record_failure("b", "it failed")
+def test_pause_of_a_breaker_doubles_up_to_its_limit(clock: Clock) -> None:
+    """Each time that the evaluator fails again; a reset starts with the first pause."""
+    breaker = CircuitBreaker(10, 35, clock)
+    breaker.trip("it failed")
     pauses = []
     for _ in range(4):
         assert (breaker.state, breaker.reason) == ("open", "it failed")
@@ -138,15 +140,26 @@ def test_failing_pair_does_not_open_the_breaker(engine: FakeEngine, breakers: Ev
     assert breakers([pair("good")], LANE)[0].failed == {}
 
 
-def test_several_failing_pairs_open_the_breaker(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
-    """An evaluator that scores only the canary is out of service after some pairs."""
-    for prompt in ("a", "b"):
-        engine.poison = {"clip": prompt}
+def test_many_failing_pairs_open_no_breaker(engine: FakeEngine, breakers: EvaluatorBreakers) -> None:
+    """One client's pairs, however many and however different, take an evaluator that works from nobody."""
+    for number in range(20):
+        engine.poison = {"clip": f"bad {number}"}
         with pytest.raises(ScoringError):
-            breakers([pair(prompt)], LANE)
-    engine.poison = {"clip": "c"}
-    assert set(breakers([pair("c")], LANE)[0].failed) == {"clip"}
-    assert set(breakers.out_of_service(ALL)) == {"clip"}
+            breakers([pair(f"bad {number}")], LANE)
+    assert breakers.out_of_service(ALL) == {}
+    assert breakers([pair("good")], LANE)[0].failed == {}
+
+
+def test_prompt_that_cannot_be_tokenized_is_no_failure_of_an_evaluator(
+    engine: FakeEngine, breakers: EvaluatorBreakers
+) -> None:
+    """The error goes to the scheduler, and not even the canary is scored."""
+    engine.error = PromptError("the prompt cannot be tokenized (ValueError); send another")
+    engine.calls.clear()
+    with pytest.raises(PromptError):
+        breakers([pair("x")], LANE)
+    assert len(engine.calls) == 1
+    assert breakers.out_of_service(ALL) == {}
 
 
 def test_recovered_evaluator_returns_after_the_pause(
