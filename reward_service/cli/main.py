@@ -19,13 +19,13 @@ from reward_service.config import load_config
 from reward_service.runtime.console import show_whole_summaries
 from reward_service.runtime.process import (
     NO_HOME,
+    NO_POSIX,
     PATHLIB_NO_HOME,
     POSIX_MODULES,
-    posix_error,
     prepare_process,
     use_utf8,
 )
-from reward_service.runtime.signals import interrupt_on_ctrl_c
+from reward_service.runtime.signals import interrupt_on_ctrl_c, leave
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, one_line
 
 app = typer.Typer(
@@ -103,6 +103,7 @@ def serve(
 
     if failure := run(loaded, _print_stdout):
         raise UserError(failure)
+    leave(0)
 
 
 @app.command()
@@ -334,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         use_utf8()
     try:
-        prepare_process("reward-service")
+        prepare_process()
         command: Any = typer.main.get_command(app)
         show_whole_summaries(command)
         sys.exit(command.main(arguments, prog_name="reward-service", standalone_mode=False))
@@ -346,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (error.name or "").startswith("reward_service"):
             raise
         if error.name in POSIX_MODULES:
-            _exit_with_error(str(posix_error("reward-service")))
+            _exit_with_error(NO_POSIX)
         _exit_with_error(
             f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[service]'"
         )

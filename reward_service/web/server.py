@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import signal
 import socket
 import threading
@@ -24,6 +23,7 @@ from fastapi import FastAPI
 from reward_service.config import ServiceConfig
 from reward_service.observability.logs import Log
 from reward_service.observability.telemetry import Telemetry, exit_soon, open_telemetry
+from reward_service.runtime.signals import leave
 from reward_service.scoring.auth import Keyring
 from reward_service.scoring.service import ScoringService
 from reward_service.web.addresses import check_exposure, listen, resolve, url
@@ -91,9 +91,9 @@ def _serve(
 
 
 def _exit_now(telemetry: Telemetry) -> None:
-    """End the process without Python's own shutdown, which threads at work on the device would abort."""
+    """Write what is left of the log and end the process."""
     telemetry.sink.flush(_FLUSH_TIMEOUT_S)
-    os._exit(_INTERRUPTED)
+    leave(_INTERRUPTED)
 
 
 def uvicorn_config(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
