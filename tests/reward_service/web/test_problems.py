@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -34,7 +36,7 @@ from reward_service.protocol import (
 )
 from reward_service.scoring.forms import OPTIONS
 from reward_service.web.app import create_app
-from tests.support.service.serving import http_client, png, ready_service
+from tests.support.service.serving import http_client, png, ready_service, wait_until
 
 MARK = "Zk4Qx9"
 ANY = settings(max_examples=80, deadline=None)
@@ -226,6 +228,43 @@ def test_reason_of_a_failed_pair_is_not_sent(
         monkeypatch.undo()
     assert response.json()["code"] == "scoring_failed"
     check_problem(response)
+
+
+FILLER = b"x" * 2**20
+FORM = "multipart/form-data; boundary=xx"
+WEIGHTS_FIELD = b'--xx\r\nContent-Disposition: form-data; name="weights"\r\n\r\n'
+#: kind -> content type, a large body that is refused
+REFUSED: dict[str, tuple[str, bytes]] = {
+    "JSON": (JSON, b'{"items": [], "x": "' + FILLER + b'"}'),
+    "cut JSON": (JSON, b'{"items": [{"prompt": "' + FILLER),
+    "an image": (MSGPACK, msgspec.msgpack.encode({"items": [{"prompt": "x", "image": {"data": FILLER}}]})),
+    "msgpack": (MSGPACK, msgspec.msgpack.encode({"items": [{"prompt": FILLER.decode()}]})),
+    "a form": (FORM, WEIGHTS_FIELD + FILLER + b"\r\n--xx--\r\n"),
+    "no form": (FORM, FILLER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_body_is_released_at_once(app: FastAPI, name: str) -> None:
+    """No reference cycle keeps it until the next garbage collection, which may be far away."""
+    kind, body = REFUSED[name]
+
+    async def send() -> None:
+        async with http_client(app) as client:
+            response = await client.post("/v1/score", content=body, headers={"Content-Type": kind})
+            assert response.status_code in (400, 422)
+
+    asyncio.run(send())  # whatever is kept for later requests
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        asyncio.run(send())
+        # The decoder's thread may still be about to forget it.
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < len(FILLER) // 2, "the release")
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 @pytest.mark.parametrize("packed", [False, True])
