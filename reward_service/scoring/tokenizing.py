@@ -17,8 +17,8 @@ PromptTokens: TypeAlias = Mapping[str, Any]
 #: Runs work off the event loop, in turn with that of other requests.
 Run: TypeAlias = Callable[[Callable[[], dict[str, PromptTokens]]], Awaitable[dict[str, PromptTokens]]]
 
-# A few hundred short prompts, or two of the longest: some 10 ms of work, 100 ms at worst.
-_SLICE_CHARS = 20_000
+# Some fifty short prompts, or one of the longest: some 10 ms of work, 100 ms at worst.
+_SLICE_CHARS = 10_000
 _PROMPT_CHARS = 100  # cost of a prompt beyond its characters
 
 
