@@ -10,7 +10,6 @@ a turn of the event loop of its own; what follows a refusal is not parsed.
 from __future__ import annotations
 
 import re
-import resource
 import uuid
 from asyncio import AbstractEventLoop, Handle, TimerHandle, Transport
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from reward_service.config import Limits
 from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, PROBLEM, ProblemError, encode
+from reward_service.web.open_files import allowed_connections
 
 _LINGER_S = 5.0
 _REFUSED_TIMEOUT_S = 1.0
@@ -32,8 +32,6 @@ _MAX_UNSENT_BYTES = 65_536
 _PORTION_BYTES = 16_384
 # What frames the chunks of a body may be this long, and a sixteenth of the bytes that they carry.
 _FREE_FRAMING_BYTES, _CARRIED_PER_FRAMING = 16_384, 16
-_RESERVED_FILES = 128
-
 _MAX_EMPTY_LINES_BYTES = 64
 
 _HEAD_END = b"\r\n\r\n"
@@ -65,7 +63,7 @@ def connection_class(limits: Limits, on_refusal: Callable[[int, str], None]) -> 
     """
     attributes: dict[str, Any] = {
         "limits": limits,
-        "max_connections": raise_file_limit(limits.max_connections),
+        "max_connections": allowed_connections(limits.max_connections),
         "on_refusal": staticmethod(on_refusal),
         "idle": {},
     }
@@ -448,19 +446,3 @@ def _rendered(error: ProblemError) -> bytes:
         *([] if error.retry_after_s is None else [f"retry-after: {error.retry_after_s}"]),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def raise_file_limit(connections: int) -> int:
-    """Raise the process's limit of open files as far as needed; return how many connections it allows.
-
-    Where it is low, half of it is left to the connections.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + _RESERVED_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return connections
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        soft = allowed
-    return max(1, min(connections, soft - min(_RESERVED_FILES, soft // 2)))

@@ -29,6 +29,7 @@ from reward_service.scoring.service import ScoringService
 from reward_service.web.addresses import check_exposure, listen, resolve, url
 from reward_service.web.app import create_app
 from reward_service.web.connections import connection_class
+from reward_service.web.open_files import file_limit_warning
 
 _MIN_SHUTDOWN_S = 2.0
 _INTERRUPTED_S = 1.0
@@ -82,6 +83,8 @@ def _serve(
         on_warning=telemetry.log.warning,
     )
     service.metrics.lost_log_lines.set_function(lambda: telemetry.sink.lost)
+    if warning := file_limit_warning(config.limits.max_connections):
+        telemetry.log.warning(warning)
     app = create_app(config, service, telemetry.log, telemetry.tracer)
     server = Server(
         uvicorn_config(app, config), on_listening, service, telemetry.log, partial(_exit_now, telemetry)
