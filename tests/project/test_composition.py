@@ -1,14 +1,22 @@
 """Guarantees of the Docker composition that can be checked without an engine."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
+
+from tests.support.service.fake_service import http_server
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
 SERVICES = yaml.safe_load((ROOT / FILES[0]).read_text())["services"]
+DOCKERFILE = (ROOT / "Dockerfile.reward").read_text()
 OURS = ("setup", "reward", "trainer", "worker")
 # docker-compose.gpu.yml takes another configuration, as documented in .env.example.
 ELSEWHERE = {("CONFIG", "configs/karlo.yaml")}
@@ -70,3 +78,23 @@ def test_third_party_services_need_a_profile():
         "setup", "reward", "trainer",
     }  # fmt: skip
     assert {name for name in SERVICES if SERVICES[name]["image"].startswith("karlo-reward-lab/")} == set(OURS)
+
+
+def test_containers_reach_each_other_without_a_proxy():
+    """Docker gives every container the proxies of its client's configuration, in both cases."""
+    for name in ("trainer", "worker", "grafana"):
+        environment = SERVICES[name]["environment"]
+        assert environment["NO_PROXY"] == environment["no_proxy"]
+        assert {"reward", "prometheus", "127.0.0.1"} <= set(environment["NO_PROXY"].split(","))
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_health_check_uses_no_proxy(status, code):
+    """The command of the image, with a proxy in its environment that does not exist."""
+    check = re.search(r"HEALTHCHECK [^\n]*8s.*?CMD (\[.*?\])\n", DOCKERFILE, re.DOTALL)
+    words = json.loads(check[1].replace("\\\n", ""))
+    with http_server(lambda _: httpx.Response(status, json={"status": "ready"})) as url:
+        command = [sys.executable, *words[1:-1], words[-1].replace("http://127.0.0.1:8000", url)]
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+        done = subprocess.run(command, env={**os.environ, **proxies}, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr.decode()

@@ -80,6 +80,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def unset_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
 def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -169,6 +182,32 @@ def test_web_download_errors_name_the_address(cache: Path) -> None:
     assert "reward-service download" in refusal_message(nowhere, "x.pth", SHA256, download=False)
     with serve_files({}) as (address, _):
         assert "404" in refusal_message(Origin(url=address), "x.pth", SHA256)
+
+
+@pytest.mark.parametrize("proxy", ["socks5h://me:hunter2@squid:1080", "ftp://me:hunter2@squid", "http://["])
+def test_download_through_an_unusable_proxy_is_refused_in_one_line(
+    proxy: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the web and from the hub, with what to install or unset, and without the password."""
+    unset_proxies(monkeypatch)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for origin in (Origin(url="https://models.invalid"), Origin(repo="a/b")):
+        message = refusal_message(origin, "x.pth", SHA256)
+        assert "invalid proxy configuration: ALL_PROXY" in message
+        assert "unset ALL_PROXY" in message
+        assert "hunter2" not in message
+
+
+def test_failed_download_names_the_proxy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that does not respond is the likely cause; a loopback address needs none."""
+    unset_proxies(monkeypatch)
+    monkeypatch.setenv("ALL_PROXY", "http://me:hunter2@127.0.0.1:9")
+    message = refusal_message(Origin(url="https://models.invalid"), "x.pth", SHA256)
+    assert "through the proxy 127.0.0.1:9 (ALL_PROXY)" in message
+    assert "hunter2" not in message
+    with serve_files({"/x.pth": CONTENT}) as (address, _):
+        assert ModelFiles().get(Origin(url=address), "x.pth", SHA256).size_bytes == len(CONTENT)
 
 
 # ------------------------------------------------------------------------------------------------ the hub

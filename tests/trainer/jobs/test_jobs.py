@@ -1,5 +1,6 @@
 """Trainer jobs: command lines, limits, submission, keys, waiting, errors of the container engine."""
 
+import json
 import math
 import os
 import subprocess
@@ -302,6 +303,35 @@ def test_job_has_no_privileges_and_its_key_is_a_file(tmp_path):
     assert "lab_models:/models:rw" in options["volumes"]
     assert [words[2:4] for words in service.commands] == [["remove", "job-a"], ["new", "job-a"]]
     assert job.started == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, "corp.example"), ({"NO_PROXY": "mine"}, "mine"), ({"no_proxy": "mine"}, "mine")],
+)
+def test_job_reaches_its_scorer_without_a_proxy(tmp_path, monkeypatch, given, expected):
+    """The engine's client configuration gives each container a proxy; its hosts without one are kept."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"proxies": {"default": {"httpProxy": "http://squid:3128", "noProxy": "corp.example"}}})
+    )
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    client = FakeEngine([scorer()], FakeContainer("job"))
+    submit(client, submission(tmp_path, environment=given))
+    environment = client.options["environment"]
+    assert environment["NO_PROXY"] == environment["no_proxy"]
+    assert environment["NO_PROXY"].split(",") == ["lab_reward_1", "localhost", "127.0.0.1", "::1", expected]
+
+
+def test_job_of_a_service_elsewhere_keeps_its_proxies(tmp_path, monkeypatch):
+    """Unless it joins the service's network, where the service is reached by its name."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    client = FakeEngine([], FakeContainer("job"))
+    submit(client, submission(tmp_path, url="http://far.example:8000"))
+    assert client.options["environment"] == {}
+    client = FakeEngine([], FakeContainer("job"))
+    submit(client, submission(tmp_path, "b", url="http://near:8000", network="lab"))
+    assert client.options["environment"]["NO_PROXY"] == "near,localhost,127.0.0.1,::1"
 
 
 def test_job_that_fails_to_start_is_cleaned_up(tmp_path):

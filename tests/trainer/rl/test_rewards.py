@@ -5,7 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from reward_service.client import RewardClient
+from reward_service.client import NotReadyError, RewardClient
 from reward_service.protocol import (
     EvaluatorDescription,
     EvaluatorIdentity,
@@ -15,6 +15,7 @@ from reward_service.protocol import (
     Problem,
     ScoreResponse,
 )
+from trainer.config import ServiceConfig
 from trainer.rl.rewards import ScoringError, ServiceScorer, composite
 
 IMAGES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
@@ -163,3 +164,15 @@ def test_composite_is_weighted_mean() -> None:
     """Weights are relative; an evaluator that is not named has weight 0."""
     z = np.array([[1.0, 5.0, 100.0]])
     assert composite(z, ("a", "b", "c"), {"a": 3.0, "b": 1.0}).tolist() == [2.0]
+
+
+def test_waiting_for_the_service_names_its_proxy(monkeypatch, capsys):
+    """A proxy that swallows the requests is the likely cause of a long wait; its password is not shown."""
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "elsewhere")
+    config = ServiceConfig(url="http://reward:8000", ready_timeout_s=0.5)
+    with pytest.raises(NotReadyError, match=r"through the proxy 127\.0\.0\.1:9 \(HTTP_PROXY\)"):
+        ServiceScorer.connect(config)
+    line = capsys.readouterr().err
+    assert "waiting up to 0.5 s for the reward service at http://reward:8000 through the proxy 127" in line
+    assert "hunter2" not in line
