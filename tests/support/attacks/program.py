@@ -98,8 +98,12 @@ class Program:
 
 
 @contextmanager
-def running(command: Sequence[str] = COMMAND) -> Iterator[Program]:
-    """Run a service that is ready and warm, and end it with the block.
+def running(command: Sequence[str] = COMMAND, *, warm: bool = True) -> Iterator[Program]:
+    """Run a service that is ready, and end it with the block.
+
+    Args:
+        command: starts it; its first line of output ends with the address
+        warm: send it ordinary requests first, for measurements
 
     Raises:
         RuntimeError: it does not start
@@ -119,7 +123,8 @@ def running(command: Sequence[str] = COMMAND) -> Iterator[Program]:
             if process.poll() is not None or time.monotonic() > end_s:
                 raise RuntimeError(f"the service is not ready after {_START_S:g} s")
             time.sleep(0.2)
-        program.warm_up()
+        if warm:
+            program.warm_up()
         yield program
     finally:
         _end(process)
