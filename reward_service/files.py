@@ -79,7 +79,7 @@ def lock(descriptor: int, path: Path, *, blocking: bool = True) -> bool:
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be locked ({error.strerror or error}): its file system has no locks, as some "
-            "network file systems; choose a folder on a local disk"
+            "network file systems; choose one on a local disk"
         ) from None
 
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from reward_service.runtime.text_files import CsvSyntaxError, CsvTable, TextFileError, decode_utf8
+from reward_service.runtime.text_files import (
+    CsvSyntaxError,
+    CsvTable,
+    TextFileError,
+    decode_utf8,
+    unique_keys,
+)
 from reward_service.settings import ConfigError, one_line
 
 FileFormat = Literal["csv", "jsonl"]
@@ -158,7 +164,7 @@ def _read_jsonl(text: str, _columns: Sequence[str]) -> Iterator[tuple[int, Mappi
         if not row.strip():
             continue
         try:
-            values = json.loads(row)
+            values = json.loads(row, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise TextFileError(line, f"not JSON ({one_line(error)})") from None
         if not isinstance(values, dict):

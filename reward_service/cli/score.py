@@ -28,6 +28,7 @@ from reward_service.protocol import (
     encode,
 )
 from reward_service.runtime.console import open_console
+from reward_service.runtime.text_files import require_unicode
 from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.requests import DecodedRequest, RequestParser
 from reward_service.scoring.responses import identities, item_results
@@ -100,7 +101,10 @@ def print_scores(report: OfflineReport, style: Style) -> None:
 
 
 def _prompt_per_image(request: OfflineRequest) -> Sequence[str]:
+    for name in request.evaluators or ():
+        require_unicode(name, "--evaluators")
     for prompt in request.prompts:
+        require_unicode(prompt, "a prompt")
         if not prompt:
             raise ConfigError("the prompt is empty; give it words")
     images, prompts = len(request.paths), len(request.prompts)
@@ -144,8 +148,6 @@ def _decoded_batches(
             yield parser(encode(body, MSGPACK), MSGPACK)
         except ProblemError as error:
             raise ConfigError(_problem_message(error, paths)) from None
-        except UnicodeEncodeError:
-            raise ConfigError("a prompt cannot be encoded as UTF-8; correct it") from None
 
 
 def _problem_message(error: ProblemError, paths: Sequence[Path]) -> str:

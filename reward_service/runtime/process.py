@@ -14,6 +14,10 @@ from reward_service.runtime.errors import ConfigError
 
 #: Modules that Python has on Linux and macOS only.
 POSIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
+NO_POSIX = (
+    f"this program needs Linux or macOS, and this is {sys.platform}; run it there or in a container; "
+    "the Python client (reward_service.client) works here"
+)
 #: Error of pathlib for a user without a home folder.
 PATHLIB_NO_HOME = "Could not determine home directory."
 NO_HOME = "this user has no home folder to keep downloads in; set the environment variable HOME or HF_HOME"
@@ -21,16 +25,13 @@ NO_HOME = "this user has no home folder to keep downloads in; set the environmen
 _USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
 
-def prepare_process(program: str) -> None:
+def prepare_process() -> None:
     """Prepare a process for a command: call it first, before torch is imported.
-
-    Args:
-        program: name of the program, for messages
 
     Raises:
         ConfigError: no command can run here; the message is one line
     """
-    require_posix(program)
+    _require_posix()
     _require_working_directory()
     configure_openmp()
     _name_user()
@@ -38,22 +39,6 @@ def prepare_process(program: str) -> None:
     _print_any_text()
     if not sys.stderr or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def require_posix(program: str) -> None:
-    """Raise ConfigError on a system without file locks and file modes as those of Linux and macOS."""
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:
-        raise posix_error(program) from None
-
-
-def posix_error(program: str) -> ConfigError:
-    """Return the error of a system that the program does not support."""
-    return ConfigError(
-        f"{program} needs Linux or macOS, and this is {sys.platform}; run it there or in a container: "
-        "the client works here (import reward_service.client)"
-    )
 
 
 def use_utf8() -> None:
@@ -80,6 +65,13 @@ def configure_openmp() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _require_posix() -> None:
+    try:
+        import fcntl  # noqa: F401 - file locks
+    except ImportError:
+        raise ConfigError(NO_POSIX) from None
 
 
 def _require_working_directory() -> None:

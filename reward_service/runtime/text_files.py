@@ -1,12 +1,13 @@
-"""UTF-8 text and CSV with the line number of every error, for the prompt and image lists of both programs."""
+"""UTF-8 text, CSV and JSON files of both programs, with the line number of every error."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from reward_service.runtime.errors import one_line
+from reward_service.runtime.errors import ConfigError, one_line
 
 _SEPARATORS = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
 
@@ -45,6 +46,33 @@ def decode_utf8(content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise TextFileError(line, f"not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of a JSON object, as the `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: the object has a key twice
+    """
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key!r} is there twice; remove one")
+        values[key] = value
+    return values
+
+
+def require_unicode(text: str, name: str) -> None:
+    """Raise ConfigError if an argument of the command line was not UTF-8.
+
+    Args:
+        text: the argument, as Python decoded it
+        name: name of the argument, for the message
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is not UTF-8 text; use a terminal with a UTF-8 locale") from None
 
 
 class CsvTable:

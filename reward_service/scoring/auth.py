@@ -275,7 +275,7 @@ def _without(text: str, removed: Sequence[bool]) -> str:
 def _exclusive(path: Path) -> Iterator[None]:
     """Exclude other writers of the file; report what the folder or the disk refuses as a ConfigError."""
     try:
-        with folder_lock(path.parent):
+        with folder_lock(path.resolve().parent):
             yield
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None

@@ -17,6 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reward_service.protocol import EvaluatorScore, Normalization
+from reward_service.runtime.text_files import unique_keys
 from reward_service.settings import ConfigError, one_line
 
 # Far beyond any score, and small enough for z to be finite.
@@ -85,13 +86,17 @@ def load_calibration(path: Path, needed: Sequence[str]) -> Calibration:
         ConfigError: the file is missing, malformed or incomplete
     """
     try:
-        table = Calibration.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        table = Calibration.model_validate_json(content)
+        json.loads(content, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); correct service.calibration") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from None
     for name in needed:
         if name not in table.evaluators:
             raise ConfigError(f"{path}: no scale for evaluator {name}; add its mean and std")

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reward_service.engine.types import Pair
+from reward_service.runtime.text_files import unique_keys
 from reward_service.settings import ConfigError, one_line
 
 _HEIGHT_PX, _WIDTH_PX = 420, 512
@@ -103,13 +104,17 @@ def load_golden(path: Path) -> GoldenScores:
     """
     remedy = "rewrite it with reward-service canary --write"
     try:
-        golden = GoldenScores.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        golden = GoldenScores.model_validate_json(content)
+        json.loads(content, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{path}: {location}: {one_line(first['msg'])}; {remedy}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {one_line(error)}; {remedy}") from None
     if golden.pair != pair_hash(canary_pair()):
         raise ConfigError(f"{path}: the golden scores are for another canary pair; {remedy}")
     return golden

@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 class Inner(Settings):
     rate: float = 0.1
     folder: ConfigPath | None = None
+    name: str = ""
 
 
 class Outer(Settings):
@@ -73,7 +74,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (
             "service: {count: 3, many: {a: {x: 1}}}",
             [],
-            "service.many.a.x: unknown key; known keys: folder, rate",
+            "service.many.a.x: unknown key; known keys: folder, name, rate",
         ),
         ("service: {}", [], "service.count: required, but missing"),
         ("service: {count: three}", [], "(found 'three')"),
@@ -135,3 +136,59 @@ def test_durations_are_finite_and_positive(name: str, value: str) -> None:
     """No infinity, which would end in a traceback or in a check that never runs."""
     with pytest.raises(ConfigError, match=name):
         load_config(overrides=[f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("inner.folder=/a b #c.json", Path("/a b #c.json")),
+        ("inner.folder=/a: {b}", Path("/a: {b}")),
+        ("inner.folder=~", Path.home()),
+        ("inner.folder=/2024", Path("/2024")),
+        ("inner.folder=null", None),
+        ("inner.name=1e3", "1e3"),
+        ("inner.name=007", "007"),
+        ("inner.name=a #b", "a #b"),
+        ("inner.name='a'", "a"),
+        ("inner.name=::", "::"),
+        ("count=010", 10),
+    ],
+)
+def test_paths_and_texts_of_overrides_are_taken_as_they_are(
+    tmp_path: Path, override: str, value: object
+) -> None:
+    """YAML reads numbers and lists only; null is none where that is allowed."""
+    loaded = load(write(tmp_path, "service: {count: 3}"), override)
+    key = override.partition("=")[0].rpartition(".")[2]
+    assert getattr(loaded if key == "count" else loaded.inner, key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("service:\n  count: 3\n  count: 4", [], "line 3: the key 'count' is there twice, first in line 2"),
+        ("service: {count: 3}", ["inner={rate: 1, rate: 2}"], "the key 'rate' is there twice"),
+        ("service: {count: 1:30}", [], "(found '1:30')"),
+        ("service: {count: 3}", ["count=1:30"], "(found '1:30')"),
+        ("service: {count: 3, inner: {name: 123}}", [], "(found 123); put it in quotes"),
+        ("service: {count: 3, inner: {folder: 2024}}", [], "(found 2024); put it in quotes"),
+        ("service: {count: 3}", ["inner.folder="], "the value is empty; write null for none"),
+        ("service: {count: 3}", ["inner.folder=~nobody-here/a"], "~nobody-here has no home folder here"),
+        ("service: &a {count: 3, <<: {rate: 1}}", [], "merge keys (<<) are not part of YAML 1.2"),
+    ],
+)
+def test_values_are_not_read_as_something_else(
+    tmp_path: Path, text: str, overrides: list[str], words: str
+) -> None:
+    """What YAML 1.1 takes in silence is refused in one line."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text), *overrides)
+    assert words in str(caught.value)
+
+
+def test_a_relative_link_stays_a_link(tmp_path: Path) -> None:
+    """A mounted secret is a link that is set to another file when the secret changes."""
+    (tmp_path / "old.txt").touch()
+    (tmp_path / "link.txt").symlink_to("old.txt")
+    loaded = load(write(tmp_path, "service: {count: 3, inner: {folder: link.txt}}"))
+    assert loaded.inner.folder == tmp_path.resolve() / "link.txt"

@@ -20,12 +20,13 @@ from reward_service.client import RewardClientError
 from reward_service.runtime.console import open_console, show_whole_summaries
 from reward_service.runtime.process import (
     NO_HOME,
+    NO_POSIX,
     PATHLIB_NO_HOME,
     POSIX_MODULES,
-    posix_error,
     prepare_process,
     use_utf8,
 )
+from reward_service.runtime.text_files import require_unicode
 from reward_service.settings import DEFAULT_CONFIG, one_line
 from trainer.cli.experiments import commands, with_service
 from trainer.cli.jobs import jobs_app
@@ -168,6 +169,8 @@ def generate(
     """Generate images with the LoRA of a run."""
     refuse_several("generate")
     settings = _load(config, seed, set_, overrides)
+    for text in prompt:
+        require_unicode(text, "--prompt")
     prompts = normalize_prompts(prompt)
     if not prompts:
         raise ConfigError("--prompt is empty; describe the image")
@@ -223,7 +226,7 @@ def main() -> None:
     """Run a command; turn every user error into one line on stderr and an exit code."""
     use_utf8()
     try:
-        prepare_process("reward-trainer")
+        prepare_process()
         install_signal_handlers()
         command: Any = typer.main.get_command(app)
         show_whole_summaries(command)
@@ -246,7 +249,7 @@ def main() -> None:
         if (error.name or "").startswith(("reward_service", "trainer")):
             raise
         missing = f"{error.name} is not installed; install the extra: pip install 'karlo-reward-lab[trainer]'"
-        code = _fail(str(posix_error("reward-trainer")) if error.name in POSIX_MODULES else missing, 2)
+        code = _fail(NO_POSIX if error.name in POSIX_MODULES else missing, 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reward_service.runtime.text_files import CsvSyntaxError, CsvTable, TextFileError, decode_utf8
+from reward_service.runtime.text_files import (
+    CsvSyntaxError,
+    CsvTable,
+    TextFileError,
+    decode_utf8,
+    unique_keys,
+)
 from trainer.config import ConfigError
 
 USER_COLUMNS = ("user", "user_name")  # the second is DiffusionDB's
@@ -139,9 +145,13 @@ def _read_json_lines(path: Path, text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
-            cause = getattr(error, "msg", "cannot be read")
+            cause = (
+                "too deeply nested"
+                if isinstance(error, RecursionError)
+                else getattr(error, "msg", str(error))
+            )
             raise ConfigError(
                 f'{path}, line {number}: invalid JSON ({cause}); write {{"prompt": "..."}} on each line'
             ) from error

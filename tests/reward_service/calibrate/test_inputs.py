@@ -8,6 +8,7 @@ import pytest
 
 from reward_service.calibrate.inputs import check_images_exist, read_images, read_preferences
 from reward_service.settings import ConfigError
+from trainer.data.prompts import read_prompts
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -31,6 +32,13 @@ def test_csv_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
     one, other = read_images(table), read_images(lines)
     assert [row.key for row in one] == [row.key for row in other]
     assert one[0].prompt == one[0].group == 'a cat, "red"\non grass'
+
+
+def test_headers_are_those_of_the_trainer(tmp_path: Path) -> None:
+    """Capital letters and spaces around a column's name do not matter, in either program."""
+    table = write(tmp_path, "a.csv", "Prompt , IMAGE\nx,a.png\n")
+    assert [row.key for row in read_images(table)] == [("x", "a.png")]
+    assert read_prompts(table) == ("x",)
 
 
 def test_a_group_is_the_prompt_id_or_the_prompt(tmp_path: Path) -> None:
@@ -58,6 +66,10 @@ def test_preferences_may_have_weights(tmp_path: Path) -> None:
 MISTAKES = {
     "columns": ("a.csv", "file,text\na,x\n", "no column image and prompt"),
     "empty file": ("a.csv", "", "no column image"),
+    "semicolons": ("a.csv", "image;prompt\na;x\n", "line 1: the separator is a comma, not a semicolon"),
+    "two columns": ("a.csv", "image,prompt,Prompt\na,x,y\n", "line 1: several columns prompt"),
+    "after a quoted line end": ("a.csv", 'image,prompt\na,"x\ny"\nb\n', "line 4: expected 2 fields"),
+    "with a quoted line end": ("a.csv", 'image,prompt\na,x\n,"x\ny"\n', "line 3: image is empty"),
     "no rows": ("a.csv", "image,prompt\n", "no rows"),
     "empty prompt": ("a.csv", "image,prompt\na,x\nb,\n", "line 3: prompt is empty"),
     "blank prompt": ("a.csv", 'image,prompt\na,"  "\n', "line 2: prompt"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,6 +170,25 @@ def test_merged_score_files_give_the_same_table(run: Run, dataset: Path, table: 
         merged = tmp_path / f"{order[0]}-first.json"
         assert run(*scores, "--pairs", dataset / "pairs.csv", "--output", merged, *FAST)[0] == 0
         assert without_date(merged) == without_date(table)
+
+
+def test_a_log_has_whole_lines(
+    run: Run, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No carriage returns of a progress bar, no numbers cut to a width, and an option that a shell takes."""
+    monkeypatch.setenv("COLUMNS", "40")
+    (folder := tmp_path / "a b #c").mkdir()
+    output = folder / "table.json"
+    code, out, err = run("--images", dataset, "--prompts", dataset / "one.csv", "--output", output, *FAST)
+    assert code == 0, err
+    assert "\r" not in err
+    assert "images scored, 0 were there" in err
+    assert "…" not in out
+    for row in read(output)["evaluators"].values():
+        assert f"{row['mean']:.4f} [" in out
+    option = shlex.split(out.splitlines()[-1].partition("serve with --set ")[2])
+    assert option == [f"calibration={output}"]
+    assert load_config(DEFAULT_CONFIG, option).calibration == output
 
 
 def without_date(path: Path) -> dict[str, Any]:

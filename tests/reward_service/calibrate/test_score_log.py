@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +99,34 @@ def test_a_second_concurrent_run_is_refused(tmp_path: Path) -> None:
         open_score_file(path, FINGERPRINTS),
     ):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not mistaken for another run."""
+
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(ConfigError, match=f"{os.strerror(code)}.*has no locks.*local disk") as caught,
+        open_score_file(tmp_path / "s.jsonl", FINGERPRINTS),
+    ):
+        pass
+    assert "another run" not in str(caught.value)
+
+
+def test_others_cannot_write_a_score_file(tmp_path: Path) -> None:
+    """Not even if the umask allows it: a merged table takes its scores from there."""
+    before = os.umask(0)
+    try:
+        path = score_file(tmp_path / "s.jsonl", row("a"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_merged_files_must_agree_on_common_images(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 
 from reward_service.cli.main import main
-from reward_service.config import Auth, ServiceConfig
+from reward_service.config import Auth, ServiceConfig, load_config
 from reward_service.engine.engine import RewardEngine
 from reward_service.scoring.auth import Client, Keyring, load_keys, new_key, remove_keys
 from reward_service.scoring.service import ScoringService
@@ -110,6 +111,8 @@ BROKEN = {
     "empty": ("", "no keys"),
     "no keys": ("[]", "no keys"),
     "not YAML": ("- [", "not a YAML list"),
+    "duplicate key": (f"- name: a\n  sha256: '{HASH}'\n  name: b", "line 3: the key 'name' is there twice"),
+    "syntax error": ("- name: a\n  sha256: {rk_secret", r"not a YAML list of keys \(line 2\)"),
     "no hash": ("- name: a", "sha256"),
     "a key for a hash": ("- {name: a, sha256: rk_secret}", "sha256"),
     "unknown field": (f"- {{name: a, sha256: '{HASH}', wieght: 2}}", "wieght"),
@@ -346,4 +349,32 @@ def test_keys_new_refuses_invalid_names_and_weights(path: Path, arguments: list[
     with pytest.raises(SystemExit) as exit_info:
         main(["keys", "new", *arguments, "--file", str(path)])
     assert exit_info.value.code == 2
+    assert not path.exists()
+
+
+def test_keys_new_prints_the_path_as_it_was_given(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through a link: serving its target would miss that the link is set to another file."""
+    new_key(path, "a")
+    (folder := tmp_path / "a b #c").mkdir()
+    (folder / "link.yaml").symlink_to(path)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as exited:
+        main(["keys", "new", "b", "--file", "link.yaml"])
+    assert not exited.value.code
+    option = shlex.quote(f"auth.keys={folder / 'link.yaml'}")
+    assert f"serve with --set {option};" in capsys.readouterr().err
+    assert load_config(overrides=[shlex.split(option)[0]]).auth.keys == folder / "link.yaml"
+
+
+def test_keys_new_without_locks_names_the_file_system(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands at once would lose a key."""
+
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ConfigError, match=r"No locks available.*its file system has no locks"):
+        new_key(path, "a")
     assert not path.exists()

@@ -71,6 +71,11 @@ def test_identity_depends_on_mean_and_std() -> None:
             "evaluators.clip.std",  # z would be infinite
         ),
         ({"evaluators": {}}, "provisional"),
+        (
+            '{"provisional": true, "provenance": "x", "evaluators": '
+            '{"clip": {"mean": 0, "std": 1}, "clip": {"mean": 0, "std": 2}}}',
+            "the key 'clip' is there twice",
+        ),
     ],
 )
 def test_unusable_table_is_reported_in_one_line(tmp_path: Path, content: object, expected: str) -> None:

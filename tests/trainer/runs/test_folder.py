@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from trainer.config import ConfigError, TrainerConfig
+from trainer.config import ConfigError, TrainerConfig, load_trainer_config
 from trainer.runs.folder import RunFolder, model_card
 from trainer.runs.grids import before_and_after, grid
 
@@ -18,6 +18,13 @@ def test_create_writes_the_resolved_configuration(trainer_config: TrainerConfig)
     run = RunFolder.create(trainer_config)
     saved = yaml.safe_load((run.path / "config.yaml").read_text())
     assert TrainerConfig.model_validate(saved["trainer"]) == trainer_config
+
+
+@pytest.mark.parametrize("name", ["1e3", "0o17", "yes", "2024-01-01", "010"])
+def test_a_name_that_looks_like_a_number_stays_a_name(trainer_config: TrainerConfig, name: str) -> None:
+    """A run resumes with its own config.yaml."""
+    run = RunFolder.create(trainer_config.model_copy(update={"name": name}))
+    assert load_trainer_config(run.path / "config.yaml").name == name
 
 
 def test_create_never_reuses_a_folder(trainer_config: TrainerConfig) -> None:

@@ -1,5 +1,6 @@
 """Atomic writes of files and folders, and locks between processes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from threading import Thread
 
 import pytest
 
+from trainer.runtime.errors import StorageError
 from trainer.runtime.files import Lock, LockHeldError, clear_stale, replacing, write_atomically
 
 REPOSITORY = Path(__file__).parents[3]
@@ -97,6 +99,22 @@ def test_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
     again = Lock(path)
     again.release()
     again.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_lock_names_a_file_system_without_locks(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system, of which the library says nothing or something else: one line with a remedy."""
+
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StorageError, match=f"{os.strerror(code)}.*has no locks.*local disk"):
+        Lock(tmp_path / ".lock")
+    write_atomically(tmp_path / "a.json", b"{}")  # one writer at a time is all that it needs
+    assert (tmp_path / "a.json").read_bytes() == b"{}"
 
 
 def test_lock_waits_for_its_release(tmp_path: Path) -> None:
