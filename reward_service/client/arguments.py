@@ -31,13 +31,18 @@ def parse_base_url(base_url: Any) -> httpx.URL:
         raise InputError(f"the service address is not a URL: {error}") from None
     if url.userinfo:
         raise InputError("the service address holds a user name or password; give the key as api_key")
-    valid_port = url.port is None or 0 < url.port < 2**16
-    if url.scheme not in ("http", "https") or not url.host or not valid_port or url.query or url.fragment:
+    if url.scheme not in ("http", "https") or not names_a_host(url) or url.query or url.fragment:
         raise InputError(
             f"the service address {str(url)!r} must start with http:// or https:// and be like "
             "http://127.0.0.1:8000 or https://host/path"
         )
     return url
+
+
+def names_a_host(url: httpx.URL) -> bool:
+    """Return whether a URL has a host without quoted characters, and a possible port, if any."""
+    valid_port = url.port is None or 0 < url.port < 2**16
+    return bool(url.host) and valid_port and (b"%" not in url.raw_host or ":" in url.host)
 
 
 def parse_credentials(api_key: Any, client_id: Any) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
+from reward_service.client.arguments import names_a_host
 from reward_service.client.errors import InputError
 
 _SOCKS = ("socks5", "socks5h")
@@ -59,10 +60,9 @@ def find_proxy(url: httpx.URL) -> Proxy | None:
     address = proxies[scheme].strip()
     try:
         found = httpx.URL(address if "://" in address else f"http://{address}")
-        valid_port = found.port is None or 0 < found.port < 2**16
     except httpx.InvalidURL:
         raise _error(url, f"{variable} is not a URL", variable) from None
-    if found.scheme not in _SCHEMES or not found.host or not valid_port:
+    if found.scheme not in _SCHEMES or not names_a_host(found):
         raise _error(url, f"{variable} is not the URL of an HTTP or SOCKS5 proxy", variable)
     proxy = Proxy(found, variable)
     if found.scheme in _SOCKS and importlib.util.find_spec("socksio") is None:

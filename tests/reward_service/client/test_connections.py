@@ -81,6 +81,8 @@ def test_a_base_url_may_have_a_path(path: str, requested: str) -> None:
         ("http://service:80000", "be like"),
         ("http://service:x", "is not a URL"),
         ("http://service/?a=1", "be like"),
+        ("http://two words", "be like"),
+        ("http://a..b", "is not a URL"),
         ("http://user:hunter2@service", "give the key as api_key"),
         (None, "start with http"),
     ],
