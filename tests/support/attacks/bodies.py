@@ -94,6 +94,13 @@ def form_head(unit: bytes, size: int = LARGE) -> Message:
     return raw_form(b"--%s\r\n" % BOUNDARY + unit * (size // len(unit)) + b"\r\n\r\nx\r\n--frontier--\r\n")
 
 
+def form_of_full_headers() -> Message:
+    """Return a form of as many parts as are parsed, each with as long headers as are parsed."""
+    header = b'Content-Disposition: form-data; name="image"' + b"; a" * 1300
+    head = b"--%s\r\n" % BOUNDARY + b"\r\n".join([header] * 7) + b"\r\n\r\n\r\n"
+    return raw_form(head * 2000 + b"--%s--\r\n" % BOUNDARY)
+
+
 def near_boundaries(size: int = LARGE) -> Message:
     """Return a form whose image consists of almost-boundaries."""
     unit = b"\r\n--frontie"
@@ -140,6 +147,13 @@ def msgpack_value(name: bytes, head: bytes, unit: bytes, size: int = LARGE) -> M
     count = size // len(unit)
     key = bytes([0xA0 | len(name)]) + name
     return Message(b"\x82" + key + head + count.to_bytes(4, "big") + unit * count + b"\xa5items\x90", MSGPACK)
+
+
+def msgpack_repeated(name: bytes, value: bytes, before: bytes = b"", size: int = LARGE) -> Message:
+    """Return msgpack with a map whose keys are all equal, behind some bytes."""
+    entry = bytes([0xA0 | len(name)]) + name + value
+    count = size // len(entry)
+    return Message(before + b"\xdf" + count.to_bytes(4, "big") + entry * count, MSGPACK)
 
 
 def msgpack_nested(depth: int) -> Message:

@@ -180,6 +180,11 @@ def _messages() -> dict[str, Callable[[], Message]]:
         "form-backslashes": lambda: bodies.raw_form(
             b'--frontier\r\nContent-Disposition: form-data; name="' + b"\\" * 5_000_000 + b'"\r\n\r\nx\r\n'
         ),
+        "form-whole-boundaries": lambda: bodies.form_field("image", b"\r\n--frontierz"),
+        "form-padded-boundary": lambda: bodies.raw_form(
+            bodies.part("image", b"") + b"--frontier" + b" " * size
+        ),
+        "form-full-headers": lambda: bodies.form_of_full_headers(),
         "form-line-ends": lambda: bodies.raw_form(b"\r\n" * (size // 2)),
         "form-long-boundary": lambda: bodies.raw_form(
             b"--" + b"a" * 8000 + b"\r\n" + (b"\r\n--" + b"a" * 7999) * 7000,
@@ -208,6 +213,15 @@ def _messages() -> dict[str, Callable[[], Message]]:
         "msgpack-evaluator-names": lambda: bodies.msgpack_value(b"evaluators", b"\xdd", b"\xa4clip"),
         "msgpack-weights": lambda: bodies.msgpack_value(b"weights", b"\xdf", b"\xa0\x01"),
         "msgpack-unknown": lambda: bodies.msgpack_value(b"x", b"\xdd", b"\x91\xc0"),
+        "msgpack-items-repeated": lambda: bodies.msgpack_repeated(
+            b"items", b"\x91\x82\xa6prompt\xa1x\xa5image\x81\xa4data\xc4\0"
+        ),
+        "msgpack-image-repeated": lambda: bodies.msgpack_repeated(
+            b"image", b"\x81\xa4data\xc4\0", b"\x81\xa5items\x91"
+        ),
+        "msgpack-long-choice": lambda: Message(
+            b"\x81\xadnormalization\xdb" + size.to_bytes(4, "big") + b"'" * size, MSGPACK
+        ),
         "msgpack-nested": lambda: bodies.msgpack_nested(size),
     }
 
