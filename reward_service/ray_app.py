@@ -32,7 +32,7 @@ from starlette.responses import Response
 from reward_service.config import ServiceConfig, load_config
 from reward_service.observability.metrics import Metrics
 from reward_service.observability.telemetry import Telemetry, exit_soon, open_telemetry
-from reward_service.protocol import JSON, PROBLEM, ProblemError, encode
+from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, PROBLEM, ProblemError, encode
 from reward_service.runtime.process import configure_openmp
 from reward_service.scheduler.autoscaling import PAIRS
 from reward_service.scoring.auth import load_keys
@@ -40,7 +40,7 @@ from reward_service.scoring.calibration import load_calibration
 from reward_service.scoring.service import RETRY_LOADING_S, ScoringService
 from reward_service.settings import DEFAULT_CONFIG, ConfigError, Settings, expand_user, one_line
 from reward_service.web.app import create_app
-from reward_service.web.dependencies import request_id
+from reward_service.web.dependencies import LARGE_HEAD, request_id
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -296,7 +296,9 @@ class RayProxyMiddleware:
         if scope["type"] != "http":  # the service itself refuses websockets
             await self._app(scope, receive, send)
         elif self._loopback_only and (self._behind_haproxy or not _is_loopback(scope)):
-            await _refusal(scope)(scope, receive, send)
+            await _refusal(scope, _NO_KEYS)(scope, receive, send)
+        elif _has_large_head(scope):
+            await _refusal(scope, LARGE_HEAD)(scope, receive, send)
         else:
             await _translate_cancellation(self._app, scope, receive, _without_duplicate_id(scope, send))
 
@@ -342,9 +344,16 @@ def _without_duplicate_id(scope: Scope, send: Send) -> Send:
     return send_without_duplicate
 
 
-def _refusal(scope: Scope) -> Response:
-    problem = _NO_KEYS.to_problem(request_id(Request(scope)))
-    return Response(encode(problem, JSON), int(_NO_KEYS.status), media_type=PROBLEM)
+def _has_large_head(scope: Scope) -> bool:
+    """Return whether a request exceeds the bounds that the service has on its own socket."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope.get("query_string", b""))
+    return len(headers) > MAX_HEADERS or size > MAX_HEAD_BYTES
+
+
+def _refusal(scope: Scope, error: ProblemError) -> Response:
+    problem = error.to_problem(request_id(Request(scope)))
+    return Response(encode(problem, JSON), int(error.status), media_type=PROBLEM)
 
 
 def _is_loopback(scope: Scope) -> bool:

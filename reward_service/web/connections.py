@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from reward_service.config import Limits
 from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, PROBLEM, ProblemError, encode
+from reward_service.web.dependencies import LARGE_HEAD
 from reward_service.web.open_files import allowed_connections
 
 _LINGER_S = 5.0
@@ -44,10 +45,6 @@ _HTTP_1_1 = b"1.1"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _MALFORMED = ProblemError("malformed_request", "not a valid HTTP/1.1 request; check the client")
-_LARGE_HEAD = ProblemError(
-    "headers_too_large",
-    f"request line and headers exceed {MAX_HEAD_BYTES // 1024} KiB or {MAX_HEADERS} headers; send fewer",
-)
 _SMALL_CHUNKS = ProblemError(
     "malformed_request", "the chunks of the body are too small; send larger ones, or a Content-Length"
 )
@@ -170,7 +167,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(_MALFORMED)
             return False
         if len(head) >= MAX_HEAD_BYTES or head.count(b"\n") > MAX_HEADERS + 2:
-            self._refuse(_LARGE_HEAD)
+            self._refuse(LARGE_HEAD)
             return False
         if line is None or not whole:
             return False

@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from reward_service.observability.tracing import RequestTrace
-from reward_service.protocol import JSON, MSGPACK, ProblemError, item_problem
+from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, MSGPACK, ProblemError, item_problem
 from reward_service.scoring.auth import Client, Keyring, Permission
 from reward_service.scoring.forms import MULTIPART
 from reward_service.web.openapi import CLIENT_ID, MAX_DEADLINE_MS, MIN_DEADLINE_MS
@@ -26,6 +26,11 @@ _QUALITY = re.compile(r"[01](\.[0-9]{0,3})?")
 _CHALLENGE = 'Bearer realm="reward-service"'
 _MAX_LENGTH_DIGITS = 18
 _MAX_ACCEPT_CHARS = 1024
+
+LARGE_HEAD = ProblemError(
+    "headers_too_large",
+    f"request line and headers exceed {MAX_HEAD_BYTES // 1024} KiB or {MAX_HEADERS} headers; send fewer",
+)
 
 
 class ClientDisconnectedError(Exception):

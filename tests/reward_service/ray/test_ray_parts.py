@@ -107,6 +107,14 @@ def test_request_id_is_not_sent_twice(given: str, expected: list[bytes]) -> None
     assert [value for name, value in start["headers"] if name == b"x-request-id"] == expected
 
 
+@pytest.mark.parametrize("headers", [{"accept": "a" * 60_000}, {f"x-{number}": "" for number in range(1000)}])
+def test_large_head_is_refused(headers: dict[str, str]) -> None:
+    """As on the service's own socket; Ray's proxy has no bounds of its own."""
+    start, body = respond(scope(**headers), loopback_only=True)
+    assert start["status"] == 431
+    assert b"headers_too_large" in body["body"]
+
+
 def test_cancelled_request_is_a_disconnect() -> None:
     """The application receives ASGI's disconnect message and can finish in order."""
     events: list[Any] = []

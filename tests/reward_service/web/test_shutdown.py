@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores
 from reward_service.observability.metrics import Metrics
 from reward_service.scoring.service import ScoringService, open_backend
+from reward_service.settings import DEFAULT_CONFIG
 
 READY_S, END_S = 300.0, 120.0
 # The prompt selects the fault.
@@ -85,6 +89,14 @@ def wait_for(url: str, status: int) -> None:
         time.sleep(0.05)
 
 
+def wait_for_pairs(url: str) -> None:
+    """Wait until a request is admitted."""
+    deadline = time.monotonic() + READY_S
+    while "reward_inflight_bytes 0.0" in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def send_request(url: str, prompt: str, **options: Any) -> httpx.Response:
     image = {"data": "AAAA", "format": "raw", "shape": [1, 1, 3]}
     body = {"items": [{"prompt": prompt, "image": image}], **options}
@@ -112,6 +124,55 @@ def test_hung_device_ends_the_process() -> None:
     (line,) = [event for event in events(log) if event.endswith("so that it can be restarted")]
     assert "has not responded for 1 s" in line
     assert log.splitlines()[-1] == "reward-service: the device has not responded for 1 s"
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_ends_the_process_at_once() -> None:
+    """Also while the device is at work: unfinished requests get a 503, and there is no traceback."""
+    with service("drain_s=100") as (process, url), ThreadPoolExecutor(1) as clients:
+        unfinished = clients.submit(send_request, url, "hang")
+        wait_for_pairs(url)
+        process.send_signal(signal.SIGINT)
+        wait_for(url, 503)
+        process.send_signal(signal.SIGINT)
+        assert (unfinished.result().status_code, unfinished.result().json()["code"]) == (503, "not_ready")
+        _, log = process.communicate(timeout=END_S)
+    assert process.returncode == 130
+    assert "Traceback" not in log
+    assert "CancelledError" not in log
+
+
+IMPORTING = """
+import sys, time
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1] + ".cli":
+            print("importing", flush=True)
+            time.sleep(1000)
+sys.meta_path.insert(0, Finder())
+__import__(sys.argv[1] + ".__main__")
+sys.modules[sys.argv[1] + ".__main__"].main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", ["reward_service", "trainer"])
+def test_signal_during_the_imports(program: str, number: signal.Signals) -> None:
+    """It has a handler before the imports begin, as process 1 needs it, and ends the program in silence."""
+    command = [sys.executable, "-c", IMPORTING, program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, errors) == (128 + number, "")
+
+
+@pytest.mark.parametrize("name", ["reward-service", "reward-trainer"])
+def test_commands_install_their_handlers_first(name: str) -> None:
+    """The console scripts start at the entry points that do."""
+    project = tomllib.loads((DEFAULT_CONFIG.parent.parent / "pyproject.toml").read_text())
+    assert project["project"]["scripts"][name].endswith(".__main__:main")
 
 
 @pytest.mark.slow
