@@ -120,7 +120,7 @@ def running_service(setup: Setup) -> Iterator[ServiceProcess]:
     with running_child("benchmarks.serving.host", setup) as started:
         url = started.read_line().decode().split()[-1]
         deadline = time.monotonic() + _READY_S
-        with httpx.Client(base_url=url) as connection:
+        with httpx.Client(base_url=url, trust_env=False) as connection:
             while connection.get("/health/ready").status_code != httpx.codes.OK:
                 if time.monotonic() > deadline or started.process.poll() is not None:
                     started.read_line()

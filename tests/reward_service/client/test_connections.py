@@ -118,6 +118,8 @@ def test_loopback_addresses_ignore_the_proxy(monkeypatch: pytest.MonkeyPatch, pr
             RewardClient("http://service.invalid")
 
 
+# Python 3.12 warns of a fork beside threads, which is the case under test.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_opens_its_own_connections() -> None:
     """The child neither writes to the parent's socket nor waits for its locks; both can score."""
     service = RecordingService()

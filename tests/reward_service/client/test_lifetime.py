@@ -199,6 +199,8 @@ def test_close_ends_the_connections_of_other_event_loops() -> None:
 # ----------------------------------------------------------------------------------------- processes, copies
 
 
+# Python 3.12 warns of a fork beside threads, which is the case under test.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_does_not_inherit_a_held_lock() -> None:
     """A worker that is forked while another thread compares identities can score."""
     with Server(9) as server, RewardClient(server.url, pin="first") as client:
