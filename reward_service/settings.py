@@ -74,7 +74,7 @@ def load_section(
         path: the YAML file
         section: `service` or `trainer`
         overrides: `key.subkey=value` strings, relative to the section. Values are YAML, but those of settings
-            that are texts or paths are taken as they are, `null` apart
+            that are texts or paths are taken as they are, apart from `null` and quotes around the whole
         presets: `key.subkey` of a mapping in the file, from such keys to values; overrides take precedence
 
     Raises:
@@ -167,18 +167,27 @@ def _apply_override(model: type[BaseModel], values: dict[str, Any], override: st
 def _override_value(annotation: Any, text: str) -> Any:
     """Return the value of an override.
 
-    A path is the text as it is, whatever YAML would make of it. So is another string, unless it is quoted.
+    A path or another text is taken as it is, whatever YAML would make of it, unless all of it is quoted.
     """
     inner = _unwrap(annotation)
-    if inner is not Path and not _is_text(annotation):
+    is_path = inner is Path
+    if not is_path and not _is_text(annotation):
         return parse_yaml(text)
     if text.strip() == "null" and inner is not annotation:
         return None
-    if inner is Path:
-        return Path(text)
-    if text.strip()[0] in "\"'" and isinstance(quoted := parse_yaml(text), str):
-        return quoted
-    return text.strip()
+    plain = _unquoted(text.strip()) or (text if is_path else text.strip())
+    # A path object, so that a name that is not UTF-8 is valid.
+    return Path(plain) if is_path else plain
+
+
+def _unquoted(text: str) -> str | None:
+    """Return the text within the quotes of YAML; None if the text is not a quoted one."""
+    if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
+        return None
+    try:
+        return str(parse_yaml(text))
+    except YamlError:
+        return None
 
 
 def _is_text(annotation: Any) -> bool:
