@@ -228,7 +228,8 @@ class ServiceConfig(Settings):
         dtype: dtype of the trunks; heads and cosines are always float32
         acceleration: whether image passes are compiled or captured as CUDA graphs
         threads: CPU threads of torch; None for torch's default
-        decode_threads: threads that decode images
+        decode_threads: threads that decode images, each with a child process for files; as many again, with
+            lower priority, for large images
         prepare_ahead: whether to preprocess the next batch's images while a batch runs; None means only if
             the device is not the CPU, which would be busy with the batch
         batch_pairs: maximum number of pairs of one forward pass

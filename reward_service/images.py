@@ -13,6 +13,7 @@ CMYK, YCCK          converted by Pillow (Adobe's inverted JPEGs included)
 16 bits a channel   the high byte
 animation           the first frame
 ICC profile, gamma  ignored, as the reference scorers do
+other metadata      ignored; it is removed before decoding (`image_files`)
 ==================  ===========================================================================
 """
 

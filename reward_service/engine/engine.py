@@ -97,13 +97,18 @@ class RewardEngine:
     def prepare(self, pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[Pair]:
         """Return the pairs with preprocessed images; safe on any thread while `score` runs.
 
-        An image that cannot be preprocessed stays as it is; `score` then raises its error.
+        Pairs that are prepared already stay as they are, so `names` must not have changed. An image that
+        cannot be preprocessed stays as it is; `score` then raises its error.
         """
         evaluators = [self.evaluators[name] for name in (self.evaluators if names is None else names)]
         methods = {evaluator.preprocessing for evaluator in evaluators}
-        images, rows = deduplicate_images([pair.image for pair in pairs])
-        inputs = list(self._workers.map(partial(_preprocess, methods), images))
-        return [replace(pair, preprocessed=inputs[row]) for pair, row in zip(pairs, rows, strict=True)]
+        missing = [pair for pair in pairs if not pair.preprocessed]
+        images, rows = deduplicate_images([pair.image for pair in missing])
+        # One image gains nothing from the workers, which are left to the pairs that `score` runs.
+        map_function = map if len(images) == 1 else self._workers.map
+        inputs = list(map_function(partial(_preprocess, methods), images))
+        prepared = (replace(pair, preprocessed=inputs[row]) for pair, row in zip(missing, rows, strict=True))
+        return [pair if pair.preprocessed else next(prepared) for pair in pairs]
 
     def tokenize(self, prompt: str, names: Sequence[str] | None = None) -> dict[str, Tokens]:
         """Return a prompt's tokens by tower; safe on any thread while `score` runs.

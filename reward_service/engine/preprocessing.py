@@ -110,4 +110,4 @@ def _to_unit_tensor(image: Pixels) -> Tensor:
     """Return uint8 (H, W, 3) as float32 (3, H, W) in [0, 1]."""
     # Always a copy: for a single pixel it would be the input array itself, which may be read-only.
     channels_first = np.array(image.transpose(2, 0, 1), order="C")
-    return torch.from_numpy(channels_first).to(torch.float32).div(255)
+    return torch.from_numpy(channels_first).to(torch.float32).div_(255)

@@ -1,12 +1,14 @@
 """Child process that decodes image files, one at a time; Pillow and numpy only.
 
-Frames on its standard input and output, all integers little-endian:
+Files and pixels pass through an anonymous file that both processes have open; only small frames pass through
+standard input and output, integers little-endian:
 
-    to it:   REQUEST header, then the file; in answer to SIZE one byte: GO, or anything else to drop the image
-    from it: REPLY header: SIZE (bytes of the decoded image), then IMAGE (height, width, lossy) followed by
-             the pixels; or ERROR (length) followed by code, newline and message
+    to it:   REQUEST, once the file is there; in answer to SIZE one byte: GO, or STOP to drop the image
+    from it: SIZE (bytes of the decoded image), then IMAGE (height, width, lossy), once the pixels are there;
+             or ERROR (length), followed by code, newline and message
 
-A decoder that exceeds its CPU time is killed by the kernel (SIGPROF), in whatever code it is.
+A decoder that exceeds its CPU time is killed by the kernel (SIGPROF), in whatever code it is. One that is
+idle for some seconds may end by itself, so that its memory is free.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import ctypes
 import importlib
 import os
 import resource
+import select
 import signal
 import struct
 import sys
 import warnings
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
@@ -44,9 +47,10 @@ class _StoppedError(Exception):
 def main() -> None:
     """Decode files until standard input ends.
 
-    Command-line arguments: bytes of memory that decoding may take, and the niceness of the process.
+    Command-line arguments: descriptor of the anonymous file, bytes of memory that decoding may take, niceness
+    of the process, and the seconds without a file after which it ends; 0 for never.
     """
-    memory_bytes, niceness = map(int, sys.argv[1:3])
+    shared, memory_bytes, niceness, idle_s = map(int, sys.argv[1:5])
     _die_with_parent()
     os.nice(niceness)
     # Whatever prints to standard output must not get between the frames.
@@ -56,13 +60,16 @@ def main() -> None:
     Image.preinit()  # imports the decoders now, not in the time of the first image
     importlib.import_module("PIL.WebPImagePlugin")
     _limit_memory(memory_bytes)
-    requests = sys.stdin.buffer
+    requests = os.fdopen(0, "rb", buffering=0)
     replies.write(REPLY.pack(READY, 0, 0, 0))
-    while len(header := requests.read(REQUEST.size)) == REQUEST.size:
-        _serve(header, requests, replies)
+    while select.select([requests], [], [], idle_s or None)[0]:
+        header = requests.read(REQUEST.size)
+        if len(header) < REQUEST.size:
+            return
+        _serve(header, shared, requests, replies)
 
 
-def _serve(header: bytes, requests: BinaryIO, replies: BinaryIO) -> None:
+def _serve(header: bytes, shared: int, requests: FileIO, replies: FileIO) -> None:
     size, max_pixels, base_s, pixel_s = REQUEST.unpack(header)
 
     def reserve(decoded_bytes: int) -> None:
@@ -73,24 +80,50 @@ def _serve(header: bytes, requests: BinaryIO, replies: BinaryIO) -> None:
 
     signal.setitimer(signal.ITIMER_PROF, base_s)
     try:
-        image = decode(requests.read(size), max_pixels=max_pixels, reserve=reserve)
+        data = bytearray(size)
+        read_file(shared, memoryview(data))
+        image = decode(bytes(data), max_pixels=max_pixels, reserve=reserve)
     except _StoppedError:
         return
     except ImageError as error:
         text = f"{error.code}\n{error}".encode()
-        _write(replies, REPLY.pack(ERROR, len(text), 0, 0) + text)
+        replies.write(REPLY.pack(ERROR, len(text), 0, 0) + text)
     else:
         height, width, _ = image.rgb.shape
+        write_file(shared, image.rgb.data.cast("B"))
         replies.write(REPLY.pack(IMAGE, height, width, image.lossy))
-        _write(replies, image.rgb.data.cast("B"))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+def write_file(number: int, data: bytes | memoryview) -> None:
+    """Write the whole of an anonymous file; used by both processes.
+
+    Args:
+        number: file descriptor
+        data: its content
+    """
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]
+        rest = rest[os.pwrite(number, rest, len(data) - len(rest)) :]
+
+
+def read_file(number: int, target: memoryview) -> None:
+    """Read the start of an anonymous file; used by both processes.
+
+    Args:
+        number: file descriptor
+        target: gets the bytes
+
+    Raises:
+        EOFError: if the file is shorter
+    """
+    rest = target
+    while rest:
+        count = os.preadv(number, [rest], len(target) - len(rest))
+        if not count:
+            raise EOFError
+        rest = rest[count:]
 
 
 def _die_with_parent() -> None:

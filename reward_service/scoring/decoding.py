@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -43,7 +44,7 @@ _IMAGE_S, _PIXEL_S, _BYTE_S = 2e-4, 3e-8, 5e-9
 _RAW_S = 3e-5
 _FAST_S = 0.1
 _WARN_LENGTH = 200
-_PIPE_BYTES = 2**20
+_KEPT_BYTES = 2**22
 _STUCK_S = 300.0
 _MEETING_S = 5.0
 _MEMORY_BYTES, _MEMORY_PER_PIXEL, _MEMORY_PER_BYTE = 2**28, 64, 4
@@ -77,16 +78,25 @@ class _DiedError(Exception):
 
 @dataclass(frozen=True)
 class DecoderLane:
-    """Kind of decoders; CPU seconds of an image, further CPU seconds per pixel, and the niceness."""
+    """Kind of decoders.
+
+    Attributes:
+        name: prefix of the threads' names
+        image_s: CPU seconds that an image may take
+        pixel_s: further CPU seconds per pixel
+        niceness: of the processes
+        idle_s: seconds without an image after which a process ends; 0 for never
+    """
 
     name: str
     image_s: float
     pixel_s: float
     niceness: int
+    idle_s: int
 
 
-FAST = DecoderLane("decode", image_s=0.2, pixel_s=4 * _PIXEL_S, niceness=0)
-LARGE = DecoderLane("decode-large", image_s=1.0, pixel_s=8 * _PIXEL_S, niceness=5)
+FAST = DecoderLane("decode", image_s=0.2, pixel_s=4 * _PIXEL_S, niceness=0, idle_s=0)
+LARGE = DecoderLane("decode-large", image_s=1.0, pixel_s=8 * _PIXEL_S, niceness=5, idle_s=5)
 
 
 def usual_seconds(data: bytes, declared_format: str | None) -> float:
@@ -144,25 +154,25 @@ class DecoderProcess:
 
     Args:
         memory_bytes: memory that decoding may take
-        niceness: added to that of the service
+        lane: its lane
 
     Raises:
         OSError: if it cannot be started
     """
 
-    def __init__(self, memory_bytes: int, niceness: int) -> None:
+    def __init__(self, memory_bytes: int, lane: DecoderLane) -> None:
         root = str(Path(reward_service.__file__).resolve().parents[1])
         path = os.pathsep.join([root, *(entry for entry in sys.path if Path(entry).is_absolute())])
+        self._shared = _anonymous_file()
+        numbers = (self._shared, memory_bytes, lane.niceness, lane.idle_s)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", child.__name__, str(memory_bytes), str(niceness)],
+            [sys.executable, "-m", child.__name__, *map(str, numbers)], pass_fds=[self._shared],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/", start_new_session=True,
             env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
         )  # fmt: skip
         self._requests, self._replies = (
             cast("FileIO", pipe) for pipe in (self._process.stdin, self._process.stdout)
         )
-        for pipe in (self._requests, self._replies):
-            _enlarge(pipe)
         self._ready, self._between_images = False, True
         self._lock = threading.Lock()
 
@@ -192,6 +202,8 @@ class DecoderProcess:
         self.kill()
         self._process.wait()
         with self._lock:  # a thread that uses the process finds its end at once
+            if not self._requests.closed:
+                os.close(self._shared)
             self._requests.close()
             self._replies.close()
 
@@ -200,50 +212,45 @@ class DecoderProcess:
             self._receive()
             self._ready = True
         self._between_images = False
-        self._send(child.REQUEST.pack(len(data), max_pixels, lane.image_s, lane.pixel_s))
-        self._send(data)
+        child.write_file(self._shared, data)
+        self._requests.write(child.REQUEST.pack(len(data), max_pixels, lane.image_s, lane.pixel_s))
         kind, size, width, lossy = self._receive()
         if kind == child.SIZE:
             try:
                 reserve(size)
             except BaseException:
-                self._send(child.STOP)
+                self._requests.write(child.STOP)
                 self._between_images = True
                 raise
-            self._send(child.GO)
+            self._requests.write(child.GO)
             kind, size, width, lossy = self._receive()
         if kind == child.IMAGE:
             rgb = np.empty((size, width, 3), np.uint8)
-            self._read(rgb.data.cast("B"))
+            child.read_file(self._shared, rgb.data.cast("B"))
+            self._free()
             self._between_images = True
             return DecodedImage(rgb, bool(lossy))
-        text = bytearray(size)
-        self._read(memoryview(text))
+        text = self._replies.read(size)
+        self._free()
         self._between_images = True
         code, _, message = text.decode().partition("\n")
         raise ImageError(code, message)
-
-    def _send(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._requests.write(rest) :]
 
     def _receive(self) -> tuple[int, int, int, int]:
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
         if not poll.poll(_STUCK_S * 1000):
             raise EOFError
-        header = bytearray(child.REPLY.size)
-        self._read(memoryview(header))
+        header = self._replies.read(child.REPLY.size)
+        if len(header) < child.REPLY.size:
+            raise EOFError
         kind, first, second, lossy = child.REPLY.unpack(header)
         return kind, first, second, lossy
 
-    def _read(self, target: memoryview) -> None:
-        while target:
-            count = self._replies.readinto(target)
-            if not count:
-                raise EOFError
-            target = target[count:]
+    def _free(self) -> None:
+        """Release the memory of a large image."""
+        if os.fstat(self._shared).st_size > _KEPT_BYTES:
+            os.ftruncate(self._shared, 0)
 
 
 class ImageDecoders:
@@ -372,7 +379,7 @@ class ImageDecoders:
         if process is not None:
             return process
         try:
-            process = DecoderProcess(self._memory_bytes, lane.niceness)
+            process = DecoderProcess(self._memory_bytes, lane)
         except OSError as error:
             reason = (error.strerror or str(error))[:_WARN_LENGTH]
             self._on_warning(f"no image can be decoded: a process cannot be started ({reason})")
@@ -394,10 +401,9 @@ class ImageDecoders:
         process.close()
 
 
-def _enlarge(pipe: FileIO) -> None:
-    """Let a pipe hold a megabyte, where that is possible: fewer switches between the processes."""
-    if sys.platform == "linux":
-        import fcntl
-
-        with suppress(OSError):
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+def _anonymous_file() -> int:
+    """Return the descriptor of a new file in memory, or of a deleted one where there are none (macOS)."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("image")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

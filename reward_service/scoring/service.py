@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
@@ -79,7 +79,8 @@ RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
 _ABANDONED_S = 0.1
 # Of pixels. Larger images take longer to resize than the towers take for a pair.
-_ORDINARY_IMAGE_BYTES = 3 * 2**19
+_ORDINARY_IMAGE_BYTES, _LARGE_IMAGE_BYTES = 3 * 2**19, 3 * 2**21
+_PREPROCESS_S_PER_BYTE = 1e-8
 
 
 class ScoringService:
@@ -198,6 +199,7 @@ class ScoringService:
         del parsed
         ticket.set("body bytes", 0)
         request = await self._tokenize(request, ticket, deadline_s)
+        request = await self._preprocess(request, ticket, deadline_s)
         completed = await self._submit(request, ticket, deadline_s)
         response = build_response(
             request,
@@ -236,6 +238,8 @@ class ScoringService:
 
     def _load(self) -> None:
         try:
+            if self._build is build_default_engine:
+                self._decoders.start()  # while the models are loaded
             engine = self._build(self.config)
             backend = open_backend(self.config, engine, self.metrics, self.fail, self._on_warning)
             if self._health.status != "loading":  # stopped in the meantime
@@ -309,6 +313,21 @@ class ScoringService:
         with self._recording_cancellation(len(request.pairs), deadline_s):
             engine = self._loaded_backend().engine
             return await tokenize_request(request, engine, lambda work: self._off_loop(work, ticket))
+
+    async def _preprocess(
+        self, request: DecodedRequest, ticket: Ticket, deadline_s: float | None
+    ) -> DecodedRequest:
+        """Preprocess large images off the device's thread, where everybody's pairs would wait for them."""
+        if all(pair.image.size <= _LARGE_IMAGE_BYTES for pair in request.pairs):
+            return request
+        engine, pairs = self._loaded_backend().engine, list(request.pairs)
+        with self._recording_cancellation(len(pairs), deadline_s):
+            for index, pair in enumerate(pairs):
+                if pair.image.size > _LARGE_IMAGE_BYTES:
+                    work = partial(engine.prepare, [pair], request.evaluators)
+                    cost_s = pair.image.size * _PREPROCESS_S_PER_BYTE
+                    [pairs[index]] = await self._off_loop(work, ticket, LARGE, cost_s)
+        return replace(request, pairs=pairs)
 
     async def _decode_slices(self, parsed: ParsedRequest, ticket: Ticket) -> list[DecodedSlice]:
         """Decode as many slices at a time as there are decoder threads, so that requests take turns."""

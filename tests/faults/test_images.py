@@ -87,11 +87,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], Outcome]] = {
     "a PNG with more rows than told": (lambda: png(8, 8, bytes(2**26)), OK),
     "a PNG with a text of 64 MiB": (
         lambda: png(8, 8, bytes(16), more=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26), 9))),
-        NOT_ONE,
+        OK,
     ),
     "a PNG with a colour profile of 64 MiB": (
         lambda: png(8, 8, bytes(16), more=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**26), 9))),
-        NOT_ONE,
+        OK,
     ),
     "a PNG longer than it is wide": (lambda: png(1, 4000, bytes(8000)), LONG),
     "a JPEG of 65,535 squared": (lambda: jpeg_of(65_535, 65_535), LARGE),
