@@ -32,7 +32,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether every address of the host is reachable from this machine only."""
+        """True if every address of the host is reachable from this machine only."""
         return all(_is_loopback(entry[4][0]) for entry in self.found)
 
 

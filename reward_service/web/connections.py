@@ -277,8 +277,8 @@ class Connection(HttpToolsProtocol):
         self._set_timer(_LINGER_S if self._in_body else None)
         if self._unparsed and not self._in_body:
             self._set_timer(self.limits.header_timeout_s)
-        if self._turn is None:
-            self._parse()
+        if self._unparsed and self._turn is None:
+            self._turn = self.loop.call_soon(self._parse)
 
     def _mark_idle(self) -> None:
         self.idle.pop(self, None)

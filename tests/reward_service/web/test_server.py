@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,9 @@ def connect(running: Running) -> socket.socket:
 
 def receive(client: socket.socket) -> tuple[int, dict[str, Any]]:
     """Receive a response; return its status and JSON body."""
-    received = b""
-    while (found := received.partition(b"\r\n\r\n"))[1] == b"" or not found[2].endswith(b"}"):
-        piece = client.recv(65536)
-        assert piece, received
-        received += piece
-    return int(received.split()[1]), json.loads(found[2])
+    response = HTTPResponse(client)
+    response.begin()
+    return response.status, json.loads(response.read())
 
 
 def code_of(client: socket.socket) -> tuple[int, str]:
