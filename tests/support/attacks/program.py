@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -116,7 +116,6 @@ def running(command: Sequence[str] = COMMAND, *, warm: bool = True) -> Iterator[
         first = process.stdout.readline()
         if not first:
             raise RuntimeError(f"the service did not start; run it by hand: {' '.join(command)}")
-        threading.Thread(target=process.stdout.read, daemon=True).start()
         program = Program(process, first.split()[-1])
         end_s = time.monotonic() + _START_S
         while not program.ready:
@@ -133,8 +132,8 @@ def running(command: Sequence[str] = COMMAND, *, warm: bool = True) -> Iterator[
 def _end(process: subprocess.Popen[str]) -> None:
     process.terminate()
     try:
-        process.wait(_END_S)
+        process.communicate(timeout=_END_S)
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

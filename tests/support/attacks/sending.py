@@ -28,6 +28,7 @@ class Target:
         at = urlsplit(url)
         self.address = (at.hostname or "", at.port or 80)
         self._end_s = time.monotonic() + seconds
+        self._timeout_s = max(_TIMEOUT_S, seconds)
         self.answers: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -43,7 +44,7 @@ class Target:
 
     def connect(self) -> socket.socket:
         """Open a connection, within `counted`."""
-        return socket.create_connection(self.address, timeout=_TIMEOUT_S)
+        return socket.create_connection(self.address, timeout=self._timeout_s)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -74,7 +75,7 @@ class Target:
             leave_s: time after which the client closes the connection, whatever has come; None to wait
         """
         with self.counted(), self.connect() as opened:
-            leave = threading.Timer(_TIMEOUT_S if leave_s is None else leave_s, _shut, (opened,))
+            leave = threading.Timer(self._timeout_s if leave_s is None else leave_s, _shut, (opened,))
             leave.start()
             try:
                 # The service may refuse a request, and close, before its body has been read.
