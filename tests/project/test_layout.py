@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("reward_service", "trainer")
 FIRST_PARTY = (*PACKAGES, "benchmarks", "miniature", "tools")
-MOST_MODULES_IN_A_FOLDER, MOST_MODULES, MOST_LAYERS = 12, 125, 20
+MOST_MODULES_IN_A_FOLDER, MOST_MODULES, MOST_LAYERS = 12, 140, 20
 #: A first line names the thing and does not begin with a question word.
 QUESTION = re.compile(r"(?:What|Who|Whose|Whom|Whether|Where|How|Why|When|Which|That|If)\b")
 SPHINX = re.compile(r"^\s*:(?:param|returns?|raises|type|rtype)\b", re.MULTILINE)
@@ -60,7 +60,7 @@ def test_no_folder_has_more_than_twelve_modules() -> None:
     assert not crowded, listed_lines(crowded)
 
 
-def test_packages_have_at_most_125_modules() -> None:
+def test_packages_have_at_most_140_modules() -> None:
     assert len([file for file in files(*PACKAGES) if file.name != "__init__.py"]) <= MOST_MODULES
 
 

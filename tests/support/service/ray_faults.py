@@ -41,11 +41,16 @@ def _build_breakable_engine(config: ServiceConfig) -> RewardEngine:
     def score(pairs: Any, *rest: Any, **options: Any) -> Any:
         if any(pair.prompt == FATAL for pair in pairs):
             raise FatalDeviceError("CUDA error: raised by a test")
-        for folder in {Path(pair.prompt.removeprefix(HOLD)) for pair in pairs if pair.prompt.startswith(HOLD)}:
-            (folder / "started").touch()
-            while not (folder / "released").exists():
-                time.sleep(0.05)
+        for pair in pairs:
+            if pair.prompt.startswith(HOLD):
+                _hold(Path(pair.prompt.removeprefix(HOLD)))
         return real_score(pairs, *rest, **options)
 
     engine.score = score  # type: ignore[method-assign]
     return engine
+
+
+def _hold(folder: Path) -> None:
+    (folder / "started").touch()
+    while not (folder / "released").exists():
+        time.sleep(0.05)
