@@ -1,6 +1,5 @@
 """Console and help: no width limit away from a terminal, and no cut summaries at any width."""
 
-
 import pytest
 import typer
 from rich.table import Table

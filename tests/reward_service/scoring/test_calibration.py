@@ -72,8 +72,10 @@ def test_identity_depends_on_mean_and_std() -> None:
         ),
         ({"evaluators": {}}, "provisional"),
         (
-            '{"provisional": true, "provenance": "x", "evaluators": '
-            '{"clip": {"mean": 0, "std": 1}, "clip": {"mean": 0, "std": 2}}}',
+            (
+                '{"provisional": true, "provenance": "x", "evaluators": '
+                '{"clip": {"mean": 0, "std": 1}, "clip": {"mean": 0, "std": 2}}}'
+            ),
             "the key 'clip' is there twice",
         ),
     ],
