@@ -138,5 +138,8 @@ def _settle(work: _Work) -> None:
         result = work.run()
     except BaseException as error:  # noqa: BLE001 - the future's owner gets it
         work.future.set_exception(error)
+        # The error's traceback has this frame: without a reference from here to the error, no cycle keeps the
+        # work, and what it holds, until the next garbage collection.
+        del work
     else:
         work.future.set_result(result)

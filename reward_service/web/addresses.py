@@ -11,7 +11,8 @@ from typing import Any
 from reward_service.config import ServiceConfig
 from reward_service.settings import ConfigError, one_line
 
-_BACKLOG = 2048
+#: Connections that wait to be accepted.
+BACKLOG = 2048
 _WITH_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^:\[\]]*):(?P<port>[^:\[\]]*)")
 _WITH_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.DOTALL)
 
@@ -78,7 +79,7 @@ def listen(address: Address) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(sockaddr)
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise _cannot_listen(address.host, address.port, error) from None
     return listener

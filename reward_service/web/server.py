@@ -26,7 +26,7 @@ from reward_service.observability.telemetry import Telemetry, exit_soon, open_te
 from reward_service.runtime.signals import leave
 from reward_service.scoring.auth import Keyring
 from reward_service.scoring.service import ScoringService
-from reward_service.web.addresses import check_exposure, listen, resolve, url
+from reward_service.web.addresses import BACKLOG, check_exposure, listen, resolve, url
 from reward_service.web.app import create_app
 from reward_service.web.connections import connection_class
 from reward_service.web.open_files import file_limit_warning
@@ -35,6 +35,7 @@ _MIN_SHUTDOWN_S = 2.0
 _INTERRUPTED_S = 1.0
 _FLUSH_TIMEOUT_S = 1.0
 _POLL_S = 0.1
+_ACCEPTS_PER_TURN = 16
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -113,6 +114,8 @@ def uvicorn_config(app: FastAPI, config: ServiceConfig) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        # asyncio accepts that many connections before anything else gets its turn; see `Server.startup`.
+        backlog=_ACCEPTS_PER_TURN,
         timeout_keep_alive=math.ceil(config.limits.keep_alive_s),
         timeout_graceful_shutdown=math.ceil(config.drain_s),
     )
@@ -146,8 +149,10 @@ class Server(uvicorn.Server):
         self._reload_requested = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen and call `on_listening`."""
+        """Start to accept connections and call `on_listening`."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio has set it to the number of accepts per turn
         if self.started:
             self._on_listening()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,3 +147,28 @@ def test_memory_follows_the_clients_with_work() -> None:
         workers.submit(lambda: None, client=str(number)).result(TIMEOUT_S)
     workers.submit(lambda: None).result(TIMEOUT_S)
     assert len(workers._clients) < 100
+
+
+def test_failed_work_is_released_without_garbage_collection() -> None:
+    """The error's traceback does not keep the work, and the body that it parses, alive."""
+
+    class Body:
+        pass
+
+    def fail(_: Body) -> None:
+        raise ValueError
+
+    workers, body = FairWorkers(1, "test"), Body()
+    released = weakref.ref(body)
+    gc.disable()
+    try:
+        future = workers.submit(partial(fail, body))
+        del body
+        assert isinstance(future.exception(TIMEOUT_S), ValueError)
+        del future
+        deadline = time.monotonic() + TIMEOUT_S
+        while released() is not None:
+            assert time.monotonic() < deadline, "the work is still held"
+            time.sleep(0.01)
+    finally:
+        gc.enable()
