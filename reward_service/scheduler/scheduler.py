@@ -299,6 +299,8 @@ class Scheduler(Generic[Input, Result]):
                     self._post_finished(self._requests.fail(part[0], outcome))
                 else:
                     self._post_finished(self._requests.complete(part, outcome, self._clock()))
+            # An error's traceback leads back to this frame: a cycle that would keep the inputs.
+            del part, outcome
         with self._lock:
             elapsed = self._clock() - started
             self._post(partial(self._observer.on_batch, len(batch), capacity, queue_s, elapsed))
