@@ -27,10 +27,10 @@ from reward_service.protocol import (
     ScoreResponse,
     encode,
 )
+from reward_service.requests.parsing import DecodedRequest, RequestParser
 from reward_service.runtime.console import open_console
 from reward_service.runtime.text_files import require_unicode
 from reward_service.scoring.calibration import load_calibration
-from reward_service.scoring.requests import DecodedRequest, RequestParser
 from reward_service.scoring.responses import identities, item_results
 from reward_service.settings import ConfigError
 

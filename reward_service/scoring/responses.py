@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from reward_service.engine.types import PairScores
 from reward_service.protocol import EvaluatorIdentity, ItemResult, ProblemError, ScoreResponse
+from reward_service.requests.parsing import DecodedRequest
 from reward_service.scheduler.requests import Completed
 from reward_service.scoring.calibration import Calibration, compute_reward
-from reward_service.scoring.requests import DecodedRequest
 
 EVALUATOR_DOWN = "evaluator_down"
 

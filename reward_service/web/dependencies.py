@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from reward_service.observability.tracing import RequestTrace
 from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, MSGPACK, ProblemError, item_problem
+from reward_service.requests.forms import MULTIPART
 from reward_service.scoring.auth import Client, Keyring, Permission
-from reward_service.scoring.forms import MULTIPART
 from reward_service.web.openapi import CLIENT_ID, MAX_DEADLINE_MS, MIN_DEADLINE_MS
 
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from reward_service.protocol import JSON, MAX_PAIRS, MSGPACK, PROBLEM, PROBLEM_CODES, schemas
-from reward_service.scoring.forms import MULTIPART, OPTIONS
+from reward_service.requests.forms import MULTIPART, OPTIONS
 
 #: A shorter deadline leaves no time for any image; a longer one is not a deadline.
 MIN_DEADLINE_MS, MAX_DEADLINE_MS = 100, 86_400_000

@@ -25,7 +25,7 @@ from benchmarks.serving.figures import (
 from benchmarks.serving.host import Batch
 from benchmarks.serving.parts import QUICK
 from reward_service.config import load_config
-from reward_service.scoring.requests import RequestParser
+from reward_service.requests.parsing import RequestParser
 
 ROOT = Path(__file__).parents[2]
 

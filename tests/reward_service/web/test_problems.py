@@ -34,7 +34,7 @@ from reward_service.protocol import (
     ScoreRequest,
     decode_request,
 )
-from reward_service.scoring.forms import OPTIONS
+from reward_service.requests.forms import OPTIONS
 from reward_service.web.app import create_app
 from tests.support.service.serving import http_client, png, ready_service, wait_until
 

@@ -25,7 +25,8 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.loading import build_engine
 from reward_service.engine.types import Pair, PairScores
 from reward_service.observability.metrics import Metrics
-from reward_service.scoring.service import ScoringService, open_backend
+from reward_service.scoring.backend import open_backend
+from reward_service.scoring.service import ScoringService
 from reward_service.settings import DEFAULT_CONFIG
 
 READY_S, END_S = 300.0, 120.0

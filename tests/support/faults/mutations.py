@@ -26,7 +26,7 @@ import httpx
 from reward_service.config import ServiceConfig, load_config
 from reward_service.engine.loading import build_engine
 from reward_service.protocol import PROBLEM_CODES, ProblemError
-from reward_service.scoring.requests import RequestParser
+from reward_service.requests.parsing import RequestParser
 from tests.support.faults.mutants import Body, mutants
 from tests.support.service.serving import running_server
 

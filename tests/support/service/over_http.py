@@ -21,7 +21,7 @@ from reward_service.engine.engine import RewardEngine
 from reward_service.engine.types import Pair
 from reward_service.images import Pixels
 from tests.reward_service.conftest import PROMPTS
-from tests.reward_service.scoring import test_multipart
+from tests.reward_service.requests import test_multipart
 from tests.reward_service.web import test_app
 from tests.support.service.serving import TIMEOUT_S, wait_until
 

@@ -16,7 +16,7 @@ from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.images import Pixels
 from reward_service.protocol import MAX_PAIRS, Item, MalformedBodyError, Picture, ScoreRequest
-from reward_service.scoring.forms import decode_form
+from reward_service.requests.forms import decode_form
 from reward_service.web.app import create_app
 from tests.support.service.serving import http_client, png, ready_service
 

@@ -21,8 +21,8 @@ from reward_service import images
 from reward_service.config import ServiceConfig, load_config
 from reward_service.images import DecodedImage, ImageError
 from reward_service.protocol import MSGPACK, Item, Picture, ScoreRequest, encode
-from reward_service.scoring import decoding
-from reward_service.scoring.decoding import (
+from reward_service.requests import decoding
+from reward_service.requests.decoding import (
     FAST,
     LARGE,
     AbandonedError,
@@ -34,7 +34,7 @@ from reward_service.scoring.decoding import (
     usual_lane,
     usual_seconds,
 )
-from reward_service.scoring.requests import ParsedRequest, RequestParser
+from reward_service.requests.parsing import ParsedRequest, RequestParser
 
 
 def photo(size: int = 16) -> Image.Image:
@@ -126,10 +126,24 @@ def test_overrun_moves_to_the_other_lane(decoders: ImageDecoders, monkeypatch: p
     """The kernel ends a decoder that takes longer than usual; its successor works."""
     hasty = dataclasses.replace(FAST, image_s=0.01, pixel_s=0.0)
     monkeypatch.setattr(decoding, "FAST", hasty)
+    data = saved(Image.fromarray(np.zeros((1700, 1700, 3), np.uint8)), "PNG")
     with pytest.raises(OverrunError):
-        decode(decoders, SLOW, hasty)
+        decode(decoders, data, hasty)
     decode(decoders, PNG)
     assert not WARNINGS
+
+
+def test_hidden_size_moves_to_the_other_lane(decoders: ImageDecoders) -> None:
+    """A JPEG whose size is not found near its start; its process goes on, and the lane for it decodes it."""
+    plain = saved(Image.fromarray(np.zeros((2500, 2500), np.uint8)), "JPEG")
+    hidden = plain[:2] + b"\xff\xfe\x00\x03a" * 500 + plain[2:]
+    assert usual_lane(usual_seconds(hidden, None)) is FAST
+    decode(decoders, PNG)
+    before = child_of(decoders)
+    with pytest.raises(OverrunError):
+        decode(decoders, hidden)
+    assert child_of(decoders) == before
+    assert decode(decoders, hidden, LARGE).rgb.shape == (2500, 2500, 3)
 
 
 def test_image_that_takes_too_long_is_refused(decoders: ImageDecoders) -> None:

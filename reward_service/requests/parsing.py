@@ -25,8 +25,8 @@ from reward_service.protocol import (
     decode_request,
     item_problem,
 )
-from reward_service.scoring.decoding import DecoderLane, OverrunError, usual_lane, usual_seconds
-from reward_service.scoring.forms import MULTIPART, decode_form
+from reward_service.requests.decoding import DecoderLane, OverrunError, usual_lane, usual_seconds
+from reward_service.requests.forms import MULTIPART, decode_form
 
 # A slice takes about so long, or holds one image: other clients' images wait for it.
 _SLICE_S = 0.03

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from reward_service.protocol import MalformedBodyError, ScoreRequest
-from reward_service.scoring.forms import decode_form
+from reward_service.requests.forms import decode_form
 from reward_service.web.openapi import description
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from reward_service.engine.types import Pair, PromptError
 from reward_service.protocol import item_problem
-from reward_service.scoring.requests import DecodedRequest
+from reward_service.requests.parsing import DecodedRequest
 
 #: Tokens of one prompt by tower.
 PromptTokens: TypeAlias = Mapping[str, Any]

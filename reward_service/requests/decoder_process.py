@@ -37,7 +37,7 @@ READY, SIZE, IMAGE, ERROR = range(4)
 GO, STOP = b"\1", b"\0"
 
 _PR_SET_PDEATHSIG = 1
-_CHANNELS = 3
+CHANNELS = 3
 
 
 class _StoppedError(Exception):
@@ -76,7 +76,7 @@ def _serve(header: bytes, shared: int, requests: FileIO, replies: FileIO) -> Non
         replies.write(REPLY.pack(SIZE, decoded_bytes, 0, 0))
         if requests.read(1) != GO:
             raise _StoppedError
-        signal.setitimer(signal.ITIMER_PROF, base_s + pixel_s * decoded_bytes / _CHANNELS)
+        signal.setitimer(signal.ITIMER_PROF, base_s + pixel_s * decoded_bytes / CHANNELS)
 
     signal.setitimer(signal.ITIMER_PROF, base_s)
     try:

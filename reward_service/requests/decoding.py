@@ -34,8 +34,8 @@ from reward_service import images
 from reward_service.config import ServiceConfig
 from reward_service.image_files import ImageError, detect_format, stated_size, too_complex
 from reward_service.images import DecodedImage
+from reward_service.requests import decoder_process as child
 from reward_service.scheduler.workers import FairWorkers
-from reward_service.scoring import decoder_process as child
 
 Result = TypeVar("Result")
 Reserve = Callable[[int], None]
@@ -104,7 +104,11 @@ def usual_seconds(data: bytes, declared_format: str | None) -> float:
     if declared_format == "raw":
         return _RAW_S
     width, height = stated_size(data) or (0, 0)
-    return _IMAGE_S + _PIXEL_S * width * height + _BYTE_S * len(data)
+    return _file_seconds(width * height, len(data))
+
+
+def _file_seconds(pixels: int, size_bytes: int) -> float:
+    return _IMAGE_S + _PIXEL_S * pixels + _BYTE_S * size_bytes
 
 
 def usual_lane(seconds: float) -> DecoderLane:
@@ -217,6 +221,9 @@ class DecoderProcess:
         kind, size, width, lossy = self._receive()
         if kind == child.SIZE:
             try:
+                # The size that the decoder has found can be another than the one stated near the start.
+                if usual_lane(_file_seconds(size // child.CHANNELS, len(data))) is LARGE and lane is FAST:
+                    raise OverrunError
                 reserve(size)
             except BaseException:
                 self._requests.write(child.STOP)

@@ -16,8 +16,8 @@ from reward_service.config import ServiceConfig
 from reward_service.engine.engine import RewardEngine
 from reward_service.engine.tokenizer import CachedTokenizer, Tokens
 from reward_service.engine.types import Pair
+from reward_service.requests.tokenizing import prompt_slices
 from reward_service.scoring.service import ScoringService
-from reward_service.scoring.tokenizing import prompt_slices
 from reward_service.web.app import create_app
 from tests.support.service.serving import http_client, ready_service
 
