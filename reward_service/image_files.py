@@ -26,7 +26,7 @@ _PARTS, _BYTES_PER_PART = 10_000, 512
 _SCANS, _FEWEST_SCANS, _SCANNED_PIXELS = 100, 20, 500_000_000
 # Four tables take 520 bytes, and Pillow reads tables slowly.
 _MAX_TABLE_BYTES = 2**16
-_MAX_TEXT_BYTES = 2**24
+_MAX_TEXT_BYTES = 2**20
 _REENCODE = "re-encode the image"
 
 
@@ -119,6 +119,8 @@ def _bare_png(data: bytes) -> BareFile:
     exif = profile = None
     first = b""
     for kind, start, end in _png_chunks(data):
+        if kind == b"IHDR" and first:
+            raise corrupt("png")  # Pillow would obey the last one
         first = first or kind
         if kind == b"IDAT":
             pixels.append(memoryview(data)[start:end])
@@ -164,7 +166,7 @@ def _exif_of_text(kind: bytes, value: bytes) -> bytes | None:
 
     Args:
         kind: of the chunk
-        value: body of the chunk behind the keyword
+        value: body of the chunk behind the keyword; of a long one only the start is read
     """
     compressed = kind == b"zTXt" or (kind == b"iTXt" and value[:1] != b"\0")
     if kind == b"zTXt":
@@ -172,8 +174,10 @@ def _exif_of_text(kind: bytes, value: bytes) -> bytes | None:
     elif kind == b"iTXt":
         value = (value[2:].split(b"\0", 2) + [b""] * 2)[2]
     try:
-        text = zlib.decompressobj().decompress(value, _MAX_TEXT_BYTES) if compressed else value
-        return exif_of_raw_profile(text.decode("latin-1"))
+        start = value[:_MAX_TEXT_BYTES]
+        text = zlib.decompressobj().decompress(start, _MAX_TEXT_BYTES) if compressed else start
+        whole = text if len(text) < _MAX_TEXT_BYTES else text.rpartition(b"\n")[0]
+        return exif_of_raw_profile(whole.decode("latin-1"))
     except (zlib.error, ValueError):
         return None
 

@@ -5,6 +5,7 @@ A request is JSON, msgpack or a form (multipart/form-data, for curl users; see `
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,12 +73,14 @@ class Slice:
 class DecodedSlice:
     """Decoded images of consecutive items, or the problems with them.
 
-    `late`: the items that are left because the first of them takes much longer to decode than usual.
+    `left`: the items that were not decoded; `overrun` if that is because the first of them takes much longer
+    than usual, otherwise the time was over.
     """
 
     images: list[DecodedImage] = field(default_factory=list)
     problems: list[ProblemItem] = field(default_factory=list)
-    late: range = range(0)
+    left: range = range(0)
+    overrun: bool = False
 
 
 class RequestParser:
@@ -143,8 +146,9 @@ class RequestParser:
         items: range,
         reserve: Callable[[int], None] = lambda _: None,
         decode_image: DecodeImage | None = None,
+        limit_s: float = math.inf,
     ) -> DecodedSlice:
-        """Decode the images of consecutive items; call it off the event loop.
+        """Decode the images of consecutive items, at least one; call it off the event loop.
 
         Args:
             parsed: the request
@@ -152,13 +156,17 @@ class RequestParser:
             reserve: called with the decoded size of each image, in bytes, before it is decoded
             decode_image: decodes one image; None to do it in this process. It may raise `OverrunError` to
                 leave the image and those behind it
+            limit_s: no further image is started after so many seconds
 
         Raises:
             ProblemError: if `reserve` raises it
         """
-        found = DecodedSlice()
+        found, end_s = DecodedSlice(), time.monotonic() + limit_s
         decode_image = decode_image or self._decode_here
         for index in items:
+            if index > items.start and time.monotonic() > end_s:
+                found.left = range(index, items.stop)
+                break
 
             def reserve_once(size: int, index: int = index) -> None:
                 if index not in parsed.reserved:
@@ -173,7 +181,7 @@ class RequestParser:
                     break
                 continue
             except OverrunError:
-                found.late = range(index, items.stop)
+                found.left, found.overrun = range(index, items.stop), True
                 break
             # After the first undecodable image the others are decoded only to report their problems.
             found.images += [] if found.problems else [image]

@@ -11,6 +11,7 @@ import asyncio
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ Result = TypeVar("Result")
 RETRY_LOADING_S = 2
 _LAST_BATCH_S = 1.0
 _ABANDONED_S = 0.1
+_SLICE_LIMIT_S = 0.1
 # Of pixels. Larger images take longer to resize than the towers take for a pair.
 _ORDINARY_IMAGE_BYTES, _LARGE_IMAGE_BYTES = 3 * 2**19, 3 * 2**21
 _PREPROCESS_S_PER_BYTE = 1e-8
@@ -348,20 +350,29 @@ class ScoringService:
     async def _decode_slice(
         self, parsed: ParsedRequest, part: Slice, job: DecodingJob, ticket: Ticket
     ) -> list[DecodedSlice]:
-        def decode_image(sent: Picture, reserve: Callable[[int], None]) -> DecodedImage:
-            return self._decoders.decode(part.lane, job, sent.data, sent.format, sent.shape, reserve)
-
-        def decode() -> DecodedSlice:
+        def decode(items: range, lane: DecoderLane) -> DecodedSlice:
             reserve = partial(ticket.reserve, "decoded bytes")
-            return self._parser.decode(parsed, part.items, reserve, decode_image)
+            decode_image = partial(self._decode_image, lane, job)
+            return self._parser.decode(parsed, items, reserve, decode_image, _SLICE_LIMIT_S)
 
-        found = await self._off_loop(decode, ticket, part.lane, part.cost_s)
-        decoded = [found]
-        if found.late:
-            rest = [Slice(found.late[:1], LARGE, part.cost_s), *self._parser.slices(parsed, found.late[1:])]
-            for later in rest:
-                decoded += await self._decode_slice(parsed, later, job, ticket)
+        decoded: list[DecodedSlice] = []
+        pending = deque([part])
+        while pending:
+            part = pending.popleft()
+            found = await self._off_loop(
+                partial(decode, part.items, part.lane), ticket, part.lane, part.cost_s
+            )
+            decoded.append(found)
+            if found.left:
+                first = [Slice(found.left[:1], LARGE, part.cost_s)] if found.overrun else []
+                rest = self._parser.slices(parsed, found.left[len(first) :])
+                pending.extendleft(reversed([*first, *rest]))
         return decoded
+
+    def _decode_image(
+        self, lane: DecoderLane, job: DecodingJob, sent: Picture, reserve: Callable[[int], None]
+    ) -> DecodedImage:
+        return self._decoders.decode(lane, job, sent.data, sent.format, sent.shape, reserve)
 
     async def _off_loop(
         self, work: Callable[[], Result], ticket: Ticket, lane: DecoderLane = FAST, cost_s: float = 0.0

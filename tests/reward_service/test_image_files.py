@@ -239,6 +239,21 @@ def test_fill_bytes_cost_nothing() -> None:
         assert len(bare_file(in_jpeg(b"\xff" * 2_000_000, at=at), "jpeg").data) < len(JPEG) + 2
 
 
+def test_second_header_is_refused() -> None:
+    """The size of the first one decides how the image is treated."""
+    header = PNG[8:AFTER_IHDR]
+    with pytest.raises(ImageError, match="corrupt"):
+        decode(in_png(header))
+
+
+def test_long_text_of_exif_data_still_has_its_orientation() -> None:
+    """Only its start is read: the orientation is there, and megabytes of maker notes cost nothing."""
+    long = raw_profile(6) + "\n".join(["00" * 36] * 100_000) + "\n"
+    packed = b"Raw profile type exif\0\0" + zlib.compress(long.encode())
+    found = decode(in_png(struct.pack(">I", len(packed)) + b"zTXt" + packed + bytes(4)))
+    assert found.rgb.shape[:2] == SIZE
+
+
 def test_unsupported_jpeg_is_named() -> None:
     """Twelve bits a sample are neither truncated nor corrupt."""
     at = JPEG.index(b"\xff\xc0") + 4

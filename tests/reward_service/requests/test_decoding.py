@@ -90,7 +90,7 @@ def child_of(decoders: ImageDecoders) -> int:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_pixels_are_those_of_a_decoder_in_this_process(decoders: ImageDecoders, kind: str) -> None:
     """Of small images and of large ones, whose memory is released, and again afterwards."""
-    for size in (16, 1500, 16):
+    for size in (16, 1400, 16):
         data = saved(photo(size), kind)
         found, expected = decode(decoders, data), images.decode(data)
         np.testing.assert_array_equal(found.rgb, expected.rgb)
@@ -288,6 +288,16 @@ def test_late_image_leaves_those_behind_it(config: ServiceConfig) -> None:
         return images.decode(sent.data)
 
     found = parser.decode(request, range(3), reserved.append, decode_image)
-    assert (len(found.images), found.late) == (1, range(1, 3))
-    assert len(parser.decode(request, found.late, reserved.append, decode_image).images) == 2
+    assert (len(found.images), found.left, found.overrun) == (1, range(1, 3), True)
+    assert len(parser.decode(request, found.left, reserved.append, decode_image).images) == 2
     assert reserved == [768] * 3
+
+
+def test_slice_ends_when_its_time_is_over(config: ServiceConfig) -> None:
+    """Whatever its images were expected to take; it always has one image."""
+    parser, request = parsed(config, [PNG, PNG, PNG])
+    found = parser.decode(request, range(3), limit_s=0.0)
+    assert (len(found.images), found.left, found.overrun) == (1, range(1, 3), False)
+    found = parser.decode(request, found.left, limit_s=0.0)
+    assert (len(found.images), found.left) == (1, range(2, 3))
+    assert not parser.decode(request, found.left, limit_s=0.0).left
