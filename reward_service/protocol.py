@@ -297,6 +297,8 @@ class _ItemOutline(Struct, forbid_unknown_fields=True):
 
 def _check_keys(body: bytes | bytearray) -> None:
     """Refuse duplicate keys in msgpack; msgspec decodes all their values, and no other thread runs then."""
+    if _map_size(body) > len(_Outline.__struct_fields__):
+        raise _duplicate_keys(None)
     outline = msgspec.msgpack.decode(body, type=_Outline)
     options = (getattr(outline, name) for name in _Outline.__struct_fields__[1:])
     if _map_size(body) > 1 + sum(len(option) > 0 for option in options):
@@ -321,7 +323,7 @@ def _map_size(packed: bytes | bytearray | Raw) -> int:
 
 
 def _duplicate_keys(index: int | None) -> MalformedBodyError:
-    return MalformedBodyError("duplicate keys; send each once", syntax=False, index=index)
+    return MalformedBodyError("duplicate or unknown keys; send each field once", syntax=False, index=index)
 
 
 def encode(value: Struct, content_type: str) -> bytes:
