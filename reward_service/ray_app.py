@@ -33,7 +33,7 @@ from reward_service.config import ServiceConfig, load_config
 from reward_service.observability.metrics import Metrics
 from reward_service.observability.telemetry import Telemetry, exit_soon, open_telemetry
 from reward_service.protocol import JSON, MAX_HEAD_BYTES, MAX_HEADERS, PROBLEM, ProblemError, encode
-from reward_service.runtime.process import configure_openmp
+from reward_service.runtime.process import configure_openmp, freeze_objects
 from reward_service.scheduler.autoscaling import PAIRS
 from reward_service.scoring.auth import load_keys
 from reward_service.scoring.calibration import load_calibration
@@ -245,6 +245,7 @@ async def _load_service(
     loop = asyncio.get_running_loop()
 
     def on_ready(detail: str) -> None:
+        freeze_objects()
         telemetry.log.info(f"ready: {detail}", pid=os.getpid())
         loop.call_soon_threadsafe(loaded_or_failed.set)
 

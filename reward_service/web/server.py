@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from reward_service.config import ServiceConfig
 from reward_service.observability.logs import Log
 from reward_service.observability.telemetry import Telemetry, exit_soon, open_telemetry
+from reward_service.runtime.process import freeze_objects
 from reward_service.runtime.signals import leave
 from reward_service.scoring.auth import Keyring
 from reward_service.scoring.service import ScoringService
@@ -77,9 +78,13 @@ def _serve(
         with suppress(OSError, ValueError):
             say(f"listening on {url(config.host, listener.getsockname()[1])}")
 
+    def on_ready(detail: str) -> None:
+        freeze_objects()
+        telemetry.log.info(f"ready: {detail}")
+
     service = ScoringService(
         config,
-        on_ready=lambda detail: telemetry.log.info(f"ready: {detail}"),
+        on_ready=on_ready,
         on_failure=on_failure,
         on_warning=telemetry.log.warning,
     )

@@ -145,3 +145,12 @@ def test_a_refused_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="needs Linux or macOS"):
         prepare_process()
     assert os.umask(mask) == 0
+
+
+def test_frozen_objects_are_not_collected_again() -> None:
+    """In a process of its own, as it cannot be undone for some of them."""
+    code = (
+        "import gc; from reward_service.runtime.process import freeze_objects; "
+        "freeze_objects(); assert gc.get_freeze_count() > 1000; assert len(gc.get_objects()) < 100"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
