@@ -185,6 +185,7 @@ class DecoderProcess:
 
         Raises:
             ImageError: the image is refused
+            OverrunError: the image is too large for the lane, whatever its size was thought to be
             _DiedError: the process has ended
         """
         with self._lock:

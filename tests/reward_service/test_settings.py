@@ -183,7 +183,7 @@ def test_paths_and_texts_of_overrides_are_taken_as_they_are(
 def test_values_are_not_read_as_something_else(
     tmp_path: Path, text: str, overrides: list[str], words: str
 ) -> None:
-    """What YAML 1.1 takes in silence is refused in one line."""
+    """Values that YAML 1.1 takes in silence are refused in one line."""
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, text), *overrides)
     assert words in str(caught.value)

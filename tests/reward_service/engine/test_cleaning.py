@@ -42,7 +42,7 @@ def test_cleaning_equals_the_reference(prompt: str) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nested_references_resolve_level_by_level(seed: int) -> None:
-    """Where they resolve to characters of a broken encoding, the order shows in the result."""
+    """The order shows in the result if they resolve to characters of a broken encoding."""
     rng = random.Random(seed)
     prompt = "".join(rng.choice((references, references, mojibake))(rng) for _ in range(30))
     assert clean(prompt) == reference(prompt)

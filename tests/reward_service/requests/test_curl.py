@@ -112,7 +112,7 @@ def test_form_string_sends_any_text(server: FormServer, folder: Path, text: str)
     ],
 )
 def test_changed_prompt_is_refused(server: FormServer, folder: Path, text: str) -> None:
-    """What `-F` makes of a prompt is refused where it can be seen, with the option to use instead."""
+    """A prompt that `-F` has visibly changed is refused, with the option to use instead."""
     refusal = sent_by_curl(server, folder, "-F", f"prompt={text}")
     assert isinstance(refusal, str)
     assert "encoder" in text or "--form-string prompt=" in refusal

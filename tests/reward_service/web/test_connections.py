@@ -204,7 +204,7 @@ TINY_CHUNKS = {
 
 @pytest.mark.parametrize("name", TINY_CHUNKS)
 def test_tiny_chunks_are_refused(port: int, name: str) -> None:
-    """What frames a body is bounded by what it carries."""
+    """The framing of a body is bounded by the bytes that it carries."""
     assert refusal(port, request(more=CHUNKED) + TINY_CHUNKS[name]) == (400, "malformed_request")
 
 

@@ -33,7 +33,7 @@ class Sent(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Result:
-    """What an attack did to the service and to another client.
+    """Effects of an attack on the service and on another client.
 
     Attributes:
         name: name of the attack

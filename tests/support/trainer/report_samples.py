@@ -108,7 +108,7 @@ def _record(config: TrainerConfig, base: Measurement, now: Measurement, iteratio
 def examined(
     config: TrainerConfig, base: Measurement, tuned: Measurement, key: str | None = None
 ) -> dict[str, Any]:
-    """What evaluation.json holds; under `key` only the rows, as metrics.jsonl has them."""
+    """Content of evaluation.json; under `key` only the rows, as metrics.jsonl has them."""
     comparison = compare(base, tuned, EVALUATORS, config.composite_weights, config.evaluation)
     guard = check_guard(base, tuned, EVALUATORS, config, None, 4)
     watched = {"guard": guard.to_dict(), "drift": measure_drift(base, tuned, config.evaluation).to_dict()}

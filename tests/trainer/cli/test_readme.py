@@ -29,7 +29,7 @@ class OneStream(ImageKey):
     generators: tuple[torch.Generator, ...] = ()
 
     def stream(self, stage: object, share: object = "image") -> torch.Generator:
-        """Where the stage before has left it."""
+        """Path at which the stage before has left it."""
         return self.generators[self.image]
 
 

@@ -43,7 +43,7 @@ addEventListener("load", () => {
 def browse(
     pages: dict[str, Path], widths: tuple[int, ...], folder: Path
 ) -> tuple[list[dict[str, object]], str]:
-    """What Chromium finds in each page at each width, and what it says on its console."""
+    """Findings of Chromium in each page at each width, and the lines of its console."""
     frames = [
         f'<iframe name="{name}" style="border:0;width:{width}px;height:2000px" '
         f'srcdoc="{escape(path.read_text(encoding="utf-8"))}"></iframe>'
